@@ -1,0 +1,1 @@
+"""Which teacher positions stand for a student position, and back."""

@@ -1,0 +1,56 @@
+"""Cross-model attention (CMA): a soft alignment of two tokenizations of one text (paper A, Eqs. 1 to 3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def unit_std(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """
+    Divides by the standard deviation, one scalar per example.
+
+    The paper's N_std (Eq. 2) leaves open over what the deviation is taken; the released code takes it over the whole
+    padded batch, so that an example's loss depends on its neighbours and on the padding. Here it is taken over the
+    response tokens of the example itself.
+
+    Args:
+        values (`torch.Tensor` of shape `[B, R, d]`): Rows of each example.
+        mask (`torch.Tensor` of shape `[B, R]`, *optional*):
+            Which rows are response tokens. `None`: one deviation over all of `values`, as the released code has it.
+    """
+    if mask is None:
+        return values / values.std()
+    weight = mask.unsqueeze(-1).to(values.dtype)
+    count = weight.sum((1, 2), keepdim=True) * values.shape[-1]
+    mean = (values * weight).sum((1, 2), keepdim=True) / count.clamp_min(1)
+    variance = ((values - mean).square() * weight).sum((1, 2), keepdim=True) / (count - 1).clamp_min(1)
+    return torch.where(variance > 0, values * variance.clamp_min(1e-30).rsqrt(), values)
+
+
+def cross_model_attention(
+    queries: Tensor, keys: Tensor, query_mask: Tensor, key_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Attention of each student position over teacher positions, and back, from one matrix of scores.
+
+    Args:
+        queries (`torch.Tensor` of shape `[B, R_s, 2 d_t]`): Of student positions.
+        keys (`torch.Tensor` of shape `[B, R_t, 2 d_t]`): Of teacher positions.
+        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
+            Which positions take part. A position that doesn't gets, and gives, no attention.
+
+    Returns:
+        `t2s` of shape `[B, R_s, R_t]` (rows sum to 1 over teacher positions) and `s2t` of shape `[B, R_t, R_s]`.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        scores = queries.to(dtype) @ keys.to(dtype).transpose(1, 2) / math.sqrt(queries.shape[-1])
+        allowed = query_mask.unsqueeze(2) & key_mask.unsqueeze(1)
+        # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
+        scores = scores.masked_fill(~allowed, -1e5)
+        t2s = torch.softmax(scores, dim=-1) * query_mask.unsqueeze(2)
+        s2t = torch.softmax(scores.transpose(1, 2), dim=-1) * key_mask.unsqueeze(2)
+    return t2s, s2t

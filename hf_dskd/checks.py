@@ -1,0 +1,99 @@
+"""Bad input, found before anything is loaded or lost. Every function here raises a one-line [`UserError`]."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .config import DSKDConfig
+
+
+def check_launch(config: DSKDConfig) -> None:
+    """Refuses the ways of running that would give wrong numbers silently."""
+    if config.n_gpu > 1:
+        raise UserError(
+            f"{config.n_gpu} GPUs are visible to one process, which means nn.DataParallel:"
+            f" start with `accelerate launch --num_processes {config.n_gpu} SCRIPT`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    for name, set_in_config in (("FSDP", bool(config.fsdp)), ("DEEPSPEED", bool(config.deepspeed))):
+        if set_in_config or os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"{name} shards the language-model heads that both spaces share and is not supported: use plain"
+                " data parallelism (accelerate launch --multi_gpu), with LoRA and load_teacher_in_4bit to save memory"
+            )
+
+
+def check_output_dir(folder: str) -> None:
+    """An output folder must take files."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir={folder!r} is not writable ({error.strerror}): choose another folder") from None
+
+
+def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
+    """A method with a teacher needs one, and another one than the student."""
+    if model is None:
+        raise UserError("model=None: name the student, or pass a causal language model")
+    if not config.method_row.needs_teacher:
+        return
+    if teacher_model is None:
+        raise UserError(
+            f"method={config.method!r} needs teacher_model (a name or a model); method='sft' trains without one"
+        )
+    names = [getattr(m, "name_or_path", m) for m in (model, teacher_model)]
+    same_object = model is teacher_model
+    same_folder = all(isinstance(n, str) and os.path.isdir(n) for n in names) and os.path.samefile(*names)
+    same_name = names[0] == names[1] and isinstance(model, str) and isinstance(teacher_model, str)
+    if same_object or same_folder or same_name:
+        raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
+
+
+def check_eos(tokenizer: Any, role: str) -> None:
+    """A response must be able to end."""
+    if tokenizer.eos_token_id is None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise UserError(f"the {role}'s tokenizer {name!r} has no EOS token: set tokenizer.eos_token first")
+
+
+def _lists_module(target: str | list[str] | set[str] | None, module: str) -> bool:
+    if target is None:
+        return False
+    if isinstance(target, str):
+        # PEFT's "all-linear" leaves the output layer out.
+        return target != "all-linear" and re.fullmatch(target, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in target)
+
+
+def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
+    """
+    LoRA must leave the two vocabulary matrices alone.
+
+    Queries read the embedding and both spaces read the head as plain matrices; an adapter on them would be ignored
+    there, and the student would be distilled towards a head that it doesn't have.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(student_config)
+    matrices = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
+    settings = {key: getattr(peft_config, key, None) for key in ("target_modules", "modules_to_save")}
+    for key, value in settings.items():
+        for name in names:
+            if _lists_module(value, name):
+                raise UserError(
+                    f"peft_config.{key} covers {name!r}: adapters on the embedding or the language-model head are not"
+                    " supported; leave it out, or train the whole student without peft_config"
+                )

@@ -1,0 +1,1 @@
+"""Data for distillation across tokenizers: formats, tokenization for both models, batches."""

@@ -1,0 +1,72 @@
+"""Puts tokenized rows into padded batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class DualCollator:
+    """
+    Pads the student's and the teacher's tokens of the same examples, each to its own length, on the right.
+
+    Args:
+        student_pad_token_id (`int`):
+            Padding token of the student.
+        teacher_pad_token_id (`int`, *optional*):
+            Padding token of the teacher. Without it, the batch has no tensors for the teacher.
+        pad_to_multiple_of (`int`, *optional*):
+            Rounds both lengths up to a multiple of this.
+        pad_to_length (`int`, *optional*):
+            Pads both sides at least to this length, so that every batch has the same shape.
+    """
+
+    student_pad_token_id: int
+    teacher_pad_token_id: int | None = None
+    pad_to_multiple_of: int | None = None
+    pad_to_length: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Makes a batch.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Rows as [`tokenize_dataset`] writes them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` (not shifted; -100 on the prompt and the
+            padding) and `byte_ends` (in bytes, -1 where there is no response token), all int64 of shape `(B, S)`; the
+            same four with the prefix `teacher_`, `(B, T)`; `example_ids` and `response_bytes`, `(B,)`.
+        """
+        batch = self._padded(rows, "", self.student_pad_token_id)
+        if self.teacher_pad_token_id is not None:
+            batch |= self._padded(rows, "teacher_", self.teacher_pad_token_id)
+        batch["example_ids"] = torch.tensor([row["example_id"] for row in rows])
+        batch["response_bytes"] = torch.tensor([row["response_bytes"] for row in rows])
+        return batch
+
+    def _padded(self, rows: list[dict[str, Any]], prefix: str, pad_token_id: int) -> dict[str, torch.Tensor]:
+        length = max(self.pad_to_length or 0, *(len(row[f"{prefix}input_ids"]) for row in rows))
+        if self.pad_to_multiple_of:
+            length += -length % self.pad_to_multiple_of
+        shape = (len(rows), length)
+        input_ids = torch.full(shape, pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, -100)
+        byte_ends = torch.full(shape, -1)
+        for index, row in enumerate(rows):
+            ids = torch.as_tensor(row[f"{prefix}input_ids"])
+            response = slice(row[f"{prefix}prompt_length"], len(ids))
+            input_ids[index, : len(ids)] = ids
+            attention_mask[index, : len(ids)] = 1
+            # From the row and not from the padded ids: the padding token can be the end-of-sequence token.
+            labels[index, response] = ids[response]
+            byte_ends[index, response] = torch.as_tensor(row[f"{prefix}byte_ends"])
+        return {
+            f"{prefix}input_ids": input_ids,
+            f"{prefix}attention_mask": attention_mask,
+            f"{prefix}labels": labels,
+            f"{prefix}byte_ends": byte_ends,
+        }

@@ -1,0 +1,111 @@
+"""
+Divergences between two next-token distributions, one value per row.
+
+Every function takes `student_logits` and `teacher_logits` of shape `[..., V]` that are *already divided by their
+temperatures*, works in float32 (float64 stays float64), and returns nats of shape `[...]`. With p the teacher's and
+q the student's distribution:
+
+| name | formula |
+|---|---|
+| `forward_kl` | KL(p ‖ q) |
+| `reverse_kl` | KL(q ‖ p) |
+| `js` | ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q) |
+| `skewed_forward_kl` | KL(p ‖ λ p + (1 − λ) q) |
+| `skewed_reverse_kl` | KL(q ‖ (1 − λ) p + λ q) |
+| `adaptive_kl` | w KL(p ‖ q) + (1 − w) KL(q ‖ p), w = share of Σ\\|p − q\\| that lies on p's head |
+
+Sources: skewed KL, DistiLLM (arXiv 2402.03898); adaptive KL, arXiv 2404.02657.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-softmax over the last axis, in float32 unless the input is float64."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, weight_of_p: float) -> Tensor:
+    """log(w p + (1 − w) q), exact where one of the two underflows."""
+    return torch.logaddexp(log_p + math.log(weight_of_p), log_q + math.log1p(-weight_of_p))
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(p ‖ q): makes the student cover whatever the teacher thinks possible."""
+    return _kl(log_probabilities(teacher_logits), log_probabilities(student_logits))
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(q ‖ p): makes the student avoid whatever the teacher thinks impossible."""
+    return _kl(log_probabilities(student_logits), log_probabilities(teacher_logits))
+
+
+def js(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence with equal weights; at most log 2."""
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
+    log_m = _log_mixture(log_p, log_q, 0.5)
+    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+
+
+def skewed_forward_kl(student_logits: Tensor, teacher_logits: Tensor, skew_lambda: float = 0.1) -> Tensor:
+    """KL(p ‖ λ p + (1 − λ) q); finite even where q vanishes."""
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
+    return _kl(log_p, _log_mixture(log_p, log_q, skew_lambda))
+
+
+def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, skew_lambda: float = 0.1) -> Tensor:
+    """KL(q ‖ (1 − λ) p + λ q); finite even where p vanishes."""
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
+    return _kl(log_q, _log_mixture(log_q, log_p, skew_lambda))
+
+
+def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, adaptive_kl_alpha: float = 0.5) -> Tensor:
+    """
+    Forward and reverse KL, weighted by where the two distributions differ.
+
+    The tail are the teacher's least probable tokens, as many as have less than `adaptive_kl_alpha` of its mass
+    together; the head is the rest. The weights carry no gradient. Where the distributions are equal both KLs are 0
+    and the weight doesn't matter.
+    """
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
+    with torch.no_grad():
+        p, order = log_p.exp().sort(dim=-1)
+        gap = (p - log_q.exp().gather(-1, order)).abs()
+        tail = p.cumsum(-1) < adaptive_kl_alpha
+        tail_gap = (gap * tail).sum(-1)
+        total_gap = gap.sum(-1)
+        head_weight = torch.where(total_gap > 0, (total_gap - tail_gap) / total_gap.clamp_min(1e-30), 0.5)
+    return head_weight * _kl(log_p, log_q) + (1 - head_weight) * _kl(log_q, log_p)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "js": js,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
+    "adaptive_kl": adaptive_kl,
+}
+
+
+def divergence_function(name: str, *, skew_lambda: float = 0.1, adaptive_kl_alpha: float = 0.5) -> DivergenceFunction:
+    """The divergence called `name`, with its own parameter (if it has one) filled in."""
+    if name in ("skewed_forward_kl", "skewed_reverse_kl"):
+        skewed = DIVERGENCES[name]
+        return lambda student_logits, teacher_logits: skewed(student_logits, teacher_logits, skew_lambda)
+    if name == "adaptive_kl":
+        return lambda student_logits, teacher_logits: adaptive_kl(student_logits, teacher_logits, adaptive_kl_alpha)
+    return DIVERGENCES[name]

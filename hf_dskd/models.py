@@ -1,0 +1,179 @@
+"""What distillation needs of a Hugging Face causal language model: its backbone, its head, its embedding."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """
+    The map from a last hidden state to logits, as data.
+
+    Args:
+        weight (`torch.Tensor` of shape `[V, d]`): Output embedding.
+        bias (`torch.Tensor` of shape `[V]`, *optional*): Added to the logits.
+        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+        scale (`float`, *optional*, defaults to `1.0`): Factor on the logits (Cohere, Granite).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., d]`; the matrix product follows autocast where that is on."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def detach(self) -> LMHead:
+        """The same head as a constant: gradients pass through it to the hidden state only."""
+        bias = None if self.bias is None else self.bias.detach()
+        return LMHead(self.weight.detach(), bias, self.softcap, self.scale)
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The plain transformers model below a PEFT wrapper."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that returns the last hidden state (after the final norm)."""
+    plain = base_causal_lm(model)
+    body = plain.base_model
+    if body is plain:
+        raise UserError(f"{type(plain).__name__} has no backbone apart from its head: use a causal language model")
+    return body
+
+
+def dense_weight(parameter: Any) -> Tensor:
+    """A weight matrix as numbers: a 4-bit one is dequantised, any other is returned as it is."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return parameter
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, state)
+
+
+def lm_head(model: nn.Module) -> LMHead:
+    """Reads the head of a causal language model, and the transforms that its config puts after it."""
+    plain = base_causal_lm(model)
+    layer = plain.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise UserError(f"{type(plain).__name__} has no language-model head: use a causal language model")
+    config = plain.config.get_text_config()
+    # Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`.
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(dense_weight(layer.weight), getattr(layer, "bias", None), softcap, scale)
+
+
+def input_embedding(model: nn.Module) -> Tensor:
+    """The input embedding matrix `[V, d]` of a causal language model."""
+    return dense_weight(base_causal_lm(model).get_input_embeddings().weight)
+
+
+def check_head(model: nn.Module, head: LMHead, name: str) -> None:
+    """
+    Raises if logits computed from the last hidden state by `head` are not the model's own.
+
+    A model may transform its logits in a way that its config doesn't tell; distilling through a wrong head would go
+    unnoticed. Costs one forward pass of four tokens.
+    """
+    plain = base_causal_lm(model)
+    ids = torch.arange(1, 5, device=plain.device).unsqueeze(0)
+    was_training = plain.training
+    plain.eval()
+    with torch.no_grad():
+        expected = plain(input_ids=ids, use_cache=False).logits.float()
+        actual = head(backbone(model)(input_ids=ids, use_cache=False)[0]).float()
+    plain.train(was_training)
+    difference = (expected - actual).abs().max().item() / max(expected.abs().max().item(), 1e-6)
+    if not difference <= 0.05:
+        raise UserError(
+            f"{name} {type(plain).__name__}: logits from its last hidden state differ from its own by"
+            f" {difference:.1%}; its head has a transform that is not supported"
+        )
+
+
+class LastHiddenState:
+    """
+    Catches the last hidden state of a model whose forward is called as a whole.
+
+    Under DistributedDataParallel a forward pass must go through the wrapper, which returns logits; asking for
+    `output_hidden_states` would keep every layer. The hook is set once, so that torch.compile traces it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.value: Tensor | None = None
+        body = backbone(model)
+        body.register_forward_hook(self._store)
+        # Logits are of no use here: ask for those of one position where the model can be asked.
+        accepts = inspect.signature(base_causal_lm(model).forward).parameters
+        self._arguments: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in accepts:
+            self._arguments["logits_to_keep"] = 1
+
+    def _store(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.value = output[0]
+
+    def __call__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Runs `model` (wrapped or not) and returns its last hidden state `[B, S, d]`."""
+        model(input_ids=input_ids, attention_mask=attention_mask, **self._arguments)
+        hidden, self.value = self.value, None
+        assert hidden is not None
+        return hidden
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Width of the last hidden state. Where the embedding is narrower (OPT-350m), that of the projected output."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def check_config(config: PretrainedConfig, name: str, role: str) -> None:
+    """Raises a [`UserError`] unless `config` describes a causal (decoder-only) language model."""
+    architectures = list(getattr(config, "architectures", None) or [])
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "a sequence-to-sequence model"
+    elif any(a.endswith("ForMaskedLM") for a in architectures):
+        kind = "a masked language model"
+    elif any(a.endswith(("Classification", "QuestionAnswering")) for a in architectures):
+        kind = "a classifier"
+    else:
+        return
+    raise UserError(
+        f"{role} {name!r} is {kind} ({', '.join(architectures) or config.model_type}):"
+        " distillation needs a causal (decoder-only) language model"
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int, role: str) -> None:
+    """Raises a [`UserError`] if the tokenizer has tokens for which the model has no embedding."""
+    if len(tokenizer) > embedding_rows:
+        raise UserError(
+            f"the {role}'s tokenizer has {len(tokenizer):,} tokens but its embedding only {embedding_rows:,} rows:"
+            " call model.resize_token_embeddings(len(tokenizer)) first, or use the tokenizer that belongs to the model"
+        )

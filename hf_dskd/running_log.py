@@ -1,0 +1,107 @@
+"""Sums of what a run shows, kept on the device until they are logged."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteLossError
+
+
+# name in the log → (summed value, what it is divided by)
+RATIOS = {
+    "ce_loss": ("ce", "student_tokens"),
+    "token_accuracy": ("correct", "student_tokens"),
+    "t2s_ce_loss": ("t2s_ce", "student_tokens"),
+    "t2s_kd_loss": ("t2s_kd", "student_tokens"),
+    "s2t_kd_loss": ("s2t_kd", "teacher_tokens"),
+    "kq_loss": ("kq", "student_tokens"),
+    "correctness_mask_rate": ("t2s_correct", "student_tokens"),
+    "s2t_agreement": ("s2t_agree", "teacher_tokens"),
+    "discriminator_accuracy_fake": ("query_as_query", "student_tokens"),
+    "discriminator_accuracy_real": ("key_as_key", "teacher_tokens"),
+    "projector_grad_norm": ("projector_grad_norm", "ranked_steps"),
+    "discriminator_grad_norm": ("discriminator_grad_norm", "ranked_steps"),
+}
+NEVER = float(2**30)
+
+
+class RunningLog:
+    """
+    Adds up named sums without waiting for the device; one transfer reads them all.
+
+    It also remembers the first step at which a loss term was not finite. Looking at every step would stall a GPU, so
+    it is looked at whenever something is logged, evaluated or saved: before a checkpoint could be spoilt.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+        self._first_bad: dict[str, Tensor] = {}
+        self._batches: dict[int, list[Tensor]] = {}
+        self._since = time.perf_counter()
+
+    def add(self, **sums: Tensor | float) -> None:
+        for name, value in sums.items():
+            value = torch.as_tensor(value, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+            value = value.detach().to(self.device)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def watch(self, step: int, example_ids: Tensor | None, terms: dict[str, Tensor]) -> None:
+        """Notes which of `terms` (`[B]` each) are not finite at `step`, and which examples they were computed on."""
+        if example_ids is not None:
+            self._batches.setdefault(step, []).append(example_ids)
+        for name, value in terms.items():
+            bad = torch.where(torch.isfinite(value.detach()).all(), NEVER, float(step))
+            self._first_bad[name] = torch.minimum(self._first_bad[name], bad) if name in self._first_bad else bad
+
+    def check(self, accelerator: Any) -> None:
+        """Raises a [`~hf_dskd.NonFiniteLossError`] on every rank if a term was not finite on one."""
+        self._read(accelerator, with_sums=False)
+
+    def drain(self, accelerator: Any) -> dict[str, float]:
+        """Everything since the last call as ratios over all ranks, in one transfer; checks as `check` does."""
+        totals = self._read(accelerator, with_sums=True)
+        self._sums = {}
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        logs = {
+            name: totals[value] / totals[divisor]
+            for name, (value, divisor) in RATIOS.items()
+            if value in totals and totals.get(divisor)
+        }
+        if "discriminator_query_loss" in totals:
+            logs["discriminator_loss"] = (
+                totals["discriminator_query_loss"] / totals["student_tokens"]
+                + totals["discriminator_key_loss"] / totals["teacher_tokens"]
+            )
+        if "student_tokens" in totals:
+            logs["response_tokens_per_second"] = totals["student_tokens"] / seconds
+        return logs
+
+    def restart_clock(self) -> None:
+        """Evaluation and saving are not training time."""
+        self._since = time.perf_counter()
+
+    def _read(self, accelerator: Any, with_sums: bool) -> dict[str, float]:
+        sums = self._sums if with_sums else {}
+        flags = list(self._first_bad)
+        if not sums and not flags:
+            return {}
+        values = [value.double() for value in sums.values()] + [self._first_bad[name].double() for name in flags]
+        gathered = accelerator.gather(torch.stack(values).unsqueeze(0)).tolist()
+        first_bad = [min(row[len(sums) + index] for row in gathered) for index in range(len(flags))]
+        if flags and min(first_bad) < NEVER:
+            step = int(min(first_bad))
+            names = [name for name, value in zip(flags, first_bad) if value == step]
+            batch = [int(i) for ids in self._batches.get(step, []) for i in ids.tolist()]
+            raise NonFiniteLossError(
+                f"{', '.join(names)} became NaN or infinite at step {step} (examples {batch} on this process);"
+                " checkpoints from before are untouched: lower the learning rate, use bf16 or float32 instead of fp16,"
+                " or look at these examples"
+            )
+        self._first_bad, self._batches = {}, {}
+        return {name: sum(row[index] for row in gathered) for index, name in enumerate(sums)}

@@ -1,0 +1,1 @@
+"""Where the teacher's last hidden states come from."""

@@ -1,0 +1,98 @@
+"""Loads the teacher, and answers for its last hidden states. Its dtype and quantization are decided here only."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models import LMHead, backbone, input_embedding, lm_head
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Teacher:
+    """
+    A frozen model as a source of last hidden states.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Set to eval mode, its parameters frozen.
+
+    Attributes:
+        head ([`~hf_dskd.models.LMHead`]): To logits, dequantised.
+        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        model.eval()
+        model.requires_grad_(False)
+        self.model = model
+        self.head: LMHead = lm_head(model)
+        self.embedding: Tensor = input_embedding(model)
+        self._backbone = backbone(model)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden state `[B, T, d_t]`. No layer but the last is kept, and no logits are computed."""
+        with torch.no_grad():
+            return self._backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
+def four_bit_config(compute_dtype: torch.dtype) -> Any:
+    """NF4 with double quantization, computing in `compute_dtype`; a [`UserError`] where bitsandbytes can't run it."""
+    check_four_bit()
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def check_four_bit() -> None:
+    """Raises a [`UserError`] where bitsandbytes can't run 4-bit models."""
+    remedy = "use load_teacher_in_4bit=False (the teacher then loads in the training precision)"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"load_teacher_in_4bit=True needs bitsandbytes: pip install bitsandbytes, or {remedy}")
+    if torch.backends.mps.is_available():
+        raise UserError(f"load_teacher_in_4bit=True: bitsandbytes runs NF4 on CUDA, XPU and CPU, not on MPS; {remedy}")
+
+
+def check_four_bit_shapes(config: PretrainedConfig, name: str) -> None:
+    """
+    Raises a [`UserError`] for a model that NF4 on a CPU would crash on.
+
+    On CPUs with AVX512 bitsandbytes ends the process at a linear layer whose sizes are no multiples of 64.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not output:
+            if module.in_features % 64 or module.out_features % 64:
+                raise UserError(
+                    f"teacher {name!r} can't run in 4 bits on a CPU: {path} is {module.in_features} x"
+                    f" {module.out_features} and both must be multiples of 64; use load_teacher_in_4bit=False"
+                )
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype, quantization_config: Any = None, **options: Any) -> Any:
+    """
+    `AutoModelForCausalLM.from_pretrained` on this process's own device where the model is quantized.
+
+    `device_map="auto"` would spread one rank's model over the other ranks' devices.
+    """
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    if quantization_config is not None:
+        options = {"quantization_config": quantization_config, "device_map": {"": PartialState().device}, **options}
+    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": dtype, **options})

@@ -1,0 +1,701 @@
+"""When things happen: steps, optimizers, checkpoints, ranks, logs. What is computed is in `objective`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import checkpoint as checkpoint_files
+from .adversary import Adversary, clip, reduce_over_ranks
+from .checks import check_eos, check_launch, check_output_dir, check_pair, check_peft
+from .config import DSKDConfig
+from .data.collator import DualCollator
+from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
+from .errors import UserError
+from .losses.dual_space import ResponseStates, published_states, response_states, token_cross_entropy
+from .losses.key_query import Discriminator
+from .models import (
+    LastHiddenState,
+    check_config,
+    check_head,
+    check_vocabulary,
+    hidden_size,
+    input_embedding,
+    lm_head,
+)
+from .objective import Terms, distillation_terms, student_terms, total_loss
+from .projectors import Projectors
+from .running_log import RunningLog
+from .teacher.load import Teacher, check_four_bit, check_four_bit_shapes, four_bit_config, load_causal_lm
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
+    from transformers import EvalPrediction
+    from transformers.trainer_utils import EvalLoopOutput
+
+logger = logging.getLogger(__name__)
+
+
+class _StepCallback(TrainerCallback):
+    """Trainer's hooks around its own optimizer step, where the projectors' gradients and the discriminator belong."""
+
+    def __init__(self, trainer: DSKDTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._before_optimizer_step()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer zeroes the gradients of the student only.
+        for parameter in self.trainer._projector_parameters():
+            parameter.grad = None
+
+
+class DSKDTrainer(Trainer):
+    """
+    Distils a large language model into a small one whose tokenizer is different.
+
+    A [`~transformers.Trainer`] whose loss compares student and teacher in both hidden spaces, aligned by cross-model
+    attention (DSKD-CMA, arXiv 2406.17328), with queries matched to keys by a discriminator that has an optimizer of
+    its own (DSKD-CMA-GA, arXiv 2603.22056).
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student: a name or folder, or a loaded causal language model.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher. Not needed for `method="sft"`.
+        args ([`DSKDConfig`], *optional*): Every setting. `None` is `DSKDConfig("dskd_output")`.
+        data_collator (`Callable`, *optional*): Defaults to [`DualCollator`].
+        train_dataset ([`~datasets.Dataset`], *optional*), eval_dataset (same or `dict` of such, *optional*):
+            With columns `prompt`/`completion`, `messages`, `instruction`(`/input`)`/output`, the columns named in
+            `args`, or already tokenized by [`tokenize_dataset`].
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's tokenizer.
+        compute_metrics (`Callable`, *optional*): As in [`~transformers.Trainer`]; receives the student's logits.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*): As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*):
+            Optimizer and schedule of the student. The projectors join the optimizer as a group of their own.
+        peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter instead of the whole student.
+        quantization_config, teacher_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            For a student or teacher given by name.
+
+    Attributes:
+        teacher ([`~hf_dskd.teacher.load.Teacher`] or `None`)
+        projectors ([`~hf_dskd.projectors.Projectors`] or `None`): float32, outside the student.
+        adversary ([`~hf_dskd.adversary.Adversary`] or `None`): The discriminator with its optimizer.
+        tokenization_reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
+
+    Raises:
+        UserError: For input that can't work, before models are loaded.
+        NonFiniteLossError: When a loss term becomes NaN or infinite.
+
+    Example:
+
+    ```python
+    trainer = DSKDTrainer(
+        model="openai-community/gpt2",
+        teacher_model="Qwen/Qwen1.5-1.8B",
+        args=DSKDConfig("gpt2-distilled", method="dskd_cma_ga"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["hf_dskd", "distillation"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        teacher_model: str | PreTrainedModel | nn.Module | None = None,
+        args: DSKDConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        teacher_quantization_config: Any = None,
+    ):
+        if args is None:
+            args = DSKDConfig("dskd_output")
+        row = args.method_row
+
+        # What can be refused is refused first; models are loaded last.
+        check_launch(args)
+        check_pair(args, model, teacher_model)
+        check_output_dir(str(args.output_dir))
+        for name, quantization, given in (
+            ("quantization_config", quantization_config, model),
+            ("teacher_quantization_config", teacher_quantization_config, teacher_model),
+        ):
+            if quantization is not None and not isinstance(given, str):
+                raise UserError(f"{name} needs its model as a name: a loaded model can't be quantized")
+        if args.load_teacher_in_4bit and teacher_quantization_config is not None:
+            raise UserError("load_teacher_in_4bit=True and teacher_quantization_config: pass only one of them")
+        if args.load_teacher_in_4bit and not isinstance(teacher_model, str):
+            raise UserError(
+                "load_teacher_in_4bit=True needs teacher_model as a name: a loaded model can't be quantized"
+            )
+        if row.needs_teacher and optimizers[1] is not None:
+            raise UserError(
+                "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
+                " pass (optimizer, None) and set lr_scheduler_type"
+            )
+        student_name, student_config = _name_and_config(model, args.model_init_kwargs)
+        check_config(student_config, student_name, "the student")
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(student_name)
+        self._check_tokenizer(tokenizer, model, student_config, "student")
+        teacher_tokenizer = teacher_processing_class
+        teacher_name = None
+        if teacher_model is not None:
+            teacher_name, teacher_config = _name_and_config(teacher_model, args.teacher_model_init_kwargs)
+            check_config(teacher_config, teacher_name, "the teacher")
+            teacher_tokenizer = teacher_tokenizer or AutoTokenizer.from_pretrained(teacher_name)
+            self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher")
+        if args.load_teacher_in_4bit:
+            check_four_bit()
+            if args.device.type == "cpu":
+                check_four_bit_shapes(teacher_config, str(teacher_name))
+        if peft_config is not None:
+            check_peft(peft_config, student_config)
+
+        self.tokenization_reports: dict[str, TokenizationReport] = {}
+        self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports)
+        with args.main_process_first(desc="tokenization"):
+            train_dataset = self._tokenize(train_dataset, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: self._tokenize(split, f"eval_{name}") for name, split in eval_dataset.items()}
+            else:
+                eval_dataset = self._tokenize(eval_dataset, "eval")
+
+        # Trainer seeds in its own __init__, which is after an adapter has been initialised.
+        set_seed(args.seed)
+        training_dtype = getattr(torch, args.training_dtype)
+        student: Any = model
+        if isinstance(model, str):
+            student = load_causal_lm(
+                model,
+                dtype=torch.float32,
+                quantization_config=quantization_config,
+                **(args.model_init_kwargs or {}),  # type: ignore[arg-type]
+            )
+        if peft_config is not None:
+            student = _wrap_with_adapter(student, peft_config, args)
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+        self.teacher: Teacher | None = None
+        if row.needs_teacher:
+            if isinstance(teacher_model, str):
+                if args.load_teacher_in_4bit:
+                    teacher_quantization_config = four_bit_config(training_dtype)
+                teacher_dtype = training_dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+                teacher_model = load_causal_lm(
+                    teacher_model,
+                    dtype=teacher_dtype,
+                    quantization_config=teacher_quantization_config,
+                    **(args.teacher_model_init_kwargs or {}),  # type: ignore[arg-type]
+                )
+            if getattr(teacher_model, "hf_device_map", None) is None:
+                teacher_model.to(args.device)  # type: ignore[union-attr]
+            self.teacher = Teacher(teacher_model)  # type: ignore[arg-type]
+            check_head(self.teacher.model, self.teacher.head, "teacher")
+        check_head(student, lm_head(student), "student")
+
+        if data_collator is None:
+            data_collator = DualCollator(
+                student_pad_token_id=tokenizer.pad_token_id,
+                teacher_pad_token_id=None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id,
+                # The released code pads every batch to the full length, and its losses depend on it. The last
+                # position has no next token, hence one more.
+                pad_to_length=args.max_length + 1 if args.as_published else None,
+            )
+        self._last_hidden_state = LastHiddenState(student)
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.args: DSKDConfig
+        self.model: nn.Module
+        # compute_loss divides by the tokens of the global batch itself. The first name is read by transformers from
+        # 5.19 on, the second before.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.teacher_processing_class = teacher_tokenizer
+
+        device = self.accelerator.device
+        self.projectors: Projectors | None = None
+        self.adversary: Adversary | None = None
+        if self.teacher is not None:
+            sizes = hidden_size(student_config), hidden_size(self.teacher.model.config)
+            self.projectors = Projectors(*sizes, seed=args.seed).to(device)
+        if row.matching == "gan":
+            discriminator = Discriminator(
+                2 * sizes[1], args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1
+            )
+            self.adversary = Adversary(discriminator.to(device), args)
+        # What must agree for a checkpoint to be resumed from.
+        self._facts = {
+            "method": args.method,
+            "as_published": args.as_published,
+            "student": _short_name(student_name),
+            "teacher": _short_name(teacher_name) if row.needs_teacher else None,
+            "student_hidden_size": hidden_size(student_config),
+            "teacher_hidden_size": sizes[1] if self.teacher is not None else None,
+            "adapter": hasattr(student, "peft_config"),
+        }
+        self._running = RunningLog(device)
+        self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
+        self._draws = 0  # dropout masks that the discriminator has drawn in this step
+        self._evaluated: list[Tensor] = []
+        self._staging: Path | None = None
+        self._deferred_push: str | None = None
+        self.add_callback(_StepCallback(self))
+
+    # ---- Data
+
+    @staticmethod
+    def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, config: Any, role: str) -> None:
+        check_eos(tokenizer, role)
+        said = set_pad_token(tokenizer, role)
+        if said:
+            logger.warning(said)
+        rows = config.get_text_config().vocab_size
+        if not isinstance(model, str):
+            rows = model.get_input_embeddings().weight.shape[0]
+        check_vocabulary(tokenizer, rows, role)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenize(eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Response tokens of the global batch: all micro-batches of the optimizer step, all ranks, both tokenizers."""
+        if not batch_samples:
+            return None
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
+            if self.teacher is not None:
+                counts[1] += (batch["teacher_labels"][:, 1:] != -100).sum().to(device)
+        self._items = self.accelerator.reduce(counts, reduction="sum")
+        self._draws = 0
+        return self._items[0]
+
+    # ---- Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """
+        The method's loss on one micro-batch, divided by the response tokens of the global batch.
+
+        With `return_outputs` also `{"logits": [B, S, V_s]}`, the student's.
+        """
+        hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
+        with self.accelerator.autocast():
+            student, terms = self._terms(hidden, inputs, model.training)
+            outputs = {"logits": lm_head(self.model)(hidden)} if return_outputs else None
+
+        if num_items_in_batch is None:
+            counts = (
+                terms.student_tokens,
+                terms.student_tokens if terms.teacher_tokens is None else terms.teacher_tokens,
+            )
+            loss = total_loss(self.args, terms, counts[0].sum(), counts[1].sum())
+        else:
+            assert self._items is not None
+            # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.
+            loss = total_loss(self.args, terms, self._items[0], self._items[1]) * self.accelerator.num_processes
+
+        if model.training:
+            self._running.watch(self.state.global_step, inputs.get("example_ids"), {**terms.student, **terms.teacher})
+            self._running.add(
+                student_tokens=terms.student_tokens.sum(),
+                **{name: value.sum() for name, value in (terms.student | terms.teacher).items()},
+            )
+            if terms.teacher_tokens is not None:
+                self._running.add(teacher_tokens=terms.teacher_tokens.sum())
+            if self.adversary is not None and terms.queries is not None and terms.keys is not None:
+                self.adversary.keep(terms.queries, terms.keys)
+        else:
+            self._note_evaluated(student, terms, hidden, inputs)
+        return (loss, outputs) if outputs is not None else loss
+
+    def _terms(self, hidden: Tensor, inputs: dict[str, Any], training: bool) -> tuple[ResponseStates, Terms]:
+        student_head = lm_head(self.model)
+        student = self._states(hidden, inputs["input_ids"], inputs["labels"], input_embedding(self.model))
+        if self.teacher is None or self.projectors is None:
+            return student, student_terms(student, student_head(student.packed(student.hidden)))
+        teacher = self._states(
+            self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"]).to(hidden.device),
+            inputs["teacher_input_ids"],
+            inputs["teacher_labels"],
+            self.teacher.embedding,
+        )
+        discriminator = None if self.adversary is None else self.adversary.discriminator.train(training)
+        return student, distillation_terms(
+            self.args,
+            student,
+            teacher,
+            student_head,
+            self.teacher.head,
+            self.projectors,
+            discriminator,
+            self._dropout_source() if training and discriminator is not None else None,
+        )
+
+    def _states(self, hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding: Tensor) -> ResponseStates:
+        if self.args.as_published:
+            return published_states(hidden[:, :-1], input_ids[:, :-1], labels[:, 1:], embedding)
+        return response_states(hidden, input_ids, labels, embedding)
+
+    def _dropout_source(self) -> torch.Generator:
+        """
+        Random numbers for the discriminator's dropout, a function of seed, step, draw and rank alone.
+
+        So they are the same after a resume, and the student's own dropout is the same with and without matching.
+        """
+        self._draws += 1
+        step = self.state.global_step * 100_003 + self._draws
+        seed = (self.args.seed + 1) * 1_000_003 + step * 131 + self.args.process_index
+        return torch.Generator(device=self.accelerator.device).manual_seed(seed % 2**63)
+
+    # ---- Optimizers
+
+    def _projector_parameters(self) -> list[nn.Parameter]:
+        return [] if self.projectors is None else list(self.projectors.parameters())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The student's optimizer, with the projectors as one more group at their own learning rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        projectors = self._projector_parameters()
+        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if projectors and id(projectors[0]) not in present:
+            optimizer.add_param_group(
+                {
+                    "params": projectors,
+                    "lr": self.args.projector_learning_rate,
+                    "weight_decay": self.args.weight_decay,
+                }
+            )
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The student's schedule; the discriminator's optimizer and schedule are made at the same moment."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # This is after the accelerator let go of its memory and before a checkpoint is loaded.
+        if self.adversary is not None and not self.args.as_published:
+            self.adversary.create_optimizer(num_training_steps)
+        return scheduler
+
+    def _before_optimizer_step(self) -> None:
+        projectors = self._projector_parameters()
+        if projectors:
+            reduce_over_ranks(projectors, self.accelerator, "mean")
+            norm = clip(projectors, self.args.max_grad_norm)
+            self._running.add(projector_grad_norm=norm, ranked_steps=1.0)
+        if self.adversary is not None and not self.args.as_published:
+            assert self._items is not None
+            report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_source())
+            self._running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
+
+    # ---- Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds every loss term, norms, learning rates, accuracies and speed to what Trainer logs while training."""
+        if "loss" in logs:
+            logs.update(self._running.drain(self.accelerator))
+            if self.projectors is not None and self.lr_scheduler is not None:
+                logs["projector_learning_rate"] = float(self.lr_scheduler.get_last_lr()[-1])
+            if self.adversary is not None and self.adversary.scheduler is not None:
+                logs["discriminator_learning_rate"] = self.adversary.learning_rate
+        super().log(logs, start_time)
+
+    # ---- Evaluation
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, and logits `[B, S, V_s]` with labels `[B, S]` where they are asked for."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            result = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+        if isinstance(result, tuple):
+            return result[0].detach(), result[1]["logits"].float(), inputs["labels"]
+        return result.detach(), None, None
+
+    def _note_evaluated(self, student: ResponseStates, terms: Terms, hidden: Tensor, inputs: dict[str, Any]) -> None:
+        """One row of sums per example: exact means need neither equal batches nor equal ranks."""
+        if "example_ids" not in inputs or self.args.as_published:
+            return
+        rows = token_cross_entropy(student, lm_head(self.model)(student.packed(student.hidden)))
+        ends = inputs["byte_ends"]
+        # The end-of-sequence token covers no byte: it is no text, and each tokenizer has its own.
+        covers_text = ends[:, 1:] > ends[:, :-1].clamp_min(0)
+        text = student.per_example(rows * covers_text[inputs["labels"][:, 1:] != -100])
+        zeros = torch.zeros_like(text)
+        columns = [inputs["example_ids"], terms.student_tokens, zeros, inputs["response_bytes"], text]
+        if terms.teacher_tokens is not None:
+            columns[2] = terms.teacher_tokens
+        columns += [value for _, value in sorted({**terms.student, **terms.teacher}.items())]
+        self._evaluated_names = sorted({**terms.student, **terms.teacher})
+        self._evaluated.append(torch.stack([column.detach().double() for column in columns], dim=1))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """
+        As in [`~transformers.Trainer`], with exact means: each term per response token over the whole dataset.
+
+        Adds `{prefix}_ce_loss` and the other terms, and `{prefix}_bits_per_byte`: bits that the student spends on
+        the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers.
+        """
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        metrics = self._exact_metrics()
+        output = output._replace(
+            metrics={**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in metrics.items()}}
+        )
+        self._running.restart_clock()
+        return output
+
+    def _exact_metrics(self) -> dict[str, float]:
+        if not self._evaluated:
+            return {}
+        rows = torch.cat(self._evaluated)
+        self._evaluated = []
+        if self.accelerator.num_processes > 1:
+            rows = self.accelerator.pad_across_processes(rows, dim=0, pad_index=-1)
+            rows = self.accelerator.gather(rows)
+        # Ranks fill their last batch with examples that were already seen.
+        unique = {int(row[0]): row for row in rows.cpu() if row[0] >= 0}
+        sums = torch.stack(list(unique.values())).sum(0).tolist()
+        _, student_tokens, teacher_tokens, response_bytes, text, *values = sums
+        totals = dict(zip(self._evaluated_names, values))
+        teacher_names = {"s2t_kd", "s2t_agree"}
+        tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in totals.items()}
+        terms = Terms(
+            student={name: value for name, value in tensors.items() if name not in teacher_names},
+            teacher={name: value for name, value in tensors.items() if name in teacher_names},
+            student_tokens=torch.tensor([student_tokens]),
+        )
+        metrics = {"loss": float(total_loss(self.args, terms, student_tokens, teacher_tokens))}
+        shown = {
+            "ce": "ce_loss",
+            "correct": "token_accuracy",
+            "t2s_ce": "t2s_ce_loss",
+            "t2s_kd": "t2s_kd_loss",
+            "s2t_kd": "s2t_kd_loss",
+            "kq": "kq_loss",
+            "t2s_correct": "t2s_accuracy",
+            "s2t_agree": "s2t_agreement",
+        }
+        for name, value in totals.items():
+            metrics[shown[name]] = value / (teacher_tokens if name in teacher_names else student_tokens)
+        metrics["bits_per_byte"] = text / math.log(2) / response_bytes
+        return metrics
+
+    # ---- Checkpoints
+
+    def _auxiliary_modules(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = {}
+        if self.projectors is not None:
+            modules["projectors"] = self.projectors
+        if self.adversary is not None:
+            modules["discriminator"] = self.adversary.discriminator
+        return modules
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in [`~transformers.Trainer`]; a checkpoint of another run is refused before anything is touched."""
+        if self.train_dataset is None:
+            raise UserError("train_dataset=None: pass the examples to train on")
+        if resume_from_checkpoint is True:
+            found = get_last_checkpoint(self.args.output_dir)
+            if found is None:
+                raise UserError(
+                    f"resume_from_checkpoint=True: {self.args.output_dir!r} has no checkpoint; start without it"
+                )
+            resume_from_checkpoint = found
+        if resume_from_checkpoint:
+            checkpoint_files.check_checkpoint(str(resume_from_checkpoint), self._facts)
+        self._running = RunningLog(self.accelerator.device)
+        if self.adversary is not None:
+            self.adversary.forget()
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._running.check(self.accelerator)
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = output_dir if output_dir is not None else self.args.output_dir
+            checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), self._facts)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.adversary is not None and self.adversary.optimizer is not None and self.args.should_save:
+            path = os.path.join(output_dir, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
+            torch.save(self.adversary.state_dict(), path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        checkpoint_files.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.adversary is not None and self.adversary.optimizer is not None:
+            path = os.path.join(checkpoint, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self.adversary.load_state_dict(state)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        checkpoint_files.load_auxiliary(str(self.state.best_model_checkpoint), self._auxiliary_modules())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._deferred_push = checkpoint_folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes beside and renames, so that a full disk or a kill never leaves half a checkpoint under its name."""
+        self._running.check(self.accelerator)
+        run_dir = Path(super()._get_output_dir(trial))
+        staging = run_dir / checkpoint_files.STAGING_NAME
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._finish_checkpoint(staging / name, run_dir / name)
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            last = checkpoint_files.checkpoints(run_dir)
+            kept = f"the last good one is {last[-1]}" if last else "there is no earlier one"
+            raise UserError(
+                f"{name} could not be saved ({type(error).__name__}: {error}); {kept}: free space or choose another"
+                " output_dir, then go on with resume_from_checkpoint"
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
+        if self.args.should_save:
+            checkpoint_files.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self._deferred_push is not None:
+            self._deferred_push = None
+            super()._push_from_checkpoint(str(run_dir / name))
+        self._running.restart_clock()
+
+    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staged.parent:
+            # The state was written while the checkpoint still had its temporary place.
+            self.state.best_model_checkpoint = str(final.parent / Path(best).name)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        checkpoint_files.publish(staged, final)
+        shutil.rmtree(staged.parent)
+
+
+class _Tokenize:
+    """Tokenizes a dataset for both models unless that has been done, and keeps what was cut or skipped."""
+
+    def __init__(self, student: Any, teacher: Any, args: DSKDConfig, reports: dict[str, TokenizationReport]):
+        self.student, self.teacher, self.args, self.reports = student, teacher, args, reports
+
+    def __call__(self, dataset: Any, split: str) -> Any:
+        columns = getattr(dataset, "column_names", None) or []
+        if dataset is None or "prompt_length" in columns:
+            return dataset
+        dataset, report = tokenize_dataset(
+            dataset,
+            self.student,
+            self.teacher,
+            max_length=self.args.max_length,
+            prompt_style=self.args.prompt_style,
+            prompt_column=self.args.prompt_column,
+            response_column=self.args.response_column,
+            skip_long_prompts=self.args.skip_long_prompts,
+            num_proc=self.args.dataset_num_proc,
+            description=split,
+        )
+        if report is not None:
+            self.reports[split] = report
+            changed = report.kept < report.rows or report.cut
+            logger.log(logging.WARNING if changed else logging.INFO, "%s: %s", split, report)
+        return dataset
+
+
+def _name_and_config(model: Any, init_kwargs: Any) -> tuple[str, Any]:
+    if isinstance(model, str):
+        known = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
+        return model, AutoConfig.from_pretrained(model, **known)
+    return model.name_or_path, model.config
+
+
+def _short_name(name: str | None) -> str | None:
+    """A model's name without the folder it happens to lie in: a run may move to another machine."""
+    return name if name is None or not os.path.isdir(name) else Path(name).resolve().name
+
+
+def _wrap_with_adapter(model: Any, peft_config: Any, args: DSKDConfig) -> Any:
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise UserError("peft_config and a model that already has an adapter: pass only one of them")
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from hf_dskd.data.collator import DualCollator
+
+
+ROWS = [
+    {
+        "input_ids": [5, 6, 7, 8, 2],
+        "prompt_length": 2,
+        "byte_ends": [3, 9, 9],
+        "teacher_input_ids": [1, 40, 41, 3],
+        "teacher_prompt_length": 2,
+        "teacher_byte_ends": [9, 9],
+        "response_bytes": 9,
+        "example_id": 11,
+        "cut": False,
+    },
+    {
+        "input_ids": [9, 10],
+        "prompt_length": 1,
+        "byte_ends": [4],
+        "teacher_input_ids": [1, 42, 43, 44, 45, 46, 47],
+        "teacher_prompt_length": 3,
+        "teacher_byte_ends": [1, 2, 3, 4],
+        "response_bytes": 4,
+        "example_id": 3,
+        "cut": True,
+    },
+]
+
+
+def test_batch():
+    # The student's padding token is its end-of-sequence token.
+    batch = DualCollator(student_pad_token_id=2, teacher_pad_token_id=0)(ROWS)
+    expected = {
+        "input_ids": [[5, 6, 7, 8, 2], [9, 10, 2, 2, 2]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
+        "labels": [[-100, -100, 7, 8, 2], [-100, 10, -100, -100, -100]],
+        "byte_ends": [[-1, -1, 3, 9, 9], [-1, 4, -1, -1, -1]],
+        "teacher_input_ids": [[1, 40, 41, 3, 0, 0, 0], [1, 42, 43, 44, 45, 46, 47]],
+        "teacher_attention_mask": [[1, 1, 1, 1, 0, 0, 0], [1] * 7],
+        "teacher_labels": [[-100, -100, 41, 3, -100, -100, -100], [-100, -100, -100, 44, 45, 46, 47]],
+        "teacher_byte_ends": [[-1, -1, 9, 9, -1, -1, -1], [-1, -1, -1, 1, 2, 3, 4]],
+        "example_ids": [11, 3],
+        "response_bytes": [9, 4],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_without_teacher():
+    rows = [{name: value for name, value in row.items() if not name.startswith("teacher_")} for row in ROWS]
+    batch = DualCollator(student_pad_token_id=2)(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "example_ids", "response_bytes"}
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ({"pad_to_multiple_of": 4}, (8, 8)),
+        ({"pad_to_multiple_of": 5}, (5, 10)),
+        ({"pad_to_length": 16}, (16, 16)),
+        ({"pad_to_length": 6}, (6, 7)),
+        ({"pad_to_length": 9, "pad_to_multiple_of": 8}, (16, 16)),
+    ],
+)
+def test_padded_lengths(options, lengths):
+    batch = DualCollator(2, 0, **options)(ROWS)
+    for prefix, length in zip(("", "teacher_"), lengths):
+        for name in ("input_ids", "attention_mask", "labels", "byte_ends"):
+            assert batch[prefix + name].shape == (2, length)
+        assert batch[f"{prefix}attention_mask"].sum() == sum(len(row[f"{prefix}input_ids"]) for row in ROWS)
+        assert (batch[f"{prefix}labels"] != -100).sum() == sum(len(row[f"{prefix}byte_ends"]) for row in ROWS)
+
+
+def test_single_row_and_tensors():
+    row = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in ROWS[0].items()}
+    batch = DualCollator(2, 0)([row])
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, 2]]

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+
+from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
+
+
+def plain(name, z, v, skew=0.1, alpha=0.5):
+    """One row in float64 from probabilities alone. z [V] student logits, v [V] teacher logits."""
+    q, p = torch.softmax(z, 0), torch.softmax(v, 0)
+    kl = lambda a, b: (a * (a / b).log()).sum()  # noqa: E731
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "js":
+        return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+    if name == "skewed_forward_kl":
+        return kl(p, skew * p + (1 - skew) * q)
+    if name == "skewed_reverse_kl":
+        return kl(q, (1 - skew) * p + skew * q)
+    order = p.argsort()
+    tail, mass = [], 0.0
+    for i in order.tolist():
+        mass += p[i].item()
+        if mass < alpha:
+            tail.append(i)
+    gap = (p - q).abs().detach()
+    tail_gap = gap[tail].sum()
+    w = 1 - tail_gap / gap.sum()
+    return w * kl(p, q) + (1 - w) * kl(q, p)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_value_and_gradient_match_the_plain_formula(name, dtype, tolerance):
+    torch.manual_seed(0)
+    z, v = torch.randn(5, 37, dtype=torch.float64) * 3, torch.randn(5, 37, dtype=torch.float64) * 3
+    reference_z, reference_v = z.clone().requires_grad_(), v.clone().requires_grad_()
+    reference = torch.stack([plain(name, a, b) for a, b in zip(reference_z, reference_v)])
+    reference.sum().backward()
+    ours_z, ours_v = z.to(dtype).requires_grad_(), v.to(dtype).requires_grad_()
+    ours = divergence_function(name)(ours_z, ours_v)
+    ours.sum().backward()
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours_z.grad.double(), reference_z.grad, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours_v.grad.double(), reference_v.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_zero_between_equals_and_finite_at_extremes(name):
+    z = torch.tensor([[40.0, -200.0, 3.0, 0.0]], requires_grad=True)
+    divergence = divergence_function(name)
+    assert divergence(z, z.detach()).abs().item() < 1e-6
+    # Two distributions that are each certain of another token, in bf16 as well.
+    for dtype in (torch.float32, torch.bfloat16):
+        value = divergence(z.to(dtype), torch.tensor([[-200.0, 40.0, 0.0, 3.0]], dtype=dtype))
+        assert value.dtype == torch.float32 and torch.isfinite(value).all()
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+        assert torch.isfinite(gradient).all()
+
+
+def test_js_is_bounded_and_symmetric():
+    a, b = torch.randn(4, 9) * 20, torch.randn(4, 9) * 20
+    js = divergence_function("js")
+    torch.testing.assert_close(js(a, b), js(b, a))
+    assert (js(a, b) <= math.log(2) + 1e-6).all()
+
+
+def test_parameters_are_used():
+    a, b = torch.randn(4, 9), torch.randn(4, 9)
+    for name in ("skewed_forward_kl", "skewed_reverse_kl"):
+        assert not torch.allclose(divergence_function(name, skew_lambda=0.5)(a, b), divergence_function(name)(a, b))
+    sharp = divergence_function("adaptive_kl", adaptive_kl_alpha=0.9)(a, b)
+    assert not torch.allclose(sharp, divergence_function("adaptive_kl")(a, b))

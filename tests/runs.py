@@ -1,0 +1,78 @@
+"""Short runs on tiny models, for tests of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+from hf_dskd import DSKDConfig, DSKDTrainer
+
+
+METHODS = ["sft", "dskd_cma", "dskd_cma_ga"]
+
+_STUDENT_TOKENIZER = tiny.byte_level_tokenizer()
+_TEACHER_TOKENIZER = tiny.sentencepiece_tokenizer()
+
+
+def config(folder: Path | str, **settings: Any) -> DSKDConfig:
+    defaults = dict(
+        method="dskd_cma_ga",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        max_length=256,
+        discriminator_dropout=0.0,
+        discriminator_hidden_size=32,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
+    return DSKDConfig(str(folder), **{**defaults, **settings})
+
+
+def trainer(folder: Path | str, *, student=None, teacher=None, rows: int = 16, **settings: Any) -> DSKDTrainer:
+    """A trainer of a tiny GPT-2 from a tiny Qwen2; `settings` go to the config, or to the trainer if it knows them."""
+    of_trainer = ("peft_config", "callbacks", "compute_metrics", "data_collator", "optimizers", "eval_dataset")
+    of_trainer += ("train_dataset", "processing_class", "teacher_processing_class")
+    options = {name: settings.pop(name) for name in of_trainer if name in settings}
+    return DSKDTrainer(
+        student if student is not None else tiny.gpt2(len(_STUDENT_TOKENIZER)),
+        teacher if teacher is not None else tiny.qwen2(len(_TEACHER_TOKENIZER)),
+        config(folder, **settings),
+        **{
+            "train_dataset": tiny.dataset(rows),
+            "processing_class": _STUDENT_TOKENIZER,
+            "teacher_processing_class": _TEACHER_TOKENIZER,
+            **options,
+        },
+    )
+
+
+def history(run: DSKDTrainer, *names: str) -> list[tuple[float, ...]]:
+    """The named values of every training log."""
+    return [tuple(log[name] for name in names) for log in run.state.log_history if "loss" in log]
+
+
+def weights(run: DSKDTrainer) -> dict[str, torch.Tensor]:
+    """Every trained tensor of a run, by where it lives."""
+    parts = {"student": run.model, "projectors": run.projectors}
+    if run.adversary is not None:
+        parts["discriminator"] = run.adversary.discriminator
+    return {
+        f"{part}.{name}": parameter.detach().clone()
+        for part, module in parts.items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+    }
+
+
+def first_batch(run: DSKDTrainer, rows: int = 4) -> dict[str, torch.Tensor]:
+    return run.data_collator([run.train_dataset[i] for i in range(rows)])

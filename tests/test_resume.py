@@ -1,0 +1,115 @@
+"""A run that stops after any step and goes on ends where an uninterrupted one ends, to the last bit."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import runs
+import tiny
+import torch
+from peft import LoraConfig
+
+
+STEPS = 5
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+
+
+def make(folder, adapter, method="dskd_cma_ga", **settings):
+    return runs.trainer(
+        folder,
+        student=tiny.gpt2(len(runs._STUDENT_TOKENIZER), dropout=0.1),
+        peft_config=LORA if adapter else None,
+        method=method,
+        rows=12,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,  # three steps an epoch: the run crosses one
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=1,
+        lr_scheduler_type="cosine",
+        discriminator_lr_scheduler_type="linear",
+        discriminator_dropout=0.2,
+        discriminator_steps=2,
+        **settings,
+    )
+
+
+def state(run):
+    tensors = runs.weights(run)
+    optimizers = {"main": run.optimizer}
+    if run.adversary is not None:
+        optimizers["discriminator"] = run.adversary.optimizer
+    for name, optimizer in optimizers.items():
+        for key, values in optimizer.state_dict()["state"].items():
+            for part, value in values.items():
+                tensors[f"{name}.{key}.{part}"] = torch.as_tensor(value).clone()
+    return tensors
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different, different[:5]
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("method", ["sft", "dskd_cma_ga"])
+def test_resume_is_bit_exact_after_every_step(adapter, method, tmp_path):
+    whole = make(tmp_path / "whole", adapter, method)
+    whole.train()
+    expected = state(whole)
+    for step in range(1, STEPS):
+        resumed = make(
+            tmp_path / "resumed", adapter, method
+        )
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(expected, state(resumed))
+        assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+        if whole.adversary is not None:
+            assert resumed.adversary.scheduler.state_dict() == whole.adversary.scheduler.state_dict()
+
+
+def test_killed_process_resumes_bit_exactly(tmp_path):
+    """SIGKILL in the middle of the run, as a preempted machine would."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, os, signal\n"
+        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
+        "import test_resume\n"
+        "from transformers import TrainerCallback\n"
+        "class Kill(TrainerCallback):\n"
+        "    def on_substep_end(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 3:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "test_resume.make(sys.argv[1], False, callbacks=[Kill()]).train()\n"
+    )
+    killed = subprocess.run([sys.executable, str(script), str(tmp_path / "run")], capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    resumed = make(tmp_path / "run", False)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make(tmp_path / "whole", False)
+    whole.train()
+    assert_same(state(whole), state(resumed))
+
+
+def test_half_written_checkpoint_is_not_taken_for_one(tmp_path):
+    run = make(tmp_path, False)
+    run.train()
+    staging = tmp_path / ".incomplete" / f"checkpoint-{STEPS + 1}"
+    staging.mkdir(parents=True)
+    (staging / "trainer_state.json").write_text("{}")
+    again = make(tmp_path, False)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == STEPS
+
+
+def test_scaler_state_is_restored(tmp_path):
+    """fp16 runs keep their loss scale; the scaler is Trainer's to save, ours not to disturb."""
+    run = make(tmp_path, False)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    run._save_scaler(str(tmp_path))
+    other = make(tmp_path, False)
+    other.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    other._load_scaler(str(tmp_path))
+    assert other.accelerator.scaler.state_dict()["scale"] == 512.0

@@ -1,0 +1,474 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import runs
+import tiny
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_dskd import DSKDTrainer, NonFiniteLossError
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+
+
+# ---- Two optimizers
+
+
+def test_discriminator_gets_no_gradient_from_the_students_backward(tmp_path):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            seen.append([p.grad for p in run.adversary.discriminator.parameters()])
+
+    run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2, callbacks=[Look()])
+    loss = run.training_step(run.model, runs.first_batch(run), run._get_num_items_in_batch([runs.first_batch(run)], "cpu"))
+    assert torch.isfinite(loss)
+    assert all(p.grad is None for p in run.adversary.discriminator.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in run.projectors.query.parameters())
+    run.adversary.forget()
+    run.train()
+    assert seen and all(gradient is None for gradients in seen for gradient in gradients)
+
+
+def test_discriminator_learns_on_fixed_features(tmp_path):
+    run = runs.trainer(tmp_path, discriminator_learning_rate=1e-2)
+    run.create_optimizer()
+    run.create_scheduler(10)
+    before = runs.weights(run)
+    queries, keys = torch.randn(20, 256) + 0.5, torch.randn(24, 256)
+    losses = []
+    for _ in range(10):
+        run.adversary.keep(queries, keys)
+        report = run.adversary.update(torch.tensor(20), torch.tensor(24), run.accelerator)
+        losses.append((report["discriminator_query_loss"] / 20 + report["discriminator_key_loss"] / 24).item())
+    assert losses[-1] < 0.8 * losses[0]
+    after = runs.weights(run)
+    for name in after:
+        assert torch.equal(before[name], after[name]) == (not name.startswith("discriminator")), name
+
+
+@pytest.mark.parametrize("as_published", [False, True])
+def test_discriminator_moves_in_training_unless_as_published(as_published, tmp_path):
+    run = runs.trainer(tmp_path, as_published=as_published, max_length=128)
+    before = runs.weights(run)
+    run.train()
+    after = runs.weights(run)
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {"student", "projectors"} | (set() if as_published else {"discriminator"})
+
+
+def test_learning_rates_are_separate(tmp_path):
+    run = runs.trainer(
+        tmp_path,
+        learning_rate=1e-3,
+        projector_learning_rate=5e-3,
+        discriminator_learning_rate=7e-4,
+        lr_scheduler_type="linear",
+        discriminator_lr_scheduler_type="constant",
+        max_steps=4,
+    )
+    run.train()
+    rates = runs.history(run, "learning_rate", "projector_learning_rate", "discriminator_learning_rate")
+    assert rates[0] == pytest.approx((1e-3, 5e-3 * 3 / 4, 7e-4)) or rates[0][0] <= 1e-3
+    assert len({rate[2] for rate in rates}) == 1
+    assert rates[0][1] > rates[-1][1]
+
+
+def test_discriminator_steps(tmp_path):
+    steps = []
+    for count in (1, 3):
+        run = runs.trainer(tmp_path / str(count), discriminator_steps=count, max_steps=2)
+        run.train()
+        steps.append(run.adversary.optimizer.state_dict()["state"][0]["step"].item())
+    assert steps == [2, 6]
+
+
+def test_matching_draws_nothing_from_the_students_random_numbers(tmp_path):
+    """CMA and GA on one seed see the same dropout: with kq_rate 0 the students are equal to the last bit."""
+    finals = []
+    for method in ("dskd_cma", "dskd_cma_ga"):
+        run = runs.trainer(
+            tmp_path / method,
+            method=method,
+            kq_rate=0.0,
+            discriminator_dropout=0.3,
+            student=tiny.gpt2(len(runs._STUDENT_TOKENIZER), dropout=0.1),
+        )
+        run.train()
+        finals.append({k: v for k, v in runs.weights(run).items() if k.startswith("student")})
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+# ---- Precision and memory
+
+
+def test_bf16_autocast_reaches_student_teacher_and_projectors(tmp_path):
+    run = runs.trainer(tmp_path, bf16=True, max_steps=1)
+    assert run.model.dtype == torch.float32
+    seen = {}
+
+    def note(name):
+        return lambda module, args, output: seen.setdefault(name, output.dtype)
+
+    run.model.transformer.h[0].mlp.c_fc.register_forward_hook(note("student"))
+    run.teacher.model.model.layers[0].mlp.gate_proj.register_forward_hook(note("teacher"))
+    for name, projector in run.projectors.named_children():
+        projector.register_forward_hook(note(name))
+    run.adversary.discriminator.linear1.register_forward_hook(note("discriminator"))
+    run.train()
+    assert {seen[name] for name in ("student", "teacher", "query", "s2t", "t2s")} == {torch.bfloat16}
+    assert seen["discriminator"] == torch.float32
+    assert all(p.dtype == torch.float32 for p in run.projectors.parameters())
+
+
+def test_bf16_losses_are_close_to_float32(tmp_path):
+    logs = []
+    for bf16 in (False, True):
+        run = runs.trainer(tmp_path / str(bf16), bf16=bf16)
+        run.train()
+        logs.append(torch.tensor(runs.history(run, "ce_loss", "t2s_ce_loss", "s2t_kd_loss", "kq_loss")))
+    torch.testing.assert_close(logs[0], logs[1], rtol=3e-2, atol=3e-2)
+
+
+def test_fp16_scaler_steps_each_optimizer_once(tmp_path):
+    """The scale must not reach an update, and an overflow must stop the student and its projectors."""
+    finals, calls = [], []
+    for scale in (None, 1024.0):
+        run = runs.trainer(tmp_path / str(scale), optim="adamw_torch", max_steps=2)
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            run.accelerator.scaler = scaler
+            run.accelerator.native_amp = True
+
+            class Count(TrainerCallback):
+                def on_pre_optimizer_step(self, *args, scaler=scaler, run=run, **kwargs):
+                    run.optimizer.scaler = scaler
+                    calls.append("step")
+
+            run.add_callback(Count())
+            run.accelerator.backward = lambda loss, scaler=scaler: scaler.scale(loss).backward()
+            run.accelerator.unscale_gradients = lambda optimizer=None, run=run, scaler=scaler: scaler.unscale_(
+                run.optimizer.optimizer
+            )
+        run.train()
+        finals.append(runs.weights(run))
+        assert run.adversary.optimizer.state_dict()["state"][0]["step"].item() == 2
+    assert calls == ["step", "step"]
+    for name in finals[0]:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_nf4_teacher_with_lora_student(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    teacher = tiny.qwen2(len(runs._TEACHER_TOKENIZER))
+    teacher.save_pretrained(tmp_path / "teacher")
+    runs._TEACHER_TOKENIZER.save_pretrained(tmp_path / "teacher")
+    run = runs.trainer(
+        tmp_path / "run",
+        teacher=str(tmp_path / "teacher"),
+        load_teacher_in_4bit=True,
+        peft_config=LORA,
+        bf16=True,
+        max_steps=3,
+    )
+    linear = run.teacher.model.model.layers[0].mlp.gate_proj
+    assert type(linear).__name__ == "Linear4bit"
+    assert linear.weight.quant_state.quant_type == "nf4"
+    assert linear.compute_dtype == torch.bfloat16
+    assert run.teacher.head.weight.shape == (len(runs._TEACHER_TOKENIZER), 128)
+    before = runs.weights(run)
+    run.train()
+    after = runs.weights(run)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any("lora_A" in name for name in moved) and not any("base_layer" in name for name in moved)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_gradient_checkpointing_changes_nothing(gradient_checkpointing, peft_config, tmp_path):
+    run = runs.trainer(tmp_path, gradient_checkpointing=gradient_checkpointing, peft_config=peft_config, max_steps=2)
+    run.train()
+    reference = runs.trainer(tmp_path / "reference", peft_config=peft_config, max_steps=2)
+    reference.train()
+    for name, value in runs.weights(reference).items():
+        torch.testing.assert_close(runs.weights(run)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_torch_compile(tmp_path):
+    losses = []
+    for compiled in (False, True):
+        run = runs.trainer(
+            tmp_path / str(compiled),
+            torch_compile=compiled,
+            **({"torch_compile_backend": "aot_eager"} if compiled else {}),
+        )
+        run.train()
+        losses.append(torch.tensor(runs.history(run, "loss", "s2t_kd_loss")))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+# ---- Pairs
+
+
+def pair(kind):
+    models = {
+        "gpt2": (tiny.gpt2, tiny.byte_level_tokenizer()),
+        "qwen2": (tiny.qwen2, tiny.byte_level_tokenizer()),
+        "llama": (tiny.llama, tiny.sentencepiece_tokenizer()),
+    }
+    make, tokenizer = models[kind]
+    return make(len(tokenizer)), tokenizer
+
+
+@pytest.mark.parametrize(
+    "student, teacher", [("gpt2", "llama"), ("llama", "gpt2"), ("qwen2", "llama"), ("llama", "qwen2"), ("qwen2", "gpt2")]
+)
+def test_byte_level_and_sentencepiece_both_ways(student, teacher, tmp_path):
+    """The published code fails on a GPT-2 teacher and knows two families."""
+    (student_model, student_tokenizer), (teacher_model, teacher_tokenizer) = pair(student), pair(teacher)
+    teacher_model = type(teacher_model)(teacher_model.config)  # a model of its own where the kinds are equal
+    run = runs.trainer(
+        tmp_path,
+        student=student_model,
+        teacher=teacher_model,
+        processing_class=student_tokenizer,
+        teacher_processing_class=teacher_tokenizer,
+        max_steps=8,
+        learning_rate=5e-3,
+    )
+    run.train()
+    losses = runs.history(run, "ce_loss", "t2s_ce_loss")
+    assert losses[-1][0] < losses[0][0] and losses[-1][1] < losses[0][1]
+
+
+# ---- What a run leaves behind
+
+
+def test_saved_student_is_a_plain_model_with_its_tokenizer(tmp_path):
+    run = runs.trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert tokenizer.get_vocab() == runs._STUDENT_TOKENIZER.get_vocab()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, dict(run.model.named_parameters())[name], rtol=0, atol=0)
+    assert not any("projector" in name or "discriminator" in name for name in model.state_dict())
+    said = json.loads((tmp_path / "final" / "auxiliary.json").read_text())
+    assert said["method"] == "dskd_cma_ga"
+    for name, module in (("projectors", run.projectors), ("discriminator", run.adversary.discriminator)):
+        saved = load_file(tmp_path / "final" / said["modules"][name]["file"])
+        for key, value in module.state_dict().items():
+            torch.testing.assert_close(saved[key], value, rtol=0, atol=0)
+            assert said["modules"][name]["shapes"][key] == list(value.shape)
+
+
+def test_saved_adapter_loads_on_its_base(tmp_path):
+    tiny.gpt2(len(runs._STUDENT_TOKENIZER)).save_pretrained(tmp_path / "base")
+    run = runs.trainer(tmp_path / "run", student=str(tmp_path / "base"), peft_config=LORA)
+    run.train()
+    run.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final" / "model.safetensors").exists()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "final")
+    ids = torch.arange(5).unsqueeze(0)
+    torch.testing.assert_close(loaded(ids).logits, run.model.eval()(ids).logits)
+
+
+def test_logs_name_everything_a_run_shows(tmp_path):
+    run = runs.trainer(tmp_path, eval_dataset=tiny.dataset(6), eval_strategy="steps", eval_steps=2, max_steps=2)
+    run.train()
+    log = next(log for log in run.state.log_history if "loss" in log)
+    assert {
+        "ce_loss",
+        "t2s_ce_loss",
+        "t2s_kd_loss",
+        "s2t_kd_loss",
+        "kq_loss",
+        "discriminator_loss",
+        "discriminator_accuracy_real",
+        "discriminator_accuracy_fake",
+        "correctness_mask_rate",
+        "grad_norm",
+        "projector_grad_norm",
+        "discriminator_grad_norm",
+        "learning_rate",
+        "projector_learning_rate",
+        "discriminator_learning_rate",
+        "response_tokens_per_second",
+    } <= set(log)
+    # The loss is the weighted sum of the terms beside it.
+    expected = (
+        0.5 * log["ce_loss"]
+        + 0.5 * (log["t2s_ce_loss"] + log["t2s_kd_loss"] + log["s2t_kd_loss"])
+        + log["kq_loss"]
+    )
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+    evaluation = next(log for log in run.state.log_history if "eval_loss" in log)
+    assert {"eval_bits_per_byte", "eval_ce_loss", "eval_t2s_accuracy"} <= set(evaluation)
+
+
+def test_logging_reads_the_device_once(tmp_path, monkeypatch):
+    run = runs.trainer(tmp_path, max_steps=2, logging_steps=2)
+    reads = []
+    read = type(run._running)._read
+
+    def counted(self, *args, **kwargs):
+        reads.append(kwargs)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(run._running), "_read", counted)
+    run.train()
+    assert sum(kwargs.get("with_sums", False) for kwargs in reads) == 1
+
+
+def test_bits_per_byte_against_the_models_own_loss(tmp_path):
+    run = runs.trainer(tmp_path, method="sft")
+    metrics = run.evaluate(run.train_dataset)
+    nats = response_bytes = 0.0
+    for row in run.train_dataset:
+        ids = torch.tensor([row["input_ids"]])
+        logp = torch.log_softmax(run.model.eval()(ids).logits[0].double(), -1)
+        text = range(row["prompt_length"], len(row["input_ids"]) - (0 if row["cut"] else 1))
+        nats -= sum(logp[i - 1, ids[0, i]].item() for i in text)
+        response_bytes += row["response_bytes"]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / response_bytes, rel=1e-5)
+
+
+def test_compute_metrics_sees_logits_and_labels(tmp_path):
+    def accuracy(prediction):
+        hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        return {"accuracy": hits[prediction.label_ids[:, 1:] != -100].mean()}
+
+    run = runs.trainer(tmp_path, compute_metrics=accuracy)
+    metrics = run.evaluate(run.train_dataset)
+    assert metrics["eval_accuracy"] == pytest.approx(metrics["eval_token_accuracy"], abs=1e-6)
+
+
+def test_best_model_brings_its_projectors_back(tmp_path):
+    run = runs.trainer(
+        tmp_path,
+        eval_dataset=tiny.dataset(6),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        max_steps=3,
+        learning_rate=0.5,  # every step makes it worse, so that the first is the best
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_bits_per_byte",
+        greater_is_better=False,
+        save_total_limit=1,
+    )
+    run.train()
+    best = run.state.best_model_checkpoint
+    assert best == str(tmp_path / "checkpoint-1")
+    saved = load_file(tmp_path / "checkpoint-1" / "projectors.safetensors")
+    for name, value in run.projectors.state_dict().items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == best
+
+
+# ---- Trouble
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                run.projectors.t2s.weight.data.fill_(float("nan"))
+
+    run = runs.trainer(
+        tmp_path, max_steps=6, save_strategy="steps", save_steps=1, logging_steps=100, callbacks=[Break()]
+    )
+    with pytest.raises(NonFiniteLossError, match=r"t2s_ce.* step 2 .*examples \[\d+"):
+        run.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    for name, value in load_file(tmp_path / "checkpoint-2" / "projectors.safetensors").items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run = runs.trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    save = torch.save
+    calls = []
+
+    def fail_later(*args, **kwargs):
+        if "optimizer.pt" in str(args[1]):
+            calls.append(args[1])
+            if len(calls) > 3:
+                raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", fail_later)
+    with pytest.raises(ValueError, match=r"checkpoint-2 could not be saved.*No space left.*checkpoint-1"):
+        run.train()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "runs"] == ["checkpoint-1"]
+    again = runs.trainer(tmp_path, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == 4
+
+
+def test_two_processes_equal_one(tmp_path):
+    """A run on two gloo processes of half the batch logs what one process logs, and ends at the same weights."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
+        "import json, runs, tiny, torch\n"
+        "out, size = sys.argv[1], int(sys.argv[2])\n"
+        "logs = {}\n"
+        "for method in runs.METHODS:\n"
+        "    run = runs.trainer(out, method=method, per_device_train_batch_size=size, optim='sgd', learning_rate=0.1,\n"
+        "                       eval_dataset=tiny.dataset(7), per_device_eval_batch_size=size)\n"
+        "    run.train()\n"
+        "    names = [k for k in run.state.log_history[0] if k.endswith(('loss', 'rate', 'agreement', 'norm', 'real'))]\n"
+        "    logs[method] = [[log[n] for n in names] for log in run.state.log_history if 'loss' in log]\n"
+        "    metrics = run.evaluate()\n"
+        "    logs[method].append([metrics[k] for k in sorted(metrics) if k.endswith(('loss', 'byte', 'agreement'))])\n"
+        "    logs[method].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
+        "if run.accelerator.is_main_process:\n"
+        "    json.dump(logs, open(out + '/logs.json', 'w'))\n"
+    )
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launcher, str(script), str(out), str(8 // processes)], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((out / "logs.json").read_text()))
+    for method in runs.METHODS:
+        for one, two in zip(results[0][method], results[1][method]):
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-5), method
+
+
+def test_trainer_is_a_transformers_trainer_with_trls_signature():
+    import inspect
+
+    names = list(inspect.signature(DSKDTrainer.__init__).parameters)[1:]
+    assert names == [
+        "model",
+        "teacher_model",
+        "args",
+        "data_collator",
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "teacher_processing_class",
+        "compute_metrics",
+        "callbacks",
+        "optimizers",
+        "peft_config",
+        "quantization_config",
+        "teacher_quantization_config",
+    ]

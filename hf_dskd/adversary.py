@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .losses.key_query import Discriminator, discriminator_loss
+from .losses.key_query import Discriminator, discriminator_loss, row_noise
 
 
 if TYPE_CHECKING:
     from .config import DSKDConfig
+
+
+class Features(NamedTuple):
+    """Queries `[N_s, d]` and keys `[N_t, d]` of a micro-batch without gradient, and the names of their rows."""
+
+    queries: Tensor
+    keys: Tensor
+    query_names: Tensor
+    key_names: Tensor
 
 
 class Adversary:
@@ -33,7 +42,7 @@ class Adversary:
         self.config = config
         self.optimizer: torch.optim.AdamW | None = None
         self.scheduler: Any = None
-        self._features: list[tuple[Tensor, Tensor]] = []
+        self._features: list[Features] = []
 
     def create_optimizer(self, num_training_steps: int) -> None:
         """Optimizer and schedule for a run of `num_training_steps` student updates."""
@@ -58,9 +67,9 @@ class Adversary:
         assert self.scheduler is not None
         return float(self.scheduler.get_last_lr()[0])
 
-    def keep(self, queries: Tensor, keys: Tensor) -> None:
-        """Remembers the features of a micro-batch, `[N_s, d]` and `[N_t, d]`, for the coming update."""
-        self._features.append((queries, keys))
+    def keep(self, features: Features) -> None:
+        """Remembers the features of a micro-batch for the coming update."""
+        self._features.append(features)
 
     def forget(self) -> None:
         self._features = []
@@ -70,7 +79,7 @@ class Adversary:
         query_count: Tensor,
         key_count: Tensor,
         accelerator: Any,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
     ) -> dict[str, Tensor]:
         """
         `discriminator_steps` steps on the kept features, which are then forgotten.
@@ -78,7 +87,7 @@ class Adversary:
         Args:
             query_count, key_count: Response tokens of the global batch, over all ranks and micro-batches.
             accelerator ([`~accelerate.Accelerator`]): Averages gradients over ranks.
-            generator (`torch.Generator`, *optional*): Of the dropout.
+            seed (`int`, *optional*, defaults to `0`): Of the dropout.
 
         Returns:
             Sums over this rank's tokens before the first step, without gradient: `discriminator_query_loss`,
@@ -93,9 +102,12 @@ class Adversary:
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            for queries, keys in self._features:
-                query_logits = self.discriminator(queries, generator)
-                key_logits = self.discriminator(keys, generator)
+            for queries, keys, query_names, key_names in self._features:
+                # Negative names keep the noise of a key apart from that of a query at the same place.
+                query_noise = row_noise(query_names, queries.shape[-1], seed + step + 1)
+                key_noise = row_noise(-1 - key_names, keys.shape[-1], seed + step + 1)
+                query_logits = self.discriminator(queries, query_noise)
+                key_logits = self.discriminator(keys, key_noise)
                 query_loss, key_loss = discriminator_loss(query_logits, key_logits)
                 (query_loss.sum() / query_count + key_loss.sum() / key_count).backward()
                 if step == 0:

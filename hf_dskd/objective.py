@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .losses.divergences import divergence_function
 from .losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, token_cross_entropy
-from .losses.key_query import generator_loss, published_key_query_loss
+from .adversary import Features
+from .losses.key_query import generator_loss, published_key_query_loss, row_noise
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Terms:
         student: Sums over student response tokens, `[B]` each. Those in the loss carry a gradient.
         teacher: Sums over teacher response tokens, `[B]` each.
         student_tokens, teacher_tokens: Response tokens per example, `[B]`.
-        queries, keys: Detached features of the response tokens, `[N_s, 2 d_t]` and `[N_t, 2 d_t]`, for the
+        features: Detached queries `[N_s, 2 d_t]` and keys `[N_t, 2 d_t]` of the response tokens, for the
             discriminator; `None` without matching.
     """
 
@@ -37,8 +38,7 @@ class Terms:
     teacher: dict[str, Tensor]
     student_tokens: Tensor
     teacher_tokens: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
+    features: Features | None = None
 
 
 def student_terms(states: ResponseStates, logits: Tensor) -> Terms:
@@ -60,13 +60,15 @@ def distillation_terms(
     teacher_head: LMHead,
     projectors: Projectors,
     discriminator: Discriminator | None = None,
-    generator: torch.Generator | None = None,
+    example_ids: Tensor | None = None,
+    seed: int = 0,
 ) -> Terms:
     """
     Every term of the configured method.
 
-    `generator` gives the discriminator's dropout. The discriminator's own loss is not here: it has an optimizer of its
-    own, and its parameters must not receive a gradient in the student's backward pass.
+    The discriminator's dropout is a function of `example_ids` `[B]` (by default their places in the batch) and `seed`.
+    Its own loss is not here: it has an optimizer of its own, and its parameters must not receive a gradient in the
+    student's backward pass.
     """
     student_logits = student_head(student.packed(student.hidden))
     terms = student_terms(student, student_logits)
@@ -95,16 +97,24 @@ def distillation_terms(
     terms.student.update(dual)
 
     if discriminator is not None:
+        if example_ids is None:
+            example_ids = torch.arange(len(queries), device=queries.device)
         if config.as_published:
-            loss = published_key_query_loss(discriminator, queries, keys, generator)
+            rows = [torch.arange(values[..., 0].numel(), device=values.device) for values in (queries, keys)]
+            noise = [row_noise(r, keys.shape[-1], seed).view(*v.shape) for r, v in zip(rows, (queries, keys))]
+            loss = published_key_query_loss(discriminator, queries, keys, (noise[0], noise[1]))
             # One number for the batch, not a sum over tokens: that is the released code's scale.
             terms.student["kq"] = (loss / len(queries)).expand(len(queries))
         else:
-            query_rows = student.packed(queries)
-            logits = discriminator(query_rows, generator)
+            query_rows, names = student.packed(queries), student.row_names(example_ids)
+            logits = discriminator(query_rows, row_noise(names, query_rows.shape[-1], seed))
             terms.student["kq"] = student.per_example(generator_loss(logits, config.adversarial_loss))
-            terms.queries = query_rows.detach().float()
-            terms.keys = teacher.packed(keys).detach().float()
+            terms.features = Features(
+                query_rows.detach().float(),
+                teacher.packed(keys).detach().float(),
+                names,
+                teacher.row_names(example_ids),
+            )
     return terms
 
 

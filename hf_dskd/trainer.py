@@ -279,7 +279,6 @@ class DSKDTrainer(Trainer):
         }
         self._running = RunningLog(device)
         self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
-        self._draws = 0  # dropout masks that the discriminator has drawn in this step
         self._evaluated: list[Tensor] = []
         self._staging: Path | None = None
         self._deferred_push: str | None = None
@@ -314,7 +313,6 @@ class DSKDTrainer(Trainer):
             if self.teacher is not None:
                 counts[1] += (batch["teacher_labels"][:, 1:] != -100).sum().to(device)
         self._items = self.accelerator.reduce(counts, reduction="sum")
-        self._draws = 0
         return self._items[0]
 
     # ---- Loss
@@ -355,8 +353,8 @@ class DSKDTrainer(Trainer):
             )
             if terms.teacher_tokens is not None:
                 self._running.add(teacher_tokens=terms.teacher_tokens.sum())
-            if self.adversary is not None and terms.queries is not None and terms.keys is not None:
-                self.adversary.keep(terms.queries, terms.keys)
+            if self.adversary is not None and terms.features is not None:
+                self.adversary.keep(terms.features)
         else:
             self._note_evaluated(student, terms, hidden, inputs)
         return (loss, outputs) if outputs is not None else loss
@@ -381,7 +379,8 @@ class DSKDTrainer(Trainer):
             self.teacher.head,
             self.projectors,
             discriminator,
-            self._dropout_source() if training and discriminator is not None else None,
+            inputs.get("example_ids"),
+            self._dropout_seed(),
         )
 
     def _states(self, hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding: Tensor) -> ResponseStates:
@@ -389,16 +388,9 @@ class DSKDTrainer(Trainer):
             return published_states(hidden[:, :-1], input_ids[:, :-1], labels[:, 1:], embedding)
         return response_states(hidden, input_ids, labels, embedding)
 
-    def _dropout_source(self) -> torch.Generator:
-        """
-        Random numbers for the discriminator's dropout, a function of seed, step, draw and rank alone.
-
-        So they are the same after a resume, and the student's own dropout is the same with and without matching.
-        """
-        self._draws += 1
-        step = self.state.global_step * 100_003 + self._draws
-        seed = (self.args.seed + 1) * 1_000_003 + step * 131 + self.args.process_index
-        return torch.Generator(device=self.accelerator.device).manual_seed(seed % 2**63)
+    def _dropout_seed(self) -> int:
+        """For the discriminator's dropout: another one in every step, the same one after a resume."""
+        return (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
 
     # ---- Optimizers
 
@@ -436,7 +428,7 @@ class DSKDTrainer(Trainer):
             self._running.add(projector_grad_norm=norm, ranked_steps=1.0)
         if self.adversary is not None and not self.args.as_published:
             assert self._items is not None
-            report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_source())
+            report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
             self._running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
 
     # ---- Logs

@@ -125,7 +125,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
             for key, parameter in discriminator.named_parameters():
                 module, part = key.split(".")
                 parameters[f"critic.kq_{'highway1' if module == 'highway' else module}.{part}"] = parameter
-            losses["kq_loss"] = published_key_query_loss(discriminator, queries, keys)
+            losses["kq_loss"] = published_key_query_loss(discriminator, queries, keys, (None, None))
             loss = loss + case["kq_rate"] * losses["kq_loss"]
         losses["loss"] = loss / case["loss_denominator"]
 

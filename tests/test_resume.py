@@ -15,7 +15,7 @@ STEPS = 5
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
 
 
-def make(folder, adapter, method="dskd_cma_ga", **settings):
+def make(folder, adapter, method="dskd_cma_ga", max_steps=STEPS, **settings):
     return runs.trainer(
         folder,
         student=tiny.gpt2(len(runs._STUDENT_TOKENIZER), dropout=0.1),
@@ -24,7 +24,7 @@ def make(folder, adapter, method="dskd_cma_ga", **settings):
         rows=12,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,  # three steps an epoch: the run crosses one
-        max_steps=STEPS,
+        max_steps=max_steps,
         save_strategy="steps",
         save_steps=1,
         lr_scheduler_type="cosine",
@@ -60,9 +60,7 @@ def test_resume_is_bit_exact_after_every_step(adapter, method, tmp_path):
     whole.train()
     expected = state(whole)
     for step in range(1, STEPS):
-        resumed = make(
-            tmp_path / "resumed", adapter, method
-        )
+        resumed = make(tmp_path / "resumed", adapter, method)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(expected, state(resumed))
         assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
@@ -99,9 +97,10 @@ def test_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     staging = tmp_path / ".incomplete" / f"checkpoint-{STEPS + 1}"
     staging.mkdir(parents=True)
     (staging / "trainer_state.json").write_text("{}")
-    again = make(tmp_path, False)
+    again = make(tmp_path, False, max_steps=STEPS + 1)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == STEPS
+    assert again.state.global_step == STEPS + 1
+    assert not (tmp_path / ".incomplete").exists()
 
 
 def test_scaler_state_is_restored(tmp_path):

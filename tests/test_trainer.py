@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_dskd import DSKDTrainer, NonFiniteLossError
+from hf_dskd.adversary import Features
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
@@ -28,7 +29,9 @@ def test_discriminator_gets_no_gradient_from_the_students_backward(tmp_path):
             seen.append([p.grad for p in run.adversary.discriminator.parameters()])
 
     run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2, callbacks=[Look()])
-    loss = run.training_step(run.model, runs.first_batch(run), run._get_num_items_in_batch([runs.first_batch(run)], "cpu"))
+    loss = run.training_step(
+        run.model, runs.first_batch(run), run._get_num_items_in_batch([runs.first_batch(run)], "cpu")
+    )
     assert torch.isfinite(loss)
     assert all(p.grad is None for p in run.adversary.discriminator.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in run.projectors.query.parameters())
@@ -45,7 +48,7 @@ def test_discriminator_learns_on_fixed_features(tmp_path):
     queries, keys = torch.randn(20, 256) + 0.5, torch.randn(24, 256)
     losses = []
     for _ in range(10):
-        run.adversary.keep(queries, keys)
+        run.adversary.keep(Features(queries, keys, torch.arange(20), torch.arange(24)))
         report = run.adversary.update(torch.tensor(20), torch.tensor(24), run.accelerator)
         losses.append((report["discriminator_query_loss"] / 20 + report["discriminator_key_loss"] / 24).item())
     assert losses[-1] < 0.8 * losses[0]
@@ -115,7 +118,10 @@ def test_bf16_autocast_reaches_student_teacher_and_projectors(tmp_path):
     seen = {}
 
     def note(name):
-        return lambda module, args, output: seen.setdefault(name, output.dtype)
+        def hook(module, args, output):
+            seen[name] = output.dtype
+
+        return hook
 
     run.model.transformer.h[0].mlp.c_fc.register_forward_hook(note("student"))
     run.teacher.model.model.layers[0].mlp.gate_proj.register_forward_hook(note("teacher"))
@@ -137,32 +143,44 @@ def test_bf16_losses_are_close_to_float32(tmp_path):
     torch.testing.assert_close(logs[0], logs[1], rtol=3e-2, atol=3e-2)
 
 
-def test_fp16_scaler_steps_each_optimizer_once(tmp_path):
-    """The scale must not reach an update, and an overflow must stop the student and its projectors."""
-    finals, calls = [], []
+def with_scaler(run, scaler):
+    """What accelerate does for fp16 on a GPU, on the CPU: one scaler around the main optimizer."""
+    run.accelerator.scaler = scaler
+    run.accelerator.backward = lambda loss: scaler.scale(loss).backward()
+    run.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(run.optimizer.optimizer)
+    return run
+
+
+def test_fp16_scaler_steps_each_optimizer_once(tmp_path, monkeypatch):
+    """The scale must not reach an update: 1,024 times too small would go unnoticed."""
+    updates = []
+    update = torch.amp.GradScaler.update
+    monkeypatch.setattr(torch.amp.GradScaler, "update", lambda self: (updates.append(1), update(self)))
+    finals = []
     for scale in (None, 1024.0):
         run = runs.trainer(tmp_path / str(scale), optim="adamw_torch", max_steps=2)
         if scale is not None:
-            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-            run.accelerator.scaler = scaler
-            run.accelerator.native_amp = True
-
-            class Count(TrainerCallback):
-                def on_pre_optimizer_step(self, *args, scaler=scaler, run=run, **kwargs):
-                    run.optimizer.scaler = scaler
-                    calls.append("step")
-
-            run.add_callback(Count())
-            run.accelerator.backward = lambda loss, scaler=scaler: scaler.scale(loss).backward()
-            run.accelerator.unscale_gradients = lambda optimizer=None, run=run, scaler=scaler: scaler.unscale_(
-                run.optimizer.optimizer
-            )
+            with_scaler(run, torch.amp.GradScaler("cpu", init_scale=scale))
         run.train()
         finals.append(runs.weights(run))
-        assert run.adversary.optimizer.state_dict()["state"][0]["step"].item() == 2
-    assert calls == ["step", "step"]
+        for optimizer in (run.optimizer, run.adversary.optimizer):
+            assert {int(state["step"]) for state in optimizer.state_dict()["state"].values()} == {2}
+    assert len(updates) == 2
     for name in finals[0]:
-        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_fp16_overflow_skips_student_and_projectors_and_lowers_the_scale(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = with_scaler(runs.trainer(tmp_path, optim="adamw_torch", max_steps=1), scaler)
+    run.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = runs.weights(run)
+    run.train()
+    after = runs.weights(run)
+    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert moved <= {"discriminator"}
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert scaler.get_scale() == 512.0
 
 
 def test_nf4_teacher_with_lora_student(tmp_path):
@@ -228,7 +246,8 @@ def pair(kind):
 
 
 @pytest.mark.parametrize(
-    "student, teacher", [("gpt2", "llama"), ("llama", "gpt2"), ("qwen2", "llama"), ("llama", "qwen2"), ("qwen2", "gpt2")]
+    "student, teacher",
+    [("gpt2", "llama"), ("llama", "gpt2"), ("qwen2", "llama"), ("llama", "qwen2"), ("qwen2", "gpt2")],
 )
 def test_byte_level_and_sentencepiece_both_ways(student, teacher, tmp_path):
     """The published code fails on a GPT-2 teacher and knows two families."""
@@ -305,9 +324,7 @@ def test_logs_name_everything_a_run_shows(tmp_path):
     } <= set(log)
     # The loss is the weighted sum of the terms beside it.
     expected = (
-        0.5 * log["ce_loss"]
-        + 0.5 * (log["t2s_ce_loss"] + log["t2s_kd_loss"] + log["s2t_kd_loss"])
-        + log["kq_loss"]
+        0.5 * log["ce_loss"] + 0.5 * (log["t2s_ce_loss"] + log["t2s_kd_loss"] + log["s2t_kd_loss"]) + log["kq_loss"]
     )
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
     evaluation = next(log for log in run.state.log_history if "eval_loss" in log)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -26,46 +28,53 @@ TEXTS = [
 ]
 
 
-def byte_level_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
+def merges_of(words: list[str], alphabet: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """
+    Byte-pair encoding learnt from `words`, up to `size` pieces.
+
+    The `tokenizers` trainer breaks ties by hash order, which differs from process to process.
+    """
+    vocabulary = {piece: index for index, piece in enumerate(alphabet)}
+    pieces, merges = [list(word) for word in words], []
+    while len(vocabulary) < size:
+        pairs = Counter(pair for word in pieces for pair in zip(word, word[1:]))
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        vocabulary.setdefault("".join(best), len(vocabulary))
+        for word in pieces:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = ["".join(best)]
+                i += 1
+    return vocabulary, merges
+
+
+def byte_level_tokenizer(size: int = 400) -> PreTrainedTokenizerFast:
     """GPT-2's kind: bytes as characters, no BOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = [word for text in TEXTS for word, _ in split.pre_tokenize_str(text)]
+    alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocabulary, merges = merges_of(words, alphabet, size)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
-def sentencepiece_tokenizer(vocab_size: int = 450) -> PreTrainedTokenizerFast:
+def sentencepiece_tokenizer(size: int = 450) -> PreTrainedTokenizerFast:
     """Llama-2's kind: '▁' for spaces, one put before every text, byte fallback, BOS."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    latin = [chr(code) for code in range(33, 127)]
+    alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *latin]
+    words = ["▁" + word for text in TEXTS for word in text.split() if word.isascii()]
+    vocabulary, merges = merges_of(words, alphabet, size)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-    latin = [chr(code) for code in range(32, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=latin, limit_alphabet=100, show_progress=False
-    )
-    tokenizer.train_from_iterator([text.replace("\n", " ") for text in TEXTS], trainer)
-    # Byte pieces are ordinary vocabulary, not special tokens: rebuild without marking them as such.
-    state = tokenizer.model.__getstate__()
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    import json
-
-    description = json.loads(plain.to_str())
-    description["added_tokens"] = [token for token in description["added_tokens"] if token["id"] < 3]
-    del state
-    tokenizer = Tokenizer.from_str(json.dumps(description))
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )

@@ -57,6 +57,11 @@ class ResponseStates:
         """The real rows of `values` `[B, R, ...]` as `[N, ...]`."""
         return values[self.mask]
 
+    def row_names(self, example_ids: Tensor) -> Tensor:
+        """A number for each packed row `[N]`, made of its example's id and its place in the response."""
+        example, place = self.mask.nonzero(as_tuple=True)
+        return example_ids[example] * 2**20 + place
+
     def per_example(self, rows: Tensor) -> Tensor:
         """Sums packed row values `[N]` by example, `[B]`."""
         example = self.mask.nonzero()[:, 0]

@@ -15,6 +15,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
+    """
+    Uniform numbers in [0, 1) as a function of row and seed alone.
+
+    A random generator would give a row other numbers when the batch is cut up otherwise, on another rank, or after a
+    resume; a hash (SplitMix64's finaliser) of row, column and seed doesn't.
+
+    Args:
+        rows (`torch.Tensor` of shape `[N]`, int64): A name for each row, such as one made of example and position.
+        width (`int`): Numbers per row.
+        seed (`int`): Another one gives other numbers.
+
+    Returns:
+        `torch.Tensor` of shape `[N, width]`, float32.
+    """
+    columns = torch.arange(width, device=rows.device)
+    x = rows.unsqueeze(1) * -7046029254386353131 + columns * -4417276706812531889 + seed * 1442695040888963407 % 2**62
+    # Right shifts are arithmetic on signed integers: mask what they drag in.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    x = x ^ ((x >> 31) & (2**33 - 1))
+    return ((x >> 40) & (2**24 - 1)).float() / 2**24
+
+
 class Discriminator(nn.Module):
     """
     Tells queries from keys: highway → dropout → linear → LeakyReLU(0.1) → linear.
@@ -37,21 +61,20 @@ class Discriminator(nn.Module):
             self.linear1 = nn.Linear(feature_size, hidden_size)
             self.linear2 = nn.Linear(hidden_size, 1)
 
-    def forward(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> Tensor:
         """
         Logits of D, `[N]`, of features `[N, d]`, in float32.
 
-        `generator` is where the dropout mask comes from, so that a discriminator doesn't shift the random numbers of
-        the student beside it.
+        `noise` `[N, d]` in [0, 1) decides what is dropped in training mode (see [`row_noise`]); without it nothing is.
+        The discriminator draws no random numbers itself, which would shift those of the student beside it.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.highway.weight.dtype)
             gate = self.highway(features)
             open_share = torch.sigmoid(gate)
             hidden = open_share * F.relu(gate) + (1 - open_share) * features
-            if self.training and self.dropout > 0:
-                keep = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.dropout
-                hidden = hidden * keep / (1 - self.dropout)
+            if self.training and self.dropout > 0 and noise is not None:
+                hidden = hidden * (noise >= self.dropout) / (1 - self.dropout)
             return self.linear2(F.leaky_relu(self.linear1(hidden), 0.1)).squeeze(-1)
 
 
@@ -85,14 +108,14 @@ class _ReverseGradient(torch.autograd.Function):
 
 
 def published_key_query_loss(
-    discriminator: Discriminator, queries: Tensor, keys: Tensor, generator: torch.Generator | None = None
+    discriminator: Discriminator, queries: Tensor, keys: Tensor, noise: tuple[Tensor | None, Tensor | None]
 ) -> Tensor:
     """
     The matching loss as the released code computes it, a scalar.
 
     BCE(D(q), 1) + BCE(D(k), 0) as means over *every* position `[B, S, d]`, prompt and padding included, with the
-    gradient reversed at the queries and none at the keys.
+    gradient reversed at the queries and none at the keys. `noise` is the dropout's, of queries and of keys.
     """
-    query_logits = discriminator(_ReverseGradient.apply(queries), generator)
-    query_loss, key_loss = discriminator_loss(query_logits, discriminator(keys.detach(), generator))
+    query_logits = discriminator(_ReverseGradient.apply(queries), noise[0])
+    query_loss, key_loss = discriminator_loss(query_logits, discriminator(keys.detach(), noise[1]))
     return query_loss.mean() + key_loss.mean()

@@ -42,6 +42,7 @@ def test_gradient_accumulation(method, adversarial_loss, tmp_path):
             learning_rate=0.1,
             adversarial_loss=adversarial_loss,
             discriminator_steps=2,
+            discriminator_dropout=0.3,
         )
         run.train()
         logs.append(torch.tensor(runs.history(run, *TERMS[method])))

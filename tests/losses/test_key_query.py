@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from hf_dskd.losses.key_query import Discriminator, discriminator_loss, generator_loss, published_key_query_loss
+from hf_dskd.losses.key_query import (
+    Discriminator,
+    discriminator_loss,
+    generator_loss,
+    published_key_query_loss,
+    row_noise,
+)
 
 
 def test_architecture_is_highway_linear_leaky_linear():
@@ -36,17 +42,31 @@ def test_non_saturating_gradient_is_large_where_minimax_fades():
     assert minimax.item() < 1e-4 and non_saturating.item() > 0.99
 
 
-def test_dropout_has_a_source_of_its_own():
-    network = Discriminator(8, dropout=0.5).train()
+def test_dropout_follows_the_noise_and_draws_nothing():
+    network = Discriminator(8, hidden_size=4, dropout=0.5).train()
     x = torch.randn(4, 8)
-    torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = network(x, torch.Generator().manual_seed(3))
-    second = network(x, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    noise = row_noise(torch.arange(4), 8, seed=3)
+    torch.testing.assert_close(network(x, noise), network(x, noise), rtol=0, atol=0)
     assert torch.equal(before, torch.get_rng_state())
-    assert not torch.equal(first, network(x, torch.Generator().manual_seed(4)))
-    torch.testing.assert_close(network.eval()(x), network(x))
+    assert not torch.equal(network(x, noise), network(x, row_noise(torch.arange(4), 8, seed=4)))
+    torch.testing.assert_close(network(x, torch.ones(4, 8)) * 0, torch.zeros(4))
+    assert not torch.equal(network(x, noise), network(x))
+    torch.testing.assert_close(network.eval()(x, noise), network(x))
+
+
+def test_noise_is_uniform_and_a_function_of_the_row():
+    noise = row_noise(torch.arange(3000) * 2**20, 64, seed=7)
+    assert 0 <= noise.min() and noise.max() < 1
+    histogram = torch.histc(noise, 20, 0, 1) / noise.numel()
+    torch.testing.assert_close(histogram, torch.full((20,), 0.05), rtol=0.03, atol=0)
+    # Neighbours in either direction, and of the next seed, are unrelated.
+    for other in (noise.roll(1, 0), noise.roll(1, 1), row_noise(torch.arange(3000) * 2**20, 64, seed=8)):
+        correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
+        assert abs(correlation) < 0.01
+    some = row_noise(torch.tensor([5 * 2**20, 2 * 2**20]), 64, seed=7)
+    torch.testing.assert_close(some, noise[[5, 2]], rtol=0, atol=0)
+    assert (row_noise(torch.tensor([-1, -(2**40)]), 64, seed=7).std(1) > 0.2).all()
 
 
 def test_initialisation_leaves_the_global_random_state_alone():
@@ -61,7 +81,7 @@ def test_published_loss_pushes_queries_as_minimax_does_and_reverses():
     network = Discriminator(6, hidden_size=4, dropout=0.0)
     queries = torch.randn(2, 3, 6, requires_grad=True)
     keys = torch.randn(2, 5, 6, requires_grad=True)
-    loss = published_key_query_loss(network, queries, keys)
+    loss = published_key_query_loss(network, queries, keys, (None, None))
     loss.backward()
     assert keys.grad is None
     copy = queries.detach().clone().requires_grad_()

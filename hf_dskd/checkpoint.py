@@ -68,10 +68,11 @@ def check_checkpoint(folder: str | Path, facts: dict[str, Any]) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"resume_from_checkpoint={str(folder)!r} isn't a folder: name a checkpoint-N folder of a run")
-    for name in ("trainer_state.json", AUXILIARY_NAME):
+    # A run's own folder can have the first two.
+    for name in ("trainer_state.json", AUXILIARY_NAME, "optimizer.pt"):
         if not (folder / name).is_file():
-            inside = sorted(path.name for path in folder.glob("checkpoint-*"))
-            hint = f": did you mean {folder / inside[-1]}?" if inside else ": name a checkpoint-N folder of a run"
+            inside = checkpoints(folder)
+            hint = f": did you mean {str(inside[-1])!r}?" if inside else ": name a checkpoint-N folder of a run"
             raise UserError(f"resume_from_checkpoint={str(folder)!r} is not a checkpoint, it has no {name}{hint}")
     saved = json.loads((folder / AUXILIARY_NAME).read_text())
     for key, value in facts.items():

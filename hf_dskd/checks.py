@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -17,12 +20,16 @@ if TYPE_CHECKING:
 
 
 def check_launch(config: DSKDConfig) -> None:
-    """Refuses the ways of running that would give wrong numbers silently."""
+    """Refuses a way of running that would give wrong numbers silently."""
     if config.n_gpu > 1:
         raise UserError(
             f"{config.n_gpu} GPUs are visible to one process, which means nn.DataParallel:"
             f" start with `accelerate launch --num_processes {config.n_gpu} SCRIPT`, or set CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def check_sharding(config: DSKDConfig) -> None:
+    """Refuses to spread a model over ranks. TrainingArguments would ask for deepspeed to be installed first."""
     for name, set_in_config in (("FSDP", bool(config.fsdp)), ("DEEPSPEED", bool(config.deepspeed))):
         if set_in_config or os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
             raise UserError(
@@ -59,6 +66,36 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
         raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
 
 
+@contextmanager
+def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterator[None]:
+    """
+    Puts what transformers says at length about a name or folder that it can't load on one line.
+
+    A folder must hold one of `files`: without, transformers may guess from its name, or make a tokenizer of no tokens.
+    """
+    try:
+        if os.path.isdir(name) and not any(any(Path(name).glob(pattern)) for pattern in files):
+            raise OSError(f"the folder has no {files[0]}")
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0].strip().rstrip(".")
+        raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error
+
+
+def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: str, role: str) -> None:
+    """A model must have a position for every token of the longest sequence."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    # The released code's sequences are padded to one more.
+    longest = positions - 1 if config.as_published else positions
+    if config.max_length > longest:
+        raise UserError(
+            f"max_length={config.max_length} is too long for {role} {name or model_config.model_type!r}, which has"
+            f" {positions} positions (max_position_embeddings): set max_length={longest} or less"
+        )
+
+
 def check_eos(tokenizer: Any, role: str) -> None:
     """A response must be able to end."""
     if tokenizer.eos_token_id is None:
@@ -67,7 +104,7 @@ def check_eos(tokenizer: Any, role: str) -> None:
 
 
 def _lists_module(target: str | list[str] | set[str] | None, module: str) -> bool:
-    if target is None:
+    if not target:
         return False
     if isinstance(target, str):
         # PEFT's "all-linear" leaves the output layer out.
@@ -77,7 +114,7 @@ def _lists_module(target: str | list[str] | set[str] | None, module: str) -> boo
 
 def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
     """
-    LoRA must leave the two vocabulary matrices alone.
+    LoRA, to be made or in a loaded student, must leave the two vocabulary matrices alone.
 
     Queries read the embedding and both spaces read the head as plain matrices; an adapter on them would be ignored
     there, and the student would be distilled towards a head that it doesn't have.
@@ -89,11 +126,19 @@ def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(student_config)
     matrices = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
-    settings = {key: getattr(peft_config, key, None) for key in ("target_modules", "modules_to_save")}
-    for key, value in settings.items():
-        for name in names:
-            if _lists_module(value, name):
+    target, exclude, save = (
+        getattr(peft_config, key, None) for key in ("target_modules", "exclude_modules", "modules_to_save")
+    )
+    for name in names:
+        covers = {
+            "target_modules": _lists_module(target, name) and not _lists_module(exclude, name),
+            # PEFT takes the end of a name here: "head" is "lm_head" too.
+            "modules_to_save": any(name.endswith(ending) for ending in save or ()),
+        }
+        for key, covered in covers.items():
+            if covered:
                 raise UserError(
-                    f"peft_config.{key} covers {name!r}: adapters on the embedding or the language-model head are not"
-                    " supported; leave it out, or train the whole student without peft_config"
+                    f"peft_config.{key}={getattr(peft_config, key)!r} covers {name!r}: adapters on the embedding or"
+                    " the language-model head are not supported; leave it out, or train the whole student without"
+                    " peft_config"
                 )

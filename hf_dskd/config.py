@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
+from .checks import check_sharding
 from .errors import UserError
 from .losses.divergences import DIVERGENCES
 from .methods import METHODS, Method
-
-
-ADVERSARIAL_LOSSES = ("minimax", "non_saturating")
-PROMPT_STYLES = ("chat", "plain")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from .settings import ADVERSARIAL_LOSSES, DTYPES, PROMPT_STYLES, DistillationSettings
 
 
 def choice(name: str, value: str, known: Any) -> None:
@@ -28,117 +25,38 @@ def choice(name: str, value: str, known: Any) -> None:
 
 
 @dataclass
-class DSKDConfig(TrainingArguments):
-    r"""
-    Configuration of the [`DSKDTrainer`]: everything of [`~transformers.TrainingArguments`], and the settings below.
+class DSKDConfig(DistillationSettings, TrainingArguments):
+    """
+    Configuration of the [`DSKDTrainer`]: everything of [`~transformers.TrainingArguments`] (with `logging_steps` 10 by
+    default), and the settings that [`~hf_dskd.settings.DistillationSettings`] explains one by one.
 
-    Where the paper and its released code differ, the defaults follow the paper; `as_published=True` follows the code.
+    Raises:
+        UserError: For a value that can't work, when the configuration is made.
 
-    Parameters:
-        method (`str`, *optional*, defaults to `"dskd_cma_ga"`):
-            `"sft"`, `"dskd_cma"` or `"dskd_cma_ga"`.
-        divergence (`str`, *optional*, defaults to `"skewed_forward_kl"`):
-            In both spaces: `"forward_kl"`, `"reverse_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or
-            `"adaptive_kl"`.
-        skew_lambda (`float`, *optional*, defaults to `0.1`): λ of the skewed divergences, in (0, 1).
-        adaptive_kl_alpha (`float`, *optional*, defaults to `0.5`): Teacher mass below which tokens are tail, in (0, 1).
-        kd_temperature (`float`, *optional*, defaults to `2.0`): Divides both logits in the divergences, once.
-        kd_rate (`float`, *optional*, defaults to `0.5`):
-            Weight of the distillation terms; the student's own cross entropy has 1 − `kd_rate`.
-        correctness_mask (`bool`, *optional*, defaults to `True`):
-            Student-space divergence only where the projected teacher predicts the response token.
-        kq_rate (`float`, *optional*, defaults to `1.0`): Weight of key-query matching, per response token.
-        adversarial_loss (`str`, *optional*, defaults to `"minimax"`):
-            Of the query projector against the discriminator: `"minimax"` (paper A, Eq. 14) or `"non_saturating"`.
-        scale_queries (`bool`, *optional*, defaults to `False`): Give queries the keys' unit standard deviation.
-        projector_learning_rate (`float`, *optional*, defaults to `1e-3`): Peak learning rate of the projectors.
-        discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`): Peak, of the discriminator's optimizer.
-        discriminator_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): As `lr_scheduler_type`.
-        discriminator_adam_beta1 (`float`, *optional*, defaults to `0.5`): β₁ of the discriminator's AdamW.
-        discriminator_adam_beta2 (`float`, *optional*, defaults to `0.999`): β₂ of the discriminator's AdamW.
-        discriminator_weight_decay (`float`, *optional*, defaults to `0.0`): Of the discriminator's AdamW.
-        discriminator_steps (`int`, *optional*, defaults to `1`): Discriminator updates per student update.
-        discriminator_hidden_size (`int`, *optional*, defaults to `768`): Width of its layer before the output.
-        discriminator_dropout (`float`, *optional*, defaults to `0.1`): Of the discriminator.
-        as_published (`bool`, *optional*, defaults to `False`):
-            Reproduce the released code: sequences padded to `max_length`, prompt and padding in the attention's
-            statistics and in the matching, forward KL in teacher space, teacher-space sums divided by student tokens,
-            a discriminator that is never trained, and its loss as a mean divided by the number of tokens once more.
-        max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
-        skip_long_prompts (`bool`, *optional*, defaults to `False`):
-            Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
-        prompt_style (`str`, *optional*, defaults to `"chat"`):
-            `"chat"`: each model sees the prompt in its own chat template where it has one. `"plain"`: plain text.
-        prompt_column, response_column (`str`, *optional*): Columns of the dataset, where they have names of their own.
-        dataset_num_proc (`int`, *optional*): Processes that tokenize.
-        load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
-        teacher_dtype (`str`, *optional*, defaults to `"auto"`):
-            Of a teacher given by name: `"auto"` is the training precision (bf16, fp16, or else float32).
-        model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a student given by name.
-        teacher_model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a teacher given by name.
+    Example:
+
+    ```python
+    config = DSKDConfig("gpt2-distilled", method="dskd_cma_ga", divergence="forward_kl", kd_temperature=1.0)
+    ```
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "teacher_model_init_kwargs"]
-
-    # Method
-    method: str = field(default="dskd_cma_ga", metadata={"help": f"one of {', '.join(METHODS)}"})
-    divergence: str = field(
-        default="skewed_forward_kl", metadata={"help": f"in both spaces: one of {', '.join(DIVERGENCES)}"}
-    )
-    skew_lambda: float = field(default=0.1, metadata={"help": "lambda of the skewed divergences, in (0, 1)"})
-    adaptive_kl_alpha: float = field(default=0.5, metadata={"help": "teacher mass of the tail, in (0, 1)"})
-    kd_temperature: float = field(default=2.0, metadata={"help": "divides both logits in the divergences, once"})
-    kd_rate: float = field(default=0.5, metadata={"help": "weight of distillation; cross entropy has 1 - kd_rate"})
-    correctness_mask: bool = field(
-        default=True,
-        metadata={"help": "student-space divergence only where the projected teacher predicts the response token"},
-    )
-    kq_rate: float = field(default=1.0, metadata={"help": "weight of key-query matching, per response token"})
-    adversarial_loss: str = field(default="minimax", metadata={"help": f"one of {', '.join(ADVERSARIAL_LOSSES)}"})
-    scale_queries: bool = field(default=False, metadata={"help": "give queries the keys' unit standard deviation"})
-    as_published: bool = field(default=False, metadata={"help": "reproduce the released code, defects included"})
-
-    # Optimizers
-    projector_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of the projectors"})
-    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "of the discriminator's optimizer"})
-    discriminator_lr_scheduler_type: str = field(default="constant", metadata={"help": "as lr_scheduler_type"})
-    discriminator_adam_beta1: float = field(default=0.5, metadata={"help": "beta 1 of the discriminator's AdamW"})
-    discriminator_adam_beta2: float = field(default=0.999, metadata={"help": "beta 2 of the discriminator's AdamW"})
-    discriminator_weight_decay: float = field(default=0.0, metadata={"help": "of the discriminator's AdamW"})
-    discriminator_steps: int = field(default=1, metadata={"help": "discriminator updates per student update"})
-    discriminator_hidden_size: int = field(default=768, metadata={"help": "width of its layer before the output"})
-    discriminator_dropout: float = field(default=0.1, metadata={"help": "of the discriminator"})
-
-    # Data
-    max_length: int = field(default=512, metadata={"help": "longest sequence of either model, in tokens"})
-    skip_long_prompts: bool = field(
-        default=False, metadata={"help": "skip examples whose prompt leaves no room for a response, not an error"}
-    )
-    prompt_style: str = field(default="chat", metadata={"help": "chat (own template where there is one) or plain"})
-    prompt_column: str | None = field(default=None, metadata={"help": "column that holds the prompt"})
-    response_column: str | None = field(default=None, metadata={"help": "column that holds the response"})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
-
-    # Models
-    load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})
-    teacher_dtype: str = field(default="auto", metadata={"help": f"of the teacher: one of {', '.join(DTYPES)}"})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON for from_pretrained of the student"}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON for from_pretrained of the teacher"}
-    )
 
     def __post_init__(self) -> None:
         choice("method", self.method, METHODS)
         choice("divergence", self.divergence, DIVERGENCES)
         choice("adversarial_loss", self.adversarial_loss, ADVERSARIAL_LOSSES)
+        choice(
+            "discriminator_lr_scheduler_type",
+            self.discriminator_lr_scheduler_type,
+            [kind.value for kind in SchedulerType],
+        )
         choice("prompt_style", self.prompt_style, PROMPT_STYLES)
         choice("teacher_dtype", self.teacher_dtype, DTYPES)
         within = {"kd_rate": self.kd_rate, "discriminator_dropout": self.discriminator_dropout}
         for name, value in within.items():
             if not 0 <= value <= 1:
-                raise UserError(f"{name}={value} is outside [0, 1]")
+                raise UserError(f"{name}={value} is outside [0, 1]: the papers use 0.5 and 0.1")
         for name, value in {"skew_lambda": self.skew_lambda, "adaptive_kl_alpha": self.adaptive_kl_alpha}.items():
             if not 0 < value < 1:
                 raise UserError(f"{name}={value} is outside (0, 1): the papers use 0.1 and 0.5")
@@ -155,6 +73,7 @@ class DSKDConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"
                 " (distillation already softens the labels)"
             )
+        check_sharding(self)
         # The batch carries the teacher's columns, which no student's forward names.
         self.remove_unused_columns = False
         # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.

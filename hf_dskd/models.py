@@ -153,15 +153,24 @@ def hidden_size(config: PretrainedConfig) -> int:
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 
 
-def check_config(config: PretrainedConfig, name: str, role: str) -> None:
-    """Raises a [`UserError`] unless `config` describes a causal (decoder-only) language model."""
+def check_config(config: PretrainedConfig, name: str, role: str, loaded: nn.Module | None = None) -> None:
+    """Raises a [`UserError`] unless `config`, or a model that is `loaded`, is a causal (decoder-only) one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     architectures = list(getattr(config, "architectures", None) or [])
+    if loaded is not None:
+        architectures.insert(0, type(base_causal_lm(loaded)).__name__)
     if getattr(config, "is_encoder_decoder", False):
         kind = "a sequence-to-sequence model"
     elif any(a.endswith("ForMaskedLM") for a in architectures):
         kind = "a masked language model"
     elif any(a.endswith(("Classification", "QuestionAnswering")) for a in architectures):
         kind = "a classifier"
+    elif loaded is not None:
+        lm_head(loaded)
+        return
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        kind = f"of type {config.model_type!r}"
     else:
         return
     raise UserError(

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
-from .checks import check_eos, check_launch, check_output_dir, check_pair, check_peft
+from .checks import check_eos, check_launch, check_output_dir, check_pair, check_peft, check_positions, loading
 from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
@@ -166,23 +166,34 @@ class DSKDTrainer(Trainer):
                 "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
                 " pass (optimizer, None) and set lr_scheduler_type"
             )
-        student_name, student_config = _name_and_config(model, args.model_init_kwargs)
-        check_config(student_config, student_name, "the student")
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(student_name)
+        student_name, student_config = _name_and_config(model, args.model_init_kwargs, "the student")
+        check_config(student_config, student_name, "the student", None if isinstance(model, str) else model)
+        check_positions(args, student_config, student_name, "the student")
+        tokenizer = processing_class or _tokenizer(
+            student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
+        )
         self._check_tokenizer(tokenizer, model, student_config, "student")
         teacher_tokenizer = teacher_processing_class
         teacher_name = None
         if teacher_model is not None:
-            teacher_name, teacher_config = _name_and_config(teacher_model, args.teacher_model_init_kwargs)
-            check_config(teacher_config, teacher_name, "the teacher")
-            teacher_tokenizer = teacher_tokenizer or AutoTokenizer.from_pretrained(teacher_name)
+            teacher_name, teacher_config = _name_and_config(
+                teacher_model, args.teacher_model_init_kwargs, "the teacher"
+            )
+            check_config(
+                teacher_config, teacher_name, "the teacher", None if isinstance(teacher_model, str) else teacher_model
+            )
+            check_positions(args, teacher_config, teacher_name, "the teacher")
+            teacher_tokenizer = teacher_tokenizer or _tokenizer(
+                teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
+            )
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher")
         if args.load_teacher_in_4bit:
             check_four_bit()
             if args.device.type == "cpu":
                 check_four_bit_shapes(teacher_config, str(teacher_name))
-        if peft_config is not None:
-            check_peft(peft_config, student_config)
+        for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
+            if adapter is not None:
+                check_peft(adapter, student_config)
 
         self.tokenization_reports: dict[str, TokenizationReport] = {}
         self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports)
@@ -198,12 +209,12 @@ class DSKDTrainer(Trainer):
         training_dtype = getattr(torch, args.training_dtype)
         student: Any = model
         if isinstance(model, str):
-            student = load_causal_lm(
-                model,
-                dtype=torch.float32,
-                quantization_config=quantization_config,
-                **(args.model_init_kwargs or {}),  # type: ignore[arg-type]
-            )
+            with loading("the student", model, *_MODEL_FILES):
+                student = load_causal_lm(
+                    model,
+                    quantization_config=quantization_config,
+                    **{"dtype": torch.float32, **_options(args.model_init_kwargs)},
+                )
         if peft_config is not None:
             student = _wrap_with_adapter(student, peft_config, args)
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
@@ -216,12 +227,12 @@ class DSKDTrainer(Trainer):
                 if args.load_teacher_in_4bit:
                     teacher_quantization_config = four_bit_config(training_dtype)
                 teacher_dtype = training_dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-                teacher_model = load_causal_lm(
-                    teacher_model,
-                    dtype=teacher_dtype,
-                    quantization_config=teacher_quantization_config,
-                    **(args.teacher_model_init_kwargs or {}),  # type: ignore[arg-type]
-                )
+                with loading("the teacher", teacher_model, *_MODEL_FILES):
+                    teacher_model = load_causal_lm(
+                        teacher_model,
+                        quantization_config=teacher_quantization_config,
+                        **{"dtype": teacher_dtype, **_options(args.teacher_model_init_kwargs)},
+                    )
             if getattr(teacher_model, "hf_device_map", None) is None:
                 teacher_model.to(args.device)  # type: ignore[union-attr]
             self.teacher = Teacher(teacher_model)  # type: ignore[arg-type]
@@ -671,11 +682,33 @@ class _Tokenize:
         return dataset
 
 
-def _name_and_config(model: Any, init_kwargs: Any) -> tuple[str, Any]:
-    if isinstance(model, str):
-        known = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
-        return model, AutoConfig.from_pretrained(model, **known)
-    return model.name_or_path, model.config
+# What a model's folder must have, and what to do about a model that can't be loaded.
+_MODEL_FILES = (
+    ("config.json",),
+    "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no HF_HUB_OFFLINE",
+)
+
+
+def _name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
+    if not isinstance(model, str):
+        return model.name_or_path, model.config
+    with loading(role, model, *_MODEL_FILES):
+        return model, AutoConfig.from_pretrained(model, **_where(init_kwargs))
+
+
+def _tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:
+    with loading(role, name, ("tokenizer*", "vocab*"), f"pass {parameter}, or save a tokenizer beside the model"):
+        return AutoTokenizer.from_pretrained(name, **_where(init_kwargs))
+
+
+def _where(init_kwargs: Any) -> dict[str, Any]:
+    keys = ("revision", "trust_remote_code", "token", "cache_dir")
+    return {key: value for key, value in (init_kwargs or {}).items() if key in keys}
+
+
+def _options(init_kwargs: Any) -> dict[str, Any]:
+    # TrainingArguments parses JSON strings; what is left is a dict or nothing.
+    return dict(init_kwargs or {})
 
 
 def _short_name(name: str | None) -> str | None:

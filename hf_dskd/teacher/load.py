@@ -84,7 +84,7 @@ def check_four_bit_shapes(config: PretrainedConfig, name: str) -> None:
                 )
 
 
-def load_causal_lm(name: str, *, dtype: torch.dtype, quantization_config: Any = None, **options: Any) -> Any:
+def load_causal_lm(name: str, *, quantization_config: Any = None, **options: Any) -> Any:
     """
     `AutoModelForCausalLM.from_pretrained` on this process's own device where the model is quantized.
 
@@ -95,4 +95,4 @@ def load_causal_lm(name: str, *, dtype: torch.dtype, quantization_config: Any = 
 
     if quantization_config is not None:
         options = {"quantization_config": quantization_config, "device_map": {"": PartialState().device}, **options}
-    return AutoModelForCausalLM.from_pretrained(name, **{"dtype": dtype, **options})
+    return AutoModelForCausalLM.from_pretrained(name, **options)

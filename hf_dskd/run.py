@@ -1,0 +1,316 @@
+"""A training run from the command line, shared by every recipe: arguments, data, models, training, what to look at."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import NonFiniteLossError, UserError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from trl import ModelConfig, ScriptArguments
+
+    from .config import DSKDConfig
+    from .trainer import DSKDTrainer
+
+
+@dataclass
+class RunArguments:
+    """What a recipe needs beside the model, the data and the training."""
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "name or folder of the teacher"})
+    rename_columns: str | None = field(
+        default=None, metadata={"help": "columns of the dataset under other names, as old=new,old=new"}
+    )
+    held_out_size: int = field(
+        default=0, metadata={"help": "examples kept for evaluation where the dataset has no test split"}
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "examples per optimizer step over all processes; sets gradient_accumulation_steps"},
+    )
+    sft_teacher: bool = field(
+        default=False, metadata={"help": "first train the teacher on the same data, into OUTPUT_DIR/teacher"}
+    )
+    sft_teacher_epochs: float = field(default=3.0, metadata={"help": "epochs of that training"})
+    sft_teacher_learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of that training"})
+    sft_teacher_lora_r: int = field(
+        default=64, metadata={"help": "rank of the teacher's adapter, which is merged afterwards; 0 trains all of it"}
+    )
+
+
+@dataclass
+class Run:
+    """The parsed arguments of a run."""
+
+    script: ScriptArguments
+    config: DSKDConfig
+    model: ModelConfig
+    options: RunArguments
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Runs a recipe's `main`: what the user has to mend is one line on stderr, not a traceback."""
+    try:
+        main()
+    except (UserError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(description: str | None, config_file: Path, arguments: list[str] | None = None) -> Run:
+    """
+    Arguments of a recipe: its YAML file, or the one of `--config`, and whatever the command line overrides.
+
+    Half precision is taken where the machine computes in it, unless the arguments say otherwise. `--help` answers from
+    the light settings alone; importing transformers would take seconds.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(description, config_file))
+        sys.exit(0)
+    if "--config" not in arguments:
+        arguments = ["--config", str(config_file), *arguments]
+    elif not Path(arguments[arguments.index("--config") + 1]).is_file():
+        raise UserError(f"--config {arguments[arguments.index('--config') + 1]!r} isn't a file: name a YAML file")
+
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from .config import DSKDConfig
+
+    parser = TrlParser((ScriptArguments, DSKDConfig, ModelConfig, RunArguments))  # type: ignore[arg-type]
+    try:
+        script, config, model, options = parser.parse_args_and_config(args=[*fastest_precision(), *arguments])
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    run = Run(script, config, model, options)
+    set_accumulation(run)
+    return run
+
+
+def help_text(description: str | None, config_file: Path) -> str:
+    """Every setting of hf_dskd with its default, as text."""
+    from .settings import DistillationSettings
+
+    lines = [(description or "").strip(), "", f"Defaults come from {config_file.name}; any value can be overridden."]
+    for title, group in (("The run", RunArguments), ("Distillation", DistillationSettings)):
+        lines += ["", f"{title}:"]
+        for setting in fields(group):
+            lines.append(f"  --{setting.name} ({setting.default})".ljust(46) + f" {setting.metadata['help']}")
+    lines += [
+        "",
+        "The student: --model_name_or_path, --use_peft, --lora_r, --lora_alpha, --lora_target_modules, and the rest of",
+        "trl.ModelConfig. The data: --dataset_name, --dataset_config, and the rest of trl.ScriptArguments. The training:",
+        "--output_dir, --max_steps, --num_train_epochs, --learning_rate, --per_device_train_batch_size, --bf16, --seed,",
+        "--report_to, --push_to_hub, --resume_from_checkpoint last, and every other transformers.TrainingArguments.",
+    ]
+    return "\n".join(lines)
+
+
+def fastest_precision() -> list[str]:
+    """Flags for the half precision that this machine computes in, or none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return ["--bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["--fp16"]
+    # Processors without such instructions are slower in bf16 than in float32.
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # transformers wants to be told that bf16 on a CPU is meant.
+    return ["--bf16", "--use_cpu"] if has_bf16 and not torch.backends.mps.is_available() else []
+
+
+def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:
+    """The same configuration with some settings changed, checked anew."""
+    own = {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.init}
+    return type(config)(**{**own, **changes})
+
+
+def set_accumulation(run: Run) -> None:
+    """Makes `gradient_accumulation_steps` of `total_batch_size`, whatever the number of processes."""
+    total = run.options.total_batch_size
+    if total is None:
+        return
+    config = run.config
+    at_once = config.per_device_train_batch_size * config.world_size
+    if total % at_once:
+        raise UserError(
+            f"total_batch_size={total} is no multiple of {config.world_size} processes x per_device_train_batch_size"
+            f"={config.per_device_train_batch_size}: change one of them"
+        )
+    config.gradient_accumulation_steps = total // at_once
+
+
+def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation examples: from the hub, a folder, or a JSON, JSONL, CSV or Parquet file."""
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    name = run.script.dataset_name
+    if name is None:
+        raise UserError("dataset_name is not set: name a dataset on the hub, a folder or a .jsonl file")
+    formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    try:
+        if Path(name).suffix in formats:
+            if not Path(name).is_file():
+                raise FileNotFoundError("there is no such file")
+            data = load_dataset(formats[Path(name).suffix], data_files=name)
+        elif (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            data = load_from_disk(name)
+        else:
+            data = load_dataset(name, run.script.dataset_config)
+    except Exception as error:  # the hub's client and the file readers raise some thirty kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"dataset {name!r} can't be loaded ({type(error).__name__}: {reason}): give --dataset_name a local .jsonl"
+            " file, or check the name, the network and your access to it"
+        ) from None
+    splits = DatasetDict(train=data) if isinstance(data, Dataset) else data
+    return choose_splits(run, splits)
+
+
+def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]:
+    """The training split with its columns renamed, and the test split, or examples held out of the training split."""
+    train_name, test_name = run.script.dataset_train_split, run.script.dataset_test_split
+    if train_name not in data:
+        raise UserError(f"dataset_train_split={train_name!r} isn't there: the splits are {', '.join(data)}")
+    if run.options.rename_columns:
+        pairs = [pair.partition("=") for pair in run.options.rename_columns.split(",")]
+        names = data[train_name].column_names
+        for old, _, new in pairs:
+            if old not in names or not new:
+                raise UserError(
+                    f"rename_columns={run.options.rename_columns!r}: write old=new,old=new with columns out of"
+                    f" {', '.join(names)}"
+                )
+        data = data.rename_columns({old: new for old, _, new in pairs})
+    train = data[train_name]
+    if test_name in data and test_name != train_name:
+        return train, data[test_name]
+    if run.options.held_out_size:
+        if run.options.held_out_size >= len(train):
+            raise UserError(
+                f"held_out_size={run.options.held_out_size} leaves nothing of {len(train)} examples to train on"
+            )
+        parts = train.train_test_split(run.options.held_out_size, seed=0)
+        return parts["train"], parts["test"]
+    return train, None
+
+
+def make_trainer(
+    run: Run,
+    student: str,
+    teacher: str | None,
+    train: Dataset,
+    held_out: Dataset | None,
+    **options: Any,
+) -> DSKDTrainer:
+    """The trainer of a run; `options` go to [`DSKDTrainer`]."""
+    from trl import get_peft_config, get_quantization_config
+
+    from .trainer import DSKDTrainer
+
+    config = run.config
+    given = {"attn_implementation": run.model.attn_implementation, "dtype": run.model.dtype}
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    config.model_init_kwargs = {**kwargs, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+    if held_out is None and config.eval_strategy != "no":
+        raise UserError(
+            f"eval_strategy={str(config.eval_strategy)!r} but there is nothing to evaluate on: set held_out_size"
+        )
+    return DSKDTrainer(
+        student,
+        teacher,
+        config,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(run.model),
+        quantization_config=get_quantization_config(run.model),
+        **options,
+    )
+
+
+def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
+    """
+    Trains the teacher on the same data first, as the papers' teachers were, and returns its folder.
+
+    Done once: a folder that is complete is used again.
+    """
+    from .trainer import DSKDTrainer
+
+    folder = Path(str(run.config.output_dir)) / "teacher"
+    if (folder / "config.json").is_file():
+        print(f"using the teacher trained before: {folder}")
+        return str(folder)
+    options = run.options
+    config = variant(
+        run.config,
+        output_dir=str(folder.with_name("teacher_training")),
+        method="sft",
+        num_train_epochs=options.sft_teacher_epochs,
+        max_steps=-1,
+        learning_rate=options.sft_teacher_learning_rate,
+        load_teacher_in_4bit=False,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+        model_init_kwargs={"dtype": "bfloat16" if options.sft_teacher_lora_r and run.config.bf16 else "float32"},
+    )
+    adapter = None
+    if options.sft_teacher_lora_r:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=options.sft_teacher_lora_r,
+            lora_alpha=2 * options.sft_teacher_lora_r,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    trainer = DSKDTrainer(teacher, args=config, train_dataset=train, peft_config=adapter)
+    trainer.train(resume_from_checkpoint=bool(list(folder.with_name("teacher_training").glob("checkpoint-*"))))
+    if trainer.is_world_process_zero():
+        model: Any = trainer.model
+        if adapter is not None:
+            model = model.merge_and_unload()
+        beside = folder.with_name(".teacher")
+        model.save_pretrained(beside)
+        trainer.processing_class.save_pretrained(beside)  # type: ignore[union-attr]
+        beside.rename(folder)
+    trainer.accelerator.wait_for_everyone()
+    return str(folder)
+
+
+def distil(run: Run, trainer: DSKDTrainer) -> Path:
+    """Trains (from a checkpoint where that is asked for), saves the student, and pushes it where that is asked for."""
+    resume: Any = run.config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+    if run.config.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    return Path(str(run.config.output_dir))
+
+
+def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
+    """Draws the loss curves and, where the method has one, the alignment of a held-out example. Returns the files."""
+    from .analysis.curves import plot_curves
+    from .analysis.heatmap import cross_attention, plot_attention
+
+    pictures = [folder / "curves.png"]
+    plot_curves({trainer.args.method: trainer.state.log_history}, pictures[0])
+    rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    if trainer.projectors is not None:
+        pictures.append(folder / "alignment.png")
+        plot_attention([cross_attention(trainer, rows[example])], pictures[1])
+    return pictures

@@ -1,0 +1,118 @@
+"""The settings of a distillation run beyond those of any training; light, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .methods import METHODS
+
+
+ADVERSARIAL_LOSSES = ("minimax", "non_saturating")
+DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
+PROMPT_STYLES = ("chat", "plain")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class DistillationSettings:
+    r"""
+    Everything that [`DSKDConfig`] adds to [`~transformers.TrainingArguments`].
+
+    Where the paper and its released code differ, the defaults follow the paper; `as_published=True` follows the code.
+
+    Parameters:
+        method (`str`, *optional*, defaults to `"dskd_cma_ga"`):
+            `"sft"`, `"dskd_cma"` or `"dskd_cma_ga"`.
+        divergence (`str`, *optional*, defaults to `"skewed_forward_kl"`):
+            In both spaces: `"forward_kl"`, `"reverse_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or
+            `"adaptive_kl"`.
+        skew_lambda (`float`, *optional*, defaults to `0.1`): λ of the skewed divergences, in (0, 1).
+        adaptive_kl_alpha (`float`, *optional*, defaults to `0.5`): Teacher mass below which tokens are tail, in (0, 1).
+        kd_temperature (`float`, *optional*, defaults to `2.0`): Divides both logits in the divergences, once.
+        kd_rate (`float`, *optional*, defaults to `0.5`):
+            Weight of the distillation terms; the student's own cross entropy has 1 − `kd_rate`.
+        correctness_mask (`bool`, *optional*, defaults to `True`):
+            Student-space divergence only where the projected teacher predicts the response token.
+        kq_rate (`float`, *optional*, defaults to `1.0`): Weight of key-query matching, per response token.
+        adversarial_loss (`str`, *optional*, defaults to `"minimax"`):
+            Of the query projector against the discriminator: `"minimax"` (paper A, Eq. 14) or `"non_saturating"`.
+        scale_queries (`bool`, *optional*, defaults to `False`): Give queries the keys' unit standard deviation.
+        projector_learning_rate (`float`, *optional*, defaults to `1e-3`): Peak learning rate of the projectors.
+        discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`): Peak, of the discriminator's optimizer.
+        discriminator_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`): As `lr_scheduler_type`.
+        discriminator_adam_beta1 (`float`, *optional*, defaults to `0.5`): β₁ of the discriminator's AdamW.
+        discriminator_adam_beta2 (`float`, *optional*, defaults to `0.999`): β₂ of the discriminator's AdamW.
+        discriminator_weight_decay (`float`, *optional*, defaults to `0.0`): Of the discriminator's AdamW.
+        discriminator_steps (`int`, *optional*, defaults to `1`): Discriminator updates per student update.
+        discriminator_hidden_size (`int`, *optional*, defaults to `768`): Width of its layer before the output.
+        discriminator_dropout (`float`, *optional*, defaults to `0.1`): Of the discriminator.
+        as_published (`bool`, *optional*, defaults to `False`):
+            Reproduce the released code: sequences padded to `max_length`, prompt and padding in the attention's
+            statistics and in the matching, forward KL in teacher space, teacher-space sums divided by student tokens,
+            a discriminator that is never trained, and its loss as a mean divided by the number of tokens once more.
+        max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
+        skip_long_prompts (`bool`, *optional*, defaults to `False`):
+            Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
+        prompt_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"`: each model sees the prompt in its own chat template where it has one. `"plain"`: plain text.
+        prompt_column, response_column (`str`, *optional*): Columns of the dataset, where they have names of their own.
+        dataset_num_proc (`int`, *optional*): Processes that tokenize.
+        load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
+        teacher_dtype (`str`, *optional*, defaults to `"auto"`):
+            Of a teacher given by name: `"auto"` is the training precision (bf16, fp16, or else float32).
+        model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a student given by name.
+        teacher_model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a teacher given by name.
+    """
+
+    # Method
+    method: str = field(default="dskd_cma_ga", metadata={"help": f"one of {', '.join(METHODS)}"})
+    divergence: str = field(
+        default="skewed_forward_kl", metadata={"help": f"in both spaces: one of {', '.join(DIVERGENCE_NAMES)}"}
+    )
+    skew_lambda: float = field(default=0.1, metadata={"help": "lambda of the skewed divergences, in (0, 1)"})
+    adaptive_kl_alpha: float = field(default=0.5, metadata={"help": "teacher mass of the tail, in (0, 1)"})
+    kd_temperature: float = field(default=2.0, metadata={"help": "divides both logits in the divergences, once"})
+    kd_rate: float = field(default=0.5, metadata={"help": "weight of distillation; cross entropy has 1 - kd_rate"})
+    correctness_mask: bool = field(
+        default=True,
+        metadata={"help": "student-space divergence only where the projected teacher predicts the response token"},
+    )
+    kq_rate: float = field(default=1.0, metadata={"help": "weight of key-query matching, per response token"})
+    adversarial_loss: str = field(default="minimax", metadata={"help": f"one of {', '.join(ADVERSARIAL_LOSSES)}"})
+    scale_queries: bool = field(default=False, metadata={"help": "give queries the keys' unit standard deviation"})
+    as_published: bool = field(default=False, metadata={"help": "reproduce the released code, defects included"})
+
+    # Optimizers
+    projector_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of the projectors"})
+    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "of the discriminator's optimizer"})
+    discriminator_lr_scheduler_type: str = field(default="constant", metadata={"help": "as lr_scheduler_type"})
+    discriminator_adam_beta1: float = field(default=0.5, metadata={"help": "beta 1 of the discriminator's AdamW"})
+    discriminator_adam_beta2: float = field(default=0.999, metadata={"help": "beta 2 of the discriminator's AdamW"})
+    discriminator_weight_decay: float = field(default=0.0, metadata={"help": "of the discriminator's AdamW"})
+    discriminator_steps: int = field(default=1, metadata={"help": "discriminator updates per student update"})
+    discriminator_hidden_size: int = field(default=768, metadata={"help": "width of its layer before the output"})
+    discriminator_dropout: float = field(default=0.1, metadata={"help": "of the discriminator"})
+
+    # Data
+    max_length: int = field(default=512, metadata={"help": "longest sequence of either model, in tokens"})
+    skip_long_prompts: bool = field(
+        default=False, metadata={"help": "skip examples whose prompt leaves no room for a response, not an error"}
+    )
+    prompt_style: str = field(default="chat", metadata={"help": "chat (own template where there is one) or plain"})
+    prompt_column: str | None = field(default=None, metadata={"help": "column that holds the prompt"})
+    response_column: str | None = field(default=None, metadata={"help": "column that holds the response"})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
+
+    # Logs
+    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
+
+    # Models
+    load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})
+    teacher_dtype: str = field(default="auto", metadata={"help": f"of the teacher: one of {', '.join(DTYPES)}"})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON for from_pretrained of the student"}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON for from_pretrained of the teacher"}
+    )

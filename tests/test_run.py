@@ -1,0 +1,142 @@
+"""Recipes end to end on tiny models, and what the command line answers."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+from transformers import AutoModelForCausalLM
+
+from hf_dskd import UserError, run
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Folders of a tiny student and teacher with their tokenizers, and a JSONL file."""
+    folder = tmp_path_factory.mktemp("pair")
+    tiny.gpt2(len(runs._STUDENT_TOKENIZER)).save_pretrained(folder / "student")
+    runs._STUDENT_TOKENIZER.save_pretrained(folder / "student")
+    tiny.qwen2(len(runs._TEACHER_TOKENIZER)).save_pretrained(folder / "teacher")
+    runs._TEACHER_TOKENIZER.save_pretrained(folder / "teacher")
+    rows = [{"instruction": row["prompt"], "context": "", "response": row["completion"]} for row in tiny.dataset(16)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def gpt2_qwen(pair, output, *arguments, check=True):
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "recipes" / "gpt2_qwen.py"), "--output_dir", str(output)),
+            *("--model_name_or_path", str(pair / "student"), "--teacher_model_name_or_path", str(pair / "teacher")),
+            *("--dataset_name", str(pair / "data.jsonl"), "--held_out_size", "4", "--dataset_num_proc", "1"),
+            *("--total_batch_size", "4", "--per_device_train_batch_size", "2", "--num_train_epochs", "1"),
+            *("--max_length", "256", "--use_cpu", "--bf16", "false", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path):
+    out = tmp_path / "out"
+    done = gpt2_qwen(pair, out, "--sft_teacher", "--sft_teacher_epochs", "1", "--sft_teacher_lora_r", "4")
+    printed = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(out))]
+    assert {path.name for path in printed} >= {"out", "curves.png", "alignment.png"}
+    assert all(path.exists() for path in printed)
+    AutoModelForCausalLM.from_pretrained(out)
+    # The teacher was trained: it is another model than the one given.
+    trained = AutoModelForCausalLM.from_pretrained(out / "teacher").state_dict()
+    given = AutoModelForCausalLM.from_pretrained(pair / "teacher").state_dict()
+    assert any((trained[name].float() - given[name].float()).abs().max() > 0 for name in given)
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and any("eval_bits_per_byte" in log for log in state["log_history"])
+
+    again = gpt2_qwen(pair, out, "--sft_teacher", "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
+    assert "using the teacher trained before" in again.stdout
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--divergence", "forward"], "did you mean 'forward_kl'"),
+        (["--config", "nothere.yaml"], "nothere.yaml"),
+        (["--dataset_name", "nothere.jsonl"], "nothere.jsonl"),
+        (["--rename_columns", "contxt=input"], "instruction, context, response"),
+        (["--total_batch_size", "3"], "no multiple"),
+        (["--held_out_size", "16"], "held_out_size=16"),
+        (["--dataset_train_split", "training"], "the splits are train"),
+    ],
+)
+def test_wrong_arguments(arguments, expected, pair, tmp_path):
+    given = ["--output_dir", str(tmp_path), "--dataset_name", str(pair / "data.jsonl"), "--use_cpu", "--bf16", "false"]
+    given += ["--total_batch_size", "4", "--per_device_train_batch_size", "2", "--held_out_size", "4"]
+    with pytest.raises(UserError) as error:
+        run.load_data(run.parse(None, ROOT / "recipes" / "gpt2_qwen.yaml", [*given, *arguments]))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipes_error_is_one_line_without_traceback(pair, tmp_path):
+    done = gpt2_qwen(pair, tmp_path, "--kd_temperature", "0", check=False)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line.lower()] == [
+        "error: kd_temperature=0.0 must be above 0 (the papers use 2.0)"
+    ]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_help_answers_within_a_second(recipe):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(recipe), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--kd_temperature" in done.stdout
+    # Loosely, since machines are busy: an import of torch alone takes longer.
+    assert time.perf_counter() - start < 3
+
+
+def test_import_is_light():
+    code = (
+        "import sys, hf_dskd, hf_dskd.run, hf_dskd.settings\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'peft') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_total_batch_size_fixes_the_batch_for_any_number_of_processes(tmp_path):
+    args = run.Run(
+        None, runs.config(tmp_path, per_device_train_batch_size=2), None, run.RunArguments(total_batch_size=8)
+    )
+    run.set_accumulation(args)
+    assert args.config.gradient_accumulation_steps == 4
+    args.options.total_batch_size = 5
+    with pytest.raises(UserError, match="total_batch_size=5"):
+        run.set_accumulation(args)
+
+
+def test_settings_help_names_what_there_is():
+    from hf_dskd.losses.divergences import DIVERGENCES
+    from hf_dskd.settings import DIVERGENCE_NAMES
+
+    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
+
+
+def test_variant_keeps_everything_but_the_change(tmp_path):
+    config = runs.config(tmp_path, kd_temperature=3.0, lr_scheduler_type="cosine", warmup_steps=3)
+    other = run.variant(config, method="sft")
+    assert other.method == "sft" and config.method == "dskd_cma_ga"
+    one, two = config.to_dict(), other.to_dict()
+    assert {name for name in one if one[name] != two[name]} == {"method"}

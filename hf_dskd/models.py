@@ -170,11 +170,11 @@ def check_config(config: PretrainedConfig, name: str, role: str, loaded: nn.Modu
         lm_head(loaded)
         return
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-        kind = f"of type {config.model_type!r}"
+        kind = "of a kind without causal language models"
     else:
         return
     raise UserError(
-        f"{role} {name!r} is {kind} ({', '.join(architectures) or config.model_type}):"
+        f"{role} {name or config.model_type!r} is {kind} ({', '.join(architectures) or config.model_type}):"
         " distillation needs a causal (decoder-only) language model"
     )
 

@@ -697,7 +697,8 @@ def _name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]
 
 
 def _tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:
-    with loading(role, name, ("tokenizer*", "vocab*"), f"pass {parameter}, or save a tokenizer beside the model"):
+    files = ("tokenizer_config.json", "tokenizer*", "vocab*")
+    with loading(role, name, files, f"pass {parameter}, or save a tokenizer beside the model"):
         return AutoTokenizer.from_pretrained(name, **_where(init_kwargs))
 
 

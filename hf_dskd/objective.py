@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .adversary import Features
 from .losses.divergences import divergence_function
 from .losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, token_cross_entropy
-from .adversary import Features
 from .losses.key_query import generator_loss, published_key_query_loss, row_noise
 
 

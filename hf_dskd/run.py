@@ -28,7 +28,7 @@ class RunArguments:
         default=None, metadata={"help": "columns of the dataset under other names, as old=new,old=new"}
     )
     held_out_size: int = field(
-        default=0, metadata={"help": "examples kept for evaluation where the dataset has no test split"}
+        default=0, metadata={"help": "examples to evaluate on where the dataset has no test split"}
     )
     total_batch_size: int | None = field(
         default=None,
@@ -109,10 +109,10 @@ def help_text(description: str | None, config_file: Path) -> str:
             lines.append(f"  --{setting.name} ({setting.default})".ljust(46) + f" {setting.metadata['help']}")
     lines += [
         "",
-        "The student: --model_name_or_path, --use_peft, --lora_r, --lora_alpha, --lora_target_modules, and the rest of",
-        "trl.ModelConfig. The data: --dataset_name, --dataset_config, and the rest of trl.ScriptArguments. The training:",
-        "--output_dir, --max_steps, --num_train_epochs, --learning_rate, --per_device_train_batch_size, --bf16, --seed,",
-        "--report_to, --push_to_hub, --resume_from_checkpoint last, and every other transformers.TrainingArguments.",
+        "The student: --model_name_or_path, --use_peft, --lora_r, --lora_target_modules, ... (trl.ModelConfig).",
+        "The data: --dataset_name, --dataset_config, ... (trl.ScriptArguments).",
+        "The training: --output_dir, --max_steps, --num_train_epochs, --learning_rate, --per_device_train_batch_size,",
+        "--bf16, --seed, --report_to, --push_to_hub, --resume_from_checkpoint last, ... (transformers.TrainingArguments).",
     ]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ class DistillationSettings:
             In both spaces: `"forward_kl"`, `"reverse_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or
             `"adaptive_kl"`.
         skew_lambda (`float`, *optional*, defaults to `0.1`): λ of the skewed divergences, in (0, 1).
-        adaptive_kl_alpha (`float`, *optional*, defaults to `0.5`): Teacher mass below which tokens are tail, in (0, 1).
+        adaptive_kl_alpha (`float`, *optional*, defaults to `0.5`): Teacher mass of the tail, in (0, 1).
         kd_temperature (`float`, *optional*, defaults to `2.0`): Divides both logits in the divergences, once.
         kd_rate (`float`, *optional*, defaults to `0.5`):
             Weight of the distillation terms; the student's own cross entropy has 1 − `kd_rate`.

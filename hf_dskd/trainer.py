@@ -290,6 +290,7 @@ class DSKDTrainer(Trainer):
         }
         self._running = RunningLog(device)
         self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
+        self._learning_rates: dict[str, float] = {}
         self._evaluated: list[Tensor] = []
         self._staging: Path | None = None
         self._deferred_push: str | None = None
@@ -433,12 +434,15 @@ class DSKDTrainer(Trainer):
 
     def _before_optimizer_step(self) -> None:
         projectors = self._projector_parameters()
+        # As Trainer logs the student's: the rates of the step, not of the next one.
         if projectors:
+            self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])
             reduce_over_ranks(projectors, self.accelerator, "mean")
             norm = clip(projectors, self.args.max_grad_norm)
             self._running.add(projector_grad_norm=norm, ranked_steps=1.0)
         if self.adversary is not None and not self.args.as_published:
             assert self._items is not None
+            self._learning_rates["discriminator_learning_rate"] = self.adversary.learning_rate
             report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
             self._running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
 
@@ -447,11 +451,7 @@ class DSKDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every loss term, norms, learning rates, accuracies and speed to what Trainer logs while training."""
         if "loss" in logs:
-            logs.update(self._running.drain(self.accelerator))
-            if self.projectors is not None and self.lr_scheduler is not None:
-                logs["projector_learning_rate"] = float(self.lr_scheduler.get_last_lr()[-1])
-            if self.adversary is not None and self.adversary.scheduler is not None:
-                logs["discriminator_learning_rate"] = self.adversary.learning_rate
+            logs.update(self._running.drain(self.accelerator) | self._learning_rates)
         super().log(logs, start_time)
 
     # ---- Evaluation

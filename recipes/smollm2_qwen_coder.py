@@ -82,15 +82,15 @@ def demo(args, student, teacher, train, held_out) -> None:
             measure("before", trainer.model, trainer.processing_class)
         else:
             measure("teacher", trainer.teacher.model, trainer.teacher_processing_class, side="teacher")
-            alignments = {"before training": cross_attention(trainer, sample)}
+            alignments = [cross_attention(trainer, sample, caption="before training")]
         print(f"\n{method}: {steps} steps of {args.options.total_batch_size} functions")
         trainer.train()
         measure(method, trainer.model, trainer.processing_class)
         histories[method] = trainer.state.log_history
         if method != "sft":
             trainer.save_model()
-            alignments[f"after {steps} steps"] = cross_attention(trainer, sample)
-            plot_attention(list(alignments.values()), folder / "alignment.png", captions=list(alignments))
+            alignments.append(cross_attention(trainer, sample, caption=f"after {steps} steps"))
+            plot_attention(alignments, folder / "alignment.png")
         tokenizer = trainer.processing_class
         del trainer
         gc.collect()

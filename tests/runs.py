@@ -18,23 +18,23 @@ _TEACHER_TOKENIZER = tiny.sentencepiece_tokenizer()
 
 
 def config(folder: Path | str, **settings: Any) -> DSKDConfig:
-    defaults = dict(
-        method="dskd_cma_ga",
-        max_steps=3,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        max_length=256,
-        discriminator_dropout=0.0,
-        discriminator_hidden_size=32,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=0,
-    )
+    defaults = {
+        "method": "dskd_cma_ga",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "max_length": 256,
+        "discriminator_dropout": 0.0,
+        "discriminator_hidden_size": 32,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
     return DSKDConfig(str(folder), **{**defaults, **settings})
 
 

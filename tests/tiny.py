@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import torch
 from datasets import Dataset
@@ -37,7 +38,7 @@ def merges_of(words: list[str], alphabet: list[str], size: int) -> tuple[dict[st
     vocabulary = {piece: index for index, piece in enumerate(alphabet)}
     pieces, merges = [list(word) for word in words], []
     while len(vocabulary) < size:
-        pairs = Counter(pair for word in pieces for pair in zip(word, word[1:]))
+        pairs = Counter(pair for word in pieces for pair in pairwise(word))
         if not pairs:
             break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))

@@ -119,7 +119,7 @@ def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_que
         own = torch.autograd.grad(sums["ce"] + sums["t2s_kd"], leaves[:2])
         results.append((sums, [*gradients, *own], queries.detach(), keys.detach()))
     (expected, expected_gradients, q, k), (actual, gradients, our_q, our_k) = results
-    close = dict(rtol=tolerance, atol=tolerance)
+    close = {"rtol": tolerance, "atol": tolerance}
     for key in expected:
         torch.testing.assert_close(actual[key].double(), expected[key].double(), **close)
     for a, e in zip(gradients, expected_gradients):

@@ -1,0 +1,363 @@
+"""
+What the cross-model attention attends to, token by token.
+
+A position of the attention is one that *predicts* a token: row i of the student is the position whose target is token
+i of the response, and its query is made of the embeddings of that target and of the token before it. Rows and columns
+are labelled with the target, so that equal text lies on the diagonal. n_s and n_t are the response tokens of student
+and teacher, end-of-sequence token included.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..alignment.cross_model import cross_model_attention
+from ..errors import UserError
+from ..losses.dual_space import ResponseStates, queries_and_keys
+from ..models import input_embedding
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+    from ..trainer import DSKDTrainer
+
+MOST_TOKENS = 60
+FONT = "DejaVu Sans Mono"  # comes with matplotlib
+_WHITESPACE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "\\r"})
+_DPI = 110
+# Sizes in points and inches.
+_FONT_SIZE = 8.0
+_CHARACTER = 0.6 * _FONT_SIZE / 72
+_LONGEST_LABEL = 18
+_WIDEST = 15.0
+
+
+@dataclass(frozen=True, eq=False)
+class AlignmentExample:
+    """
+    The two attentions of one response, on the CPU in float32.
+
+    Attributes:
+        student_tokens (`tuple[str, ...]` of length n_s), teacher_tokens (`tuple[str, ...]` of length n_t):
+            Text of the target of each position, with whitespace made visible (`·`, `↵`, `⇥`).
+        student_byte_ends, teacher_byte_ends (`tuple[int, ...]`):
+            Byte of the response at which the token ends; it begins where the one before it ends.
+        has_eos (`bool`): Whether the last token on both sides is the end-of-sequence token (else the text was cut).
+        t2s (`torch.Tensor` of shape `[n_s, n_t]`): Of student positions over teacher positions; rows sum to 1.
+        s2t (`torch.Tensor` of shape `[n_t, n_s]`): Of teacher positions over student positions; rows sum to 1.
+        caption (`str`, *optional*): Stands above the picture.
+    """
+
+    student_tokens: tuple[str, ...]
+    teacher_tokens: tuple[str, ...]
+    student_byte_ends: tuple[int, ...]
+    teacher_byte_ends: tuple[int, ...]
+    has_eos: bool
+    t2s: Tensor
+    s2t: Tensor
+    caption: str = ""
+
+
+def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str = "") -> AlignmentExample:
+    """
+    The attention that `trainer` computes for one tokenized row, in its present state and precision.
+
+    Queries and keys are made of embeddings only, so neither model is run. With `as_published` the attention depends
+    on the other examples of the batch; here the row is alone.
+
+    Args:
+        trainer ([`~hf_dskd.DSKDTrainer`]): With a teacher.
+        row (`Mapping[str, Any]`): With the columns of [`~hf_dskd.data.tokenization.tokenize_dataset`], such as
+            `trainer.eval_dataset[0]`.
+        caption (`str`, *optional*): For the picture.
+
+    Raises:
+        UserError: If the trainer has no teacher, or the row isn't tokenized for both models.
+    """
+    if trainer.teacher is None or trainer.projectors is None:
+        raise UserError(f"method={trainer.args.method!r} has no cross-model attention: use a method with a teacher")
+    needed = ("input_ids", "prompt_length", "byte_ends")
+    columns = [*needed, *(f"teacher_{name}" for name in needed), "response_bytes", "cut"]
+    missing = [name for name in columns if name not in row]
+    if missing:
+        raise UserError(f"the row has no column {missing[0]!r}: pass a tokenized one, such as trainer.eval_dataset[0]")
+
+    batch = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
+
+    def states(prefix: str, embedding: Tensor) -> ResponseStates:
+        input_ids = batch[f"{prefix}input_ids"]
+        no_hidden = embedding.new_zeros((*input_ids.shape, 0))
+        return trainer._states(no_hidden, input_ids, batch[f"{prefix}labels"], embedding)
+
+    with torch.no_grad(), trainer.accelerator.autocast():
+        student = states("", input_embedding(trainer.model))
+        teacher = states("teacher_", trainer.teacher.embedding)
+        queries, keys = queries_and_keys(
+            student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
+        )
+        t2s, s2t = cross_model_attention(queries, keys, student.mask, teacher.mask)
+    # As published every position of the padded sequence has a row.
+    rows, others = student.mask[0], teacher.mask[0]
+
+    student_tokenizer: Any = trainer.processing_class
+    teacher_tokenizer: Any = trainer.teacher_processing_class
+    data = _response_bytes(row, student_tokenizer, teacher_tokenizer)
+    return AlignmentExample(
+        student_tokens=tuple(_token_texts(row, "", student_tokenizer, data)),
+        teacher_tokens=tuple(_token_texts(row, "teacher_", teacher_tokenizer, data)),
+        student_byte_ends=tuple(int(end) for end in row["byte_ends"]),
+        teacher_byte_ends=tuple(int(end) for end in row["teacher_byte_ends"]),
+        has_eos=not row["cut"],
+        t2s=t2s[0][rows][:, others].float().cpu(),
+        s2t=s2t[0][others][:, rows].float().cpu(),
+        caption=caption,
+    )
+
+
+def same_text(example: AlignmentExample) -> Tensor:
+    """
+    Which tokens share text: at least one byte of the response, or both are the end-of-sequence token.
+
+    Returns:
+        `torch.Tensor` of shape `[n_s, n_t]`, bool. All false for the rare token without text that is no EOS.
+    """
+    student_ends = torch.tensor(example.student_byte_ends)
+    teacher_ends = torch.tensor(example.teacher_byte_ends)
+    student_starts, teacher_starts = student_ends.roll(1), teacher_ends.roll(1)
+    student_starts[0] = teacher_starts[0] = 0
+    first = torch.maximum(student_starts[:, None], teacher_starts[None])
+    last = torch.minimum(student_ends[:, None], teacher_ends[None])
+    shared = first < last
+    if example.has_eos:
+        shared[-1, -1] = True
+    return shared
+
+
+def attention_on_text(example: AlignmentExample) -> float:
+    """
+    Share of each student token's attention (`t2s`) on the teacher tokens of the same text, averaged over tokens.
+
+    1 is a perfect alignment. Student tokens without text, for which there is no right answer, don't count.
+    """
+    shared = same_text(example)
+    return float((example.t2s * shared).sum(1)[shared.any(1)].mean())
+
+
+def uniform_on_text(example: AlignmentExample) -> float:
+    """What [`attention_on_text`] would be if every student token attended to all teacher tokens alike."""
+    shared = same_text(example)
+    return float(shared.float().mean(1)[shared.any(1)].mean())
+
+
+def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title: str | None = None) -> None:
+    """
+    Writes a PNG of `t2s`: student tokens from top to bottom, teacher tokens from left to right.
+
+    Each example is a panel, such as the same row before and after training; all share one scale. Cells of tokens with
+    the same text are outlined. At most the first 60 tokens of a side are shown; the share in the caption is that of
+    the whole response.
+
+    Args:
+        examples (`Sequence[AlignmentExample]`): One panel each.
+        path (`str` or `Path`): File to write; its folder is made if need be.
+        title (`str`, *optional*): Stands above all panels.
+
+    Raises:
+        UserError: If `examples` is empty.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    if not examples:
+        raise UserError("plot_attention got no examples: pass at least one from cross_attention")
+    panels = [_Panel.of(example) for example in examples]
+    longest = max(max(panel.weights.shape) for panel in panels)
+    # Few tokens fill a picture of ordinary size, many keep legible labels.
+    cell = min(max(4.5 / longest, 0.18), 0.45)
+    text_width = 1.2 * _CHARACTER * max(len(line) for panel in panels for line in panel.heading)
+    left = 0.4 + _CHARACTER * max(len(label) for panel in panels for label in panel.student_labels)
+    below = 0.45 + _CHARACTER * max(len(label) for panel in panels for label in panel.teacher_labels)
+    above = 0.2 + 0.18 * max(len(panel.heading) for panel in panels)
+    slot_width = left + max(cell * max(panel.weights.shape[1] for panel in panels), text_width)
+    slot_height = above + cell * max(panel.weights.shape[0] for panel in panels) + below
+    columns = min(len(panels), max(int(_WIDEST // slot_width), 1))
+    rows = math.ceil(len(panels) / columns)
+    width, height = slot_width * columns + 0.9, slot_height * rows
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    scale = Normalize(0, max(float(panel.weights.max()) for panel in panels))
+    for index, panel in enumerate(panels):
+        panel_height, panel_width = (cell * count for count in panel.weights.shape)
+        x = slot_width * (index % columns) + left
+        y = height - slot_height * (index // columns) - above - panel_height
+        axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
+        _draw_panel(axes, panel, scale)
+        if index == 0:
+            # Beside the row's last panel, so that it stands for all of them.
+            last_panel = panels[columns - 1].weights.shape[1]
+            x = slot_width * (columns - 1) + left + cell * last_panel + 0.15
+            bar_height = min(panel_height, 4.0)
+            bar = figure.add_axes(
+                (x / width, (y + panel_height - bar_height) / height, 0.14 / width, bar_height / height)
+            )
+            figure.colorbar(ScalarMappable(scale, "Blues"), cax=bar)
+            bar.tick_params(labelsize=_FONT_SIZE)
+            bar.set_ylabel("attention (rows sum to 1)", fontsize=_FONT_SIZE)
+    if title:
+        figure.text(0.1 / width, 1 + 0.12 / height, drawable(title), fontsize=12, fontweight="bold", parse_math=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cropped to what is drawn: how wide text gets is known only then.
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+
+
+def drawable(text: str) -> str:
+    """The text with escapes (`\\u6771`) for characters that the font lacks or that would fuse with their neighbour."""
+    return "".join(
+        character
+        if ord(character) in _glyphs() and character.isprintable() and not unicodedata.combining(character)
+        else character.encode("ascii", "backslashreplace").decode()
+        if not character.isascii()
+        else repr(character)[1:-1]
+        for character in text
+    )
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(findfont(FONT)).get_charmap())
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The part of an example that is shown, as it is drawn: `weights` and `shared` are `[shown n_s, shown n_t]`."""
+
+    weights: np.ndarray
+    shared: np.ndarray
+    student_labels: list[str]
+    teacher_labels: list[str]
+    heading: list[str]
+
+    @classmethod
+    def of(cls, example: AlignmentExample) -> _Panel:
+        heading = [drawable(example.caption)] if example.caption else []
+        heading.append(
+            f"on the same text (outlined): {attention_on_text(example):.1%}, if uniform {uniform_on_text(example):.1%}"
+        )
+        counts = example.t2s.shape
+        if max(counts) > MOST_TOKENS:
+            shown = [f"{min(count, MOST_TOKENS)} of {count}" for count in counts]
+            heading.append(f"the first {shown[0]} student and {shown[1]} teacher tokens")
+        return cls(
+            weights=example.t2s[:MOST_TOKENS, :MOST_TOKENS].numpy(),
+            shared=same_text(example)[:MOST_TOKENS, :MOST_TOKENS].numpy(),
+            student_labels=[_label(token) for token in example.student_tokens[:MOST_TOKENS]],
+            teacher_labels=[_label(token) for token in example.teacher_tokens[:MOST_TOKENS]],
+            heading=heading,
+        )
+
+
+def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
+    from matplotlib.collections import LineCollection
+
+    axes.pcolormesh(panel.weights, norm=scale, cmap="Blues", edgecolors="#ececec", linewidth=0.4)
+    axes.add_collection(LineCollection(_outline(panel.shared), colors="#e4572e", linewidths=0.9))
+    axes.invert_yaxis()
+    rows, columns = panel.weights.shape
+    axes.set_yticks([row + 0.5 for row in range(rows)], [""] * rows)
+    axes.set_xticks([column + 0.5 for column in range(columns)], [""] * columns)
+    axes.tick_params(length=2)
+    # Not as tick labels: those are centred on their ink, which makes "_" and "." look like "-" and "·".
+    style: dict[str, Any] = {
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "baseline",
+        "rotation_mode": "anchor",
+        "fontsize": _FONT_SIZE,
+        "family": FONT,
+        "parse_math": False,
+        "annotation_clip": False,
+    }
+    gap, half = 5, 0.33 * _FONT_SIZE
+    for row, label in enumerate(panel.student_labels):
+        axes.annotate(label, (0, row + 0.5), (-gap, -half), xycoords=axes.get_yaxis_transform(), **style)
+    for column, label in enumerate(panel.teacher_labels):
+        axes.annotate(
+            label, (column + 0.5, 0), (half, -gap), xycoords=axes.get_xaxis_transform(), rotation=90, **style
+        )
+    for set_name, name, labels in (
+        (axes.set_ylabel, "student", panel.student_labels),
+        (axes.set_xlabel, "teacher", panel.teacher_labels),
+    ):
+        set_name(name, fontsize=_FONT_SIZE + 1, labelpad=72 * _CHARACTER * max(map(len, labels)) + gap)
+    for spine in axes.spines.values():
+        spine.set_color("#999999")
+    axes.set_title("\n".join(panel.heading), fontsize=_FONT_SIZE + 1, loc="left", pad=9, parse_math=False)
+
+
+def _outline(cells: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Line segments `((x, y), (x, y))` around the true cells of `[rows, columns]`, none between two of them."""
+    import numpy as np
+
+    across = np.pad(cells, ((0, 0), (1, 1)))
+    down = np.pad(cells, ((1, 1), (0, 0)))
+    upright = [((x, y), (x, y + 1)) for y, x in np.argwhere(across[:, 1:] != across[:, :-1]).tolist()]
+    level = [((x, y), (x + 1, y)) for y, x in np.argwhere(down[1:] != down[:-1]).tolist()]
+    return upright + level
+
+
+def _label(token: str) -> str:
+    text = drawable(token)
+    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+
+
+def _response_bytes(row: Mapping[str, Any], *tokenizers: PreTrainedTokenizerBase) -> bytes | None:
+    """The response's UTF-8 bytes, decoded by the first tokenizer that gives back as many as the row states."""
+    for prefix, tokenizer in zip(("", "teacher_"), tokenizers):
+        ids = _response_ids(row, prefix, with_eos=False)
+        text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        # Tokenizers of the Llama 2 kind drop a space at the beginning.
+        for data in (text.encode(), b" " + text.encode()):
+            if len(data) == row["response_bytes"]:
+                return data
+    return None
+
+
+def _token_texts(
+    row: Mapping[str, Any], prefix: str, tokenizer: PreTrainedTokenizerBase, data: bytes | None
+) -> list[str]:
+    """Each response token's text with visible whitespace; bytes that are only part of a character as `\\xe6`."""
+    texts = []
+    start = 0
+    for token, end in zip(_response_ids(row, prefix), row[f"{prefix}byte_ends"]):
+        if end == start:
+            text = str(tokenizer.convert_ids_to_tokens(token))
+        elif data is not None:
+            text = data[start:end].decode("utf-8", "backslashreplace")
+        else:
+            text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        texts.append(text.translate(_WHITESPACE))
+        start = end
+    return texts
+
+
+def _response_ids(row: Mapping[str, Any], prefix: str, with_eos: bool = True) -> list[int]:
+    last = None if with_eos or row["cut"] else -1
+    return [int(token) for token in row[f"{prefix}input_ids"][row[f"{prefix}prompt_length"] : last]]

@@ -1,0 +1,165 @@
+"""The curves show what was logged, run by run."""
+
+import math
+import warnings
+
+import pytest
+import runs
+import tiny
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from hf_dskd import UserError
+from hf_dskd.analysis.curves import PANELS, plot_curves, series
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    drawn = []
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        drawn.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn
+
+
+def plot(*args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The oldest matplotlib with a new pyparsing.
+        warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
+        plot_curves(*args)
+
+
+def panels(figure):
+    return {axes.get_title("left"): axes for axes in figure.axes}
+
+
+def curves(axes, colour=None):
+    """Points of the data's lines, without the line that marks guessing."""
+    return [
+        list(zip(line.get_xdata(), line.get_ydata()))
+        for line in axes.lines
+        if line.get_color() != "#bbbbbb" and colour in (None, line.get_color())
+    ]
+
+
+def legend(figure):
+    [box] = figure.legends
+    return {text.get_text(): line.get_color() for text, line in zip(box.get_texts(), box.get_lines())}
+
+
+HISTORY = [
+    {"loss": 3.0, "ce_loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-3, "step": 10},
+    {"loss": 2.5, "ce_loss": 1.5, "grad_norm": 0.5, "learning_rate": 5e-4, "step": 20},
+    {"eval_loss": 2.0, "eval_bits_per_byte": 1.25, "eval_runtime": 1.0, "step": 20},
+    {"train_runtime": 9.0, "train_loss": 2.75, "total_flos": 1e9, "epoch": 1.0, "step": 20},
+]
+
+
+def test_series():
+    assert series(HISTORY, "ce_loss") == ([10, 20], [2.0, 1.5])
+    assert series(HISTORY, "eval_bits_per_byte") == ([20], [1.25])
+    assert series(HISTORY, "kq_loss") == ([], [])
+    history = [{"a": 5.0, "step": 4}, {"a": 1, "step": 2}, {"a": 3.0, "step": 4}, {"a": "4", "step": 5}, {"a": 6.0}]
+    assert series([*history, {"a": math.nan, "step": 6}, {"a": math.inf, "step": 7}], "a") == ([2, 4], [1.0, 3.0])
+
+
+def test_only_what_was_logged_has_a_panel(tmp_path, figures):
+    plot({"one": HISTORY}, tmp_path / "folder" / "curves.png")
+    [figure] = figures
+    assert set(panels(figure)) == {
+        "cross entropy (ce_loss)",
+        "evaluation: bits per byte",
+        "gradient norms",
+        "learning rates",
+    }
+    assert curves(panels(figure)["cross entropy (ce_loss)"]) == [[(10, 2.0), (20, 1.5)]]
+    assert curves(panels(figure)["gradient norms"]) == [[(10, 1.0), (20, 0.5)]]
+    # A single point would be invisible as a line.
+    [line] = panels(figure)["evaluation: bits per byte"].lines
+    assert list(line.get_xdata()) == [20] and line.get_marker() == "o"
+    assert {axes.get_xlim() for axes in figure.axes} == {(9.7, 20.3)}
+    height, width, _ = imread(tmp_path / "folder" / "curves.png").shape
+    assert 1000 < width < 1600 and 400 < height < 800
+
+
+def test_one_step(tmp_path, figures):
+    plot({"one": HISTORY[:1]}, tmp_path / "curves.png")
+    for axes in figures[0].axes:
+        low, high = axes.get_xlim()
+        assert low < 10 < high
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [10]
+        assert all(line.get_marker() == "o" for line in axes.lines)
+
+
+def test_real_runs_share_colours(tmp_path, figures):
+    settings = {"eval_dataset": tiny.dataset(3), "eval_strategy": "steps", "eval_steps": 2}
+    histories = {}
+    for name, method in (("_with $\\frac{$", "dskd_cma_ga"), ("東 without", "dskd_cma"), ("text alone", "sft")):
+        run = runs.trainer(tmp_path / method, rows=8, method=method, max_steps=4, **settings)
+        run.train()
+        histories[name] = run.state.log_history
+    plot(histories, tmp_path / "curves.png")
+    [figure] = figures
+    shown = panels(figure)
+    # Everything that has a panel is really logged, under this name.
+    assert list(shown) == list(PANELS)
+    colours = legend(figure)
+    assert list(colours) == ["_with $\\frac{$", "\\u6771 without", "text alone"]
+    assert len(set(colours.values())) == 3
+    first, second, third = colours.values()
+    for name, colour in zip(histories, colours.values()):
+        for title, key in (
+            ("cross entropy (ce_loss)", "ce_loss"),
+            ("evaluation: bits per byte", "eval_bits_per_byte"),
+        ):
+            logged = [(log["step"], log[key]) for log in histories[name] if key in log]
+            assert len(logged) == (4 if key == "ce_loss" else 2)
+            assert curves(shown[title], colour) == [logged]
+    assert len(curves(shown["key-query matching (kq_loss)"])) == 1
+    assert len(curves(shown["divergence, teacher space (s2t_kd_loss)"])) == 2
+    counts = [len(curves(shown["gradient norms"], colour)) for colour in (first, second, third)]
+    assert counts == [3, 2, 1]
+    fake, real = (
+        [(log["step"], log[f"discriminator_accuracy_{kind}"]) for log in histories["_with $\\frac{$"] if "loss" in log]
+        for kind in ("fake", "real")
+    )
+    assert curves(shown["discriminator's accuracy"]) == [real, fake]
+    styles = [line.get_linestyle() for line in shown["learning rates"].lines if line.get_color() == first]
+    inner = shown["learning rates"].get_legend()
+    assert [text.get_text() for text in inner.get_texts()] == ["student", "projectors", "discriminator"]
+    assert styles == [line.get_linestyle() for line in inner.get_lines()]
+
+
+def test_wide_ranges_are_logarithmic(tmp_path, figures):
+    def history(norm, rate):
+        return [{"grad_norm": 1.0, "projector_grad_norm": norm, "learning_rate": rate, "step": 1}]
+
+    plot({"a": history(100.0, 0.0)}, tmp_path / "curves.png")
+    plot({"a": history(2.0, 1e-3)}, tmp_path / "curves.png")
+    scales = [panels(figure)["gradient norms"].get_yscale() for figure in figures]
+    assert scales == ["log", "linear"]
+    assert panels(figures[0])["learning rates"].get_yscale() == "linear"  # 0 has no logarithm
+
+
+def test_several_evaluation_sets(tmp_path, figures):
+    history = [
+        {"eval_easy_bits_per_byte": 1.0, "step": 5},
+        {"eval_hard_bits_per_byte": 2.0, "step": 5},
+        {"eval_easy_loss": 1.0, "step": 5},
+    ]
+    plot({"one": history}, tmp_path / "curves.png")
+    axes = panels(figures[0])["evaluation: bits per byte"]
+    assert curves(axes) == [[(5, 1.0)], [(5, 2.0)]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["easy", "hard"]
+
+
+@pytest.mark.parametrize("histories", [{}, {"one": []}, {"one": HISTORY[-1:]}])
+def test_nothing_to_draw(tmp_path, histories):
+    with pytest.raises(UserError, match="logged nothing to draw"):
+        plot_curves(histories, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()

@@ -1,0 +1,356 @@
+"""The attention that is shown is the one of training; labels and numbers say what they claim."""
+
+import dataclasses
+import warnings
+
+import pytest
+import runs
+import tiny
+import torch
+from datasets import Dataset
+from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from hf_dskd import UserError
+from hf_dskd.alignment.cross_model import cross_model_attention
+from hf_dskd.analysis.heatmap import (
+    AlignmentExample,
+    attention_on_text,
+    cross_attention,
+    drawable,
+    plot_attention,
+    same_text,
+    uniform_on_text,
+)
+from hf_dskd.losses import dual_space
+from hf_dskd.losses.dual_space import queries_and_keys, response_states
+from hf_dskd.models import input_embedding
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch):
+    """transformers 4 leaves a run's precision in the environment, where the next run takes it from."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    run = runs.trainer(tmp_path, rows=8)
+    # Scores far from 0, so that a wrong row or scale shows.
+    with torch.no_grad():
+        run.projectors.query.weight.mul_(100)
+    return run
+
+
+def example(t2s, student_ends, teacher_ends, has_eos=True, **fields):
+    t2s = torch.tensor(t2s) if isinstance(t2s, list) else t2s
+    names = {
+        "student_tokens": tuple(f"s{i}" for i in range(len(student_ends))),
+        "teacher_tokens": tuple(f"t{i}" for i in range(len(teacher_ends))),
+    }
+    fields = {**names, "student_byte_ends": student_ends, "teacher_byte_ends": teacher_ends, **fields}
+    return AlignmentExample(has_eos=has_eos, t2s=t2s, s2t=torch.softmax(t2s.T, -1), **fields)
+
+
+def diagonal(count, **fields):
+    ends = (*range(1, count), count - 1)
+    return example(torch.eye(count), ends, ends, **fields)
+
+
+# ---- The attention
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"scale_queries": True}, {"bf16": True}, {"method": "dskd_cma"}, {"as_published": True, "max_length": 200}],
+    ids=str,
+)
+def test_is_the_attention_of_training(tmp_path, monkeypatch, settings):
+    run = runs.trainer(tmp_path, rows=4, **settings)
+    seen = []
+
+    def recorded(*args):
+        seen.append((args[2], args[3], cross_model_attention(*args)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(dual_space, "cross_model_attention", recorded)
+    for index in range(4):
+        row = run.train_dataset[index]
+        run.model.train()
+        seen.clear()
+        run.compute_loss(run.model, run._prepare_inputs(run.data_collator([row])))
+        [(student_mask, teacher_mask, (t2s, s2t))] = seen
+        shown = cross_attention(run, row)
+        rows, columns = student_mask[0], teacher_mask[0]
+        assert torch.equal(shown.t2s, t2s[0][rows][:, columns].detach().float())
+        assert torch.equal(shown.s2t, s2t[0][columns][:, rows].detach().float())
+        assert shown.t2s.shape == (len(row["byte_ends"]), len(row["teacher_byte_ends"]))
+        assert run.model.training and not shown.t2s.requires_grad
+
+
+def test_neighbours_in_the_batch_change_nothing(trainer):
+    """By hand, with the models run, from a padded batch of several rows."""
+    batch = runs.first_batch(trainer, 4)
+    with torch.no_grad():
+        hidden = trainer._last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
+        student = response_states(hidden, batch["input_ids"], batch["labels"], input_embedding(trainer.model))
+        hidden = trainer.teacher(batch["teacher_input_ids"], batch["teacher_attention_mask"])
+        teacher = response_states(
+            hidden, batch["teacher_input_ids"], batch["teacher_labels"], trainer.teacher.embedding
+        )
+        queries, keys = queries_and_keys(student, teacher, trainer.projectors)
+        t2s, s2t = cross_model_attention(queries, keys, student.mask, teacher.mask)
+    for index in range(4):
+        shown = cross_attention(trainer, trainer.train_dataset[index])
+        rows, columns = shown.t2s.shape
+        torch.testing.assert_close(shown.t2s, t2s[index, :rows, :columns], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(shown.s2t, s2t[index, :columns, :rows], atol=1e-5, rtol=1e-4)
+        # Not uniform, or the comparison would say little.
+        assert shown.t2s.max() > 3 / columns
+
+
+def test_rows_sum_to_one(trainer):
+    shown = cross_attention(trainer, trainer.train_dataset[1], caption="a caption")
+    torch.testing.assert_close(shown.t2s.sum(1), torch.ones(len(shown.student_tokens)))
+    torch.testing.assert_close(shown.s2t.sum(1), torch.ones(len(shown.teacher_tokens)))
+    assert shown.caption == "a caption"
+
+
+def test_follows_the_projector(tmp_path):
+    run = runs.trainer(tmp_path, rows=4)
+    before = cross_attention(run, run.train_dataset[0]).t2s
+    run.train()
+    assert not torch.allclose(cross_attention(run, run.train_dataset[0]).t2s, before, atol=1e-6)
+
+
+# ---- Labels
+
+
+def visible(text):
+    return text.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
+
+
+TEXTS = [
+    "def add(a, b):\n\treturn a + b\n",
+    " a space begins it",
+    "  two",
+    "\nThe cat sat on the mat",
+    "plain $x$ text",
+]
+
+
+def test_labels_spell_the_response(tmp_path):
+    data = Dataset.from_list([{"prompt": "Q: ", "completion": text} for text in TEXTS])
+    run = runs.trainer(tmp_path, train_dataset=data)
+    for row, text in zip(run.train_dataset, TEXTS):
+        shown = cross_attention(run, row)
+        assert "".join(shown.student_tokens) == visible(text) + "<|endoftext|>"
+        assert "".join(shown.teacher_tokens) == visible(text) + "</s>"
+        assert shown.has_eos
+        for tokens, ends in (
+            (shown.student_tokens, shown.student_byte_ends),
+            (shown.teacher_tokens, shown.teacher_byte_ends),
+        ):
+            starts = (0, *ends[:-1])
+            for token, start, end in list(zip(tokens, starts, ends))[:-1]:
+                assert token == visible(text.encode()[start:end].decode())
+
+
+def test_space_that_decoding_drops(tmp_path):
+    """Tokenizers of the Llama 2 kind decode " two" to "two"; here no other kind knows better."""
+    data = Dataset.from_list([{"prompt": "Q: ", "completion": text} for text in TEXTS])
+    tokenizer = tiny.sentencepiece_tokenizer()
+    student = tiny.llama(len(tokenizer))
+    run = runs.trainer(tmp_path, student=student, processing_class=tokenizer, train_dataset=data)
+    for row, text in zip(run.train_dataset, TEXTS):
+        shown = cross_attention(run, row)
+        assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens) == visible(text) + "</s>"
+
+
+def test_label_is_the_token_that_is_predicted(trainer):
+    row = trainer.train_dataset[0]
+    shown = cross_attention(trainer, row)
+    first = row["input_ids"][row["prompt_length"]]
+    assert shown.student_tokens[0] == visible(trainer.processing_class.decode([first]))
+
+
+def test_parts_of_a_character_are_bytes(tmp_path):
+    data = Dataset.from_list([{"prompt": "Q: ", "completion": "é東"}])
+    run = runs.trainer(tmp_path, train_dataset=data)
+    shown = cross_attention(run, run.train_dataset[0])
+    assert shown.teacher_tokens == ("\\xc3", "\\xa9", "\\xe6", "\\x9d", "\\xb1", "</s>")
+
+
+def test_cut_response_has_no_eos(tmp_path):
+    data = Dataset.from_list([{"prompt": "Q: ", "completion": "The cat sat on the mat and looked at the moon. " * 9}])
+    run = runs.trainer(tmp_path, train_dataset=data, max_length=30)
+    row = run.train_dataset[0]
+    shown = cross_attention(run, row)
+    assert row["cut"] and not shown.has_eos
+    assert shown.student_tokens[-1] != "<|endoftext|>"
+    assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens)
+    assert not same_text(example(shown.t2s, (1, 1), (1, 1), has_eos=False))[1, 1]
+
+
+def test_labels_without_the_text(trainer):
+    """Where neither tokenizer gives the text back, each token is decoded alone."""
+    row = {**trainer.train_dataset[1], "response_bytes": 10**6}
+    shown = cross_attention(trainer, row)
+    ids = row["input_ids"][row["prompt_length"] :]
+    decode = trainer.processing_class.decode
+    assert shown.student_tokens == tuple(visible(decode([token])) for token in ids)
+
+
+# ---- Numbers
+
+
+def test_same_text_by_hand():
+    # student: "The" "·cat" EOS; teacher: "Th" "e·c" "at" EOS
+    expected = [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    shared = same_text(example(torch.zeros(3, 4), (3, 7, 7), (2, 5, 7, 7)))
+    assert shared.int().tolist() == expected
+    cut = same_text(example(torch.zeros(2, 3), (3, 7), (2, 5, 7), has_eos=False))
+    assert cut.int().tolist() == [row[:3] for row in expected[:2]]
+
+
+def test_attention_on_text_by_hand():
+    assert attention_on_text(diagonal(7)) == 1.0
+    shifted = diagonal(4)
+    assert attention_on_text(dataclasses.replace(shifted, t2s=torch.eye(4).roll(1, 1))) == 0.0
+    mixed = example([[0.1, 0.2, 0.3, 0.4], [0.25, 0.5, 0.125, 0.125], [0.0, 0.0, 0.0, 1.0]], (3, 7, 7), (2, 5, 7, 7))
+    assert attention_on_text(mixed) == pytest.approx((0.3 + 0.625 + 1.0) / 3)
+    # Five of twelve cells share text.
+    uniform = dataclasses.replace(mixed, t2s=torch.full((3, 4), 0.25))
+    assert attention_on_text(uniform) == pytest.approx(5 / 12)
+    assert uniform_on_text(mixed) == pytest.approx(5 / 12)
+
+
+def test_tokens_without_text_do_not_count():
+    # The second student token covers no byte and is no EOS.
+    shown = example([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], (2, 2, 4), (2, 4), has_eos=False)
+    assert attention_on_text(shown) == 1.0
+    # Nor does one inside of a teacher token.
+    shown = example([[1.0], [1.0]], (1, 1), (2,), has_eos=False)
+    assert same_text(shown).tolist() == [[True], [False]]
+
+
+# ---- Pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    drawn = []
+    save = Figure.savefig
+
+    def spy(figure, *args, **kwargs):
+        drawn.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", spy)
+    return drawn
+
+
+def size(path):
+    height, width, _ = imread(path).shape
+    return width, height
+
+
+def plot(*args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The oldest matplotlib with a new pyparsing.
+        warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
+        plot_attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("count", "least", "most"), [(5, 250, 700), (30, 550, 1000), (60, 1150, 1600)])
+def test_size_grows_with_the_tokens(tmp_path, count, least, most):
+    plot([diagonal(count)], tmp_path / "folder" / "one.png")
+    width, height = size(tmp_path / "folder" / "one.png")
+    assert least <= width <= most and least <= height <= most
+
+
+def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
+    shown = [cross_attention(trainer, trainer.train_dataset[index], f"row {index}") for index in (0, 2)]
+    plot(shown, tmp_path / "two.png", title="Tiny models at $5 and $6")
+    assert not caplog.records
+    [figure] = figures
+    assert [text.get_text() for text in figure.texts] == ["Tiny models at $5 and $6"]
+    panels = [axes for axes in figure.axes if axes.get_xlabel() == "teacher"]
+    assert len(panels) == 2
+    top = max(float(one.t2s.max()) for one in shown)
+    for axes, one in zip(panels, shown):
+        [mesh] = [part for part in axes.collections if isinstance(part, QuadMesh)]
+        assert torch.equal(torch.tensor(mesh.get_array()).reshape(one.t2s.shape), one.t2s)
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (0, top)
+        assert axes.get_ylabel() == "student" and axes.yaxis_inverted() and not axes.xaxis_inverted()
+        labels = [text.get_text() for text in axes.texts]
+        assert labels == [drawable(token) if len(drawable(token)) <= 18 else drawable(token)[:17] + "…"
+                          for token in one.student_tokens + one.teacher_tokens]  # fmt: skip
+        # The first student label is beside the first row, the first teacher label below the first column.
+        assert axes.texts[0].xy == (0, 0.5) and axes.texts[len(one.student_tokens)].xy == (0.5, 0)
+        heading = axes.get_title("left").split("\n")
+        assert heading[0] == one.caption
+        assert f"{attention_on_text(one):.1%}" in heading[1] and f"{uniform_on_text(one):.1%}" in heading[1]
+
+
+def test_two_panels_side_by_side_or_stacked(tmp_path, figures):
+    for count, beside in ((10, True), (60, False)):
+        plot([diagonal(count), diagonal(count)], tmp_path / "two.png")
+        first, second = (axes.get_position() for axes in figures[-1].axes if axes.get_xlabel() == "teacher")
+        assert (first.y0 == pytest.approx(second.y0)) == beside
+        assert (first.x0 == pytest.approx(second.x0)) == (not beside)
+        assert second.x0 > first.x1 if beside else second.y1 < first.y0
+
+
+def test_long_responses_are_truncated_and_it_is_said(tmp_path, figures):
+    ends = tuple(range(1, 71))
+    shown = example(torch.eye(70), ends, ends, has_eos=False)
+    shown.t2s[60:] = shown.t2s[60:].roll(1, 1)
+    plot([shown, diagonal(60)], tmp_path / "long.png")
+    long, short = (axes for axes in figures[0].axes if axes.get_xlabel() == "teacher")
+    assert "the first 60 of 70 student and 60 of 70 teacher tokens" in long.get_title("left")
+    assert f"{60 / 70:.1%}" in long.get_title("left")  # of the whole response, not of the part shown
+    assert len(long.texts) == 120 and "first" not in short.get_title("left")
+
+
+def test_outline_follows_the_text(tmp_path, figures):
+    plot([example(torch.full((2, 3), 1 / 3), (3, 7), (2, 3, 7), has_eos=False)], tmp_path / "outline.png")
+    [lines] = [part for part in figures[0].axes[0].collections if isinstance(part, LineCollection)]
+    segments = sorted(tuple(map(tuple, segment)) for segment in lines.get_segments())
+    # Around columns 0 and 1 of row 0, and column 2 of row 1; no line between the first two.
+    expected = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((2, 1), (2, 2)), ((3, 1), (3, 2))}  # upright
+    expected |= {((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (3, 1))}
+    expected |= {((2, 2), (3, 2))}
+    assert segments == sorted(expected)
+
+
+def test_any_character_can_be_drawn(tmp_path, figures, caplog):
+    tokens = ("$x$", "$\\frac{$", "東", "👩\u200d👧", "a\x00\u0301\x1b")
+    shown = diagonal(5, student_tokens=tokens, teacher_tokens=tokens, caption="$\\frac{$ 東")
+    plot([shown], tmp_path / "all.png", title="東 $\\frac{$")
+    labels = [text.get_text() for text in figures[0].axes[0].texts]
+    # Drawn as mathematics, $\frac{$ would be an error. A label has at most 18 characters.
+    expected = ["$x$", "$\\frac{$", "\\u6771", "\\U0001f469\\u200d\\…", "a\\x00\\u0301\\x1b"]
+    assert labels == expected * 2
+    assert not caplog.records
+
+
+def test_drawable_leaves_ordinary_text_alone():
+    assert drawable("Zwölf·↵⇥ naïve £ 'a' \"b\" \\n") == "Zwölf·↵⇥ naïve £ 'a' \"b\" \\n"
+    assert drawable("e\u0301 \n \x7f") == "e\\u0301 \\n \\x7f"
+
+
+# ---- Errors
+
+
+def test_errors(tmp_path, trainer):
+    with pytest.raises(UserError, match="no examples"):
+        plot_attention([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    alone = runs.trainer(tmp_path, method="sft", rows=4)
+    with pytest.raises(UserError, match="method='sft' has no cross-model attention"):
+        cross_attention(alone, alone.train_dataset[0])
+    with pytest.raises(UserError, match="no column 'input_ids': pass a tokenized one"):
+        cross_attention(trainer, tiny.dataset(1)[0])

@@ -112,7 +112,8 @@ def help_text(description: str | None, config_file: Path) -> str:
         "The student: --model_name_or_path, --use_peft, --lora_r, --lora_target_modules, ... (trl.ModelConfig).",
         "The data: --dataset_name, --dataset_config, ... (trl.ScriptArguments).",
         "The training: --output_dir, --max_steps, --num_train_epochs, --learning_rate, --per_device_train_batch_size,",
-        "--bf16, --seed, --report_to, --push_to_hub, --resume_from_checkpoint last, ... (transformers.TrainingArguments).",
+        "--bf16, --seed, --report_to, --push_to_hub, --resume_from_checkpoint last, ...",
+        "(transformers.TrainingArguments).",
     ]
     return "\n".join(lines)
 

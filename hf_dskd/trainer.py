@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,6 +29,7 @@ from .adversary import Adversary, clip, reduce_over_ranks
 from .checks import check_eos, check_launch, check_output_dir, check_pair, check_peft, check_positions, loading
 from .config import DSKDConfig
 from .data.collator import DualCollator
+from .data.sampler import EpochSampler
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
 from .errors import UserError
 from .losses.dual_space import ResponseStates, published_states, response_states, token_cross_entropy
@@ -315,6 +317,13 @@ class DSKDTrainer(Trainer):
             eval_dataset = self._tokenize(eval_dataset, "eval")
         return super().get_eval_dataloader(eval_dataset)
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, RandomSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(sampler), seed, lambda: int(self.state.epoch or 0))
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Response tokens of the global batch: all micro-batches of the optimizer step, all ranks, both tokenizers."""
         if not batch_samples:
@@ -436,7 +445,7 @@ class DSKDTrainer(Trainer):
         projectors = self._projector_parameters()
         # As Trainer logs the student's: the rates of the step, not of the next one.
         if projectors:
-            self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])
+            self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])  # type: ignore[union-attr]
             reduce_over_ranks(projectors, self.accelerator, "mean")
             norm = clip(projectors, self.args.max_grad_norm)
             self._running.add(projector_grad_norm=norm, ranked_steps=1.0)

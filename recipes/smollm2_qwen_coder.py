@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 
-TRAIN_SIZE, HELD_OUT_SIZE = 480, 40
+TRAIN_SIZE, HELD_OUT_SIZE = 320, 40
 GPU_STEPS = 600
 
 

@@ -2,8 +2,8 @@
 SmolLM2-135M from Qwen2.5-Coder-0.5B on Python functions: real models and real text without a model hub.
 
     accelerate launch recipes/smollm2_qwen_coder.py
-    accelerate launch --num_processes 2 recipes/smollm2_qwen_coder.py
-    python recipes/smollm2_qwen_coder.py --demo        (what `make demo` runs)
+    accelerate launch --multi_gpu --num_processes 2 recipes/smollm2_qwen_coder.py        (two processes, on CPUs too)
+    python recipes/smollm2_qwen_coder.py --demo                                          (what `make demo` runs)
 
 Both models come from pinned packages and are converted once. The text is the standard library's own source: signature
 and docstring are the prompt, the body is the response. `--demo` trains twice, on the text alone and with

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -56,6 +58,10 @@ class Run:
 
 def command(main: Callable[[], Any]) -> None:
     """Runs a recipe's `main`: what the user has to mend is one line on stderr, not a traceback."""
+    # Neither is for the user of a recipe: bitsandbytes looks for an optional CPU kernel at import, and transformers 5
+    # warns of names that its own code and peft's still use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         main()
     except (UserError, NonFiniteLossError) as error:

@@ -29,6 +29,7 @@ class RunArguments:
     rename_columns: str | None = field(
         default=None, metadata={"help": "columns of the dataset under other names, as old=new,old=new"}
     )
+    train_size: int | None = field(default=None, metadata={"help": "train on this many examples only"})
     held_out_size: int = field(
         default=0, metadata={"help": "examples to evaluate on where the dataset has no test split"}
     )
@@ -199,17 +200,22 @@ def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]
                     f" {', '.join(names)}"
                 )
         data = data.rename_columns({old: new for old, _, new in pairs})
-    train = data[train_name]
+    train, held_out = data[train_name], None
     if test_name in data and test_name != train_name:
-        return train, data[test_name]
-    if run.options.held_out_size:
+        held_out = data[test_name]
+    elif run.options.held_out_size:
         if run.options.held_out_size >= len(train):
             raise UserError(
                 f"held_out_size={run.options.held_out_size} leaves nothing of {len(train)} examples to train on"
             )
         parts = train.train_test_split(run.options.held_out_size, seed=0)
-        return parts["train"], parts["test"]
-    return train, None
+        train, held_out = parts["train"], parts["test"]
+    size = run.options.train_size
+    if size is not None:
+        if not 0 < size <= len(train):
+            raise UserError(f"train_size={size}: there are {len(train)} examples to train on")
+        train = train.select(range(size))
+    return train, held_out
 
 
 def make_trainer(

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 
-TRAIN_SIZE, HELD_OUT_SIZE = 320, 40
 GPU_STEPS = 600
 
 
@@ -31,7 +30,8 @@ def main() -> None:
 
     student = str(packaged_model(args.model.model_name_or_path))
     teacher = str(packaged_model(args.options.teacher_model_name_or_path))
-    data = load_python_functions(TRAIN_SIZE, HELD_OUT_SIZE, maximum=300, maximum_prompt=300)
+    sizes = args.options.train_size, args.options.held_out_size
+    data = load_python_functions(*sizes, maximum=300, maximum_prompt=300)
     if "--demo" in sys.argv:
         demo(args, student, teacher, data["train"], data["held_out"])
         return
@@ -97,7 +97,7 @@ def demo(args, student, teacher, train, held_out) -> None:
     plot_curves(histories, folder / "curves.png")
 
     titles = ["before", "sft", name, "teacher"]
-    print(f"\n{HELD_OUT_SIZE} held-out functions, {steps} steps, seed {args.config.seed}")
+    print(f"\n{len(held_out)} held-out functions, {steps} steps, seed {args.config.seed}")
     print("".join(f"{title:>16}" for title in ["", *titles]))
     print("".join([f"{'bits per byte':>16}", *(f"{scores[title]:16.4f}" for title in titles)]))
     print(f"\nThe prompt:\n\n{tokenizer.decode(sample['input_ids'][: sample['prompt_length']])}")

@@ -79,6 +79,7 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
         (["--rename_columns", "contxt=input"], "instruction, context, response"),
         (["--total_batch_size", "3"], "no multiple"),
         (["--held_out_size", "16"], "held_out_size=16"),
+        (["--train_size", "13"], "train_size=13: there are 12 examples"),
         (["--dataset_train_split", "training"], "the splits are train"),
     ],
 )

@@ -22,7 +22,8 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
@@ -573,12 +574,34 @@ class DSKDTrainer(Trainer):
             resume_from_checkpoint = found
         if resume_from_checkpoint:
             checkpoint_files.check_checkpoint(str(resume_from_checkpoint), self._facts)
+            finished = self._finished_at(str(resume_from_checkpoint))
+            if finished is not None:
+                return finished
         self._running = RunningLog(self.accelerator.device)
         if self.adversary is not None:
             self.adversary.forget()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._running.check(self.accelerator)
         return result
+
+    def _finished_at(self, checkpoint: str) -> TrainOutput | None:
+        """
+        Loads a checkpoint that was saved after a run's last step, which may have been stopped before the final save.
+
+        Trainer would do one step more before it notices that there is none to do.
+        """
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        steps, epochs = self.args.max_steps, self.args.num_train_epochs
+        if state.global_step < steps if steps > 0 else (state.epoch or 0) < epochs:
+            return None
+        logger.warning(
+            "%s was saved after the last of %d steps: nothing is left to train", checkpoint, state.global_step
+        )
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

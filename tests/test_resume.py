@@ -68,6 +68,17 @@ def test_resume_is_bit_exact_after_every_step(adapter, method, tmp_path):
             assert resumed.adversary.scheduler.state_dict() == whole.adversary.scheduler.state_dict()
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_resume_after_the_last_step_adds_none(adapter, tmp_path):
+    """Stopped between the last step and the final save; Trainer itself would train one step more."""
+    whole = make(tmp_path / "whole", adapter)
+    whole.train()
+    resumed = make(tmp_path / "resumed", adapter)
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{STEPS}"))
+    assert output.global_step == resumed.state.global_step == STEPS
+    assert_same(runs.weights(whole), runs.weights(resumed))
+
+
 def test_killed_process_resumes_bit_exactly(tmp_path):
     """SIGKILL in the middle of the run, as a preempted machine would."""
     script = tmp_path / "run.py"

@@ -6,24 +6,10 @@ import warnings
 import pytest
 import runs
 import tiny
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_dskd import UserError
 from hf_dskd.analysis.curves import PANELS, plot_curves, series
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    drawn = []
-    save = Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        drawn.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return drawn
 
 
 def plot(*args):

@@ -9,7 +9,6 @@ import tiny
 import torch
 from datasets import Dataset
 from matplotlib.collections import LineCollection, QuadMesh
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_dskd import UserError
@@ -236,19 +235,6 @@ def test_tokens_without_text_do_not_count():
 
 
 # ---- Pictures
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    drawn = []
-    save = Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        drawn.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", spy)
-    return drawn
 
 
 def size(path):

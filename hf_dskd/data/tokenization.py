@@ -403,6 +403,11 @@ def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
     return repr(tokenizer.name_or_path or type(tokenizer).__name__)
 
 
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
+    """Bytes that each token stands for; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
+    return _traits(tokenizer).token_bytes
+
+
 def _traits(tokenizer: "PreTrainedTokenizerBase") -> _Traits:
     # Tokens added later are missing here, and then located by offsets. Asking for the length of the vocabulary to
     # notice them takes longer than tokenizing a row.

@@ -1,0 +1,64 @@
+"""What two vocabularies have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .tokenization import token_bytes
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def shared_tokens(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """
+    Tokens of the two vocabularies that stand for the same bytes, and the two end-of-sequence tokens as one pair.
+
+    Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted by
+        the student's.
+
+    Raises:
+        UserError: If no token but the end-of-sequence token is shared.
+    """
+    student, teacher = (
+        _ids_by_bytes(tokenizer, len(tokenizer)) for tokenizer in (student_tokenizer, teacher_tokenizer)
+    )
+    pairs = {student[data]: teacher[data] for data in student.keys() & teacher.keys()}
+    if not pairs:
+        raise UserError(
+            f"the vocabularies of {student_tokenizer.name_or_path or 'the student'!r} and"
+            f" {teacher_tokenizer.name_or_path or 'the teacher'!r} share no token: use a method that compares neither"
+            " tokens nor heads, such as dskd_cma or alm"
+        )
+    ends = student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
+    pairs = {s: t for s, t in pairs.items() if s != ends[0] and t != ends[1]}
+    pairs[ends[0]] = ends[1]
+    ids = torch.tensor(sorted(pairs.items()), dtype=torch.int64)
+    return ids[:, 0].contiguous(), ids[:, 1].contiguous()
+
+
+def same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every token that both have is the same piece under the same id; one may have more at its end."""
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    common = min(max(student.values()), max(teacher.values())) + 1
+    first = {piece: token for piece, token in student.items() if token < common}
+    return first == {piece: token for piece, token in teacher.items() if token < common}
+
+
+def _ids_by_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[bytes, int]:
+    special = set(tokenizer.all_special_ids)
+    found: dict[bytes, int] = {}
+    for token, data in sorted(token_bytes(tokenizer).items()):
+        if data and token not in special and token < size:
+            found.setdefault(data, token)
+    return found

@@ -1,44 +1,146 @@
-"""The discriminator's side of adversarial matching: its own optimizer, schedule and steps."""
+"""
+Key-query matching around its losses: what the student's pass contributes, and the networks that are trained against it
+with an optimizer, schedule and steps of their own.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .losses.key_query import Discriminator, discriminator_loss, row_noise
+from .losses.conditional_transport import TransportCritics, published_transport_loss, transport_cost
+from .losses.key_query import (
+    Discriminator,
+    discriminator_loss,
+    generator_loss,
+    mmd,
+    moment_matching,
+    published_key_query_loss,
+    row_noise,
+)
 
 
 if TYPE_CHECKING:
     from .config import DSKDConfig
+    from .losses.dual_space import ResponseStates
 
 
 class Features(NamedTuple):
-    """Queries `[N_s, d]` and keys `[N_t, d]` of a micro-batch without gradient, and the names of their rows."""
+    """
+    Queries and keys of a micro-batch, in float32 and without gradient.
+
+    Attributes:
+        queries (`[B, R_s, d]`), keys (`[B, R_t, d]`): Padded to the longest response.
+        query_mask (`[B, R_s]`), key_mask (`[B, R_t]`): Which rows are real.
+        query_names (`[N_s]`), key_names (`[N_t]`): A number for each real row, in order.
+    """
 
     queries: Tensor
     keys: Tensor
+    query_mask: Tensor
+    key_mask: Tensor
     query_names: Tensor
     key_names: Tensor
+
+    def noise(self, width: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The dropout's, of real queries `[N_s, width]` and keys `[N_t, width]`."""
+        # Negative names keep the noise of a key apart from that of a query at the same place.
+        return row_noise(self.query_names, width, seed), row_noise(-1 - self.key_names, width, seed)
+
+
+def matching_term(
+    matching: str,
+    critic: nn.Module | None,
+    config: DSKDConfig,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    queries: Tensor,
+    keys: Tensor,
+    example_ids: Tensor,
+    seed: int,
+) -> tuple[Tensor, Features | None]:
+    """
+    What the query projector minimises, and what the networks against it learn from.
+
+    Args:
+        matching (`str`): `"gan"`, `"ct"`, `"moments"` or `"mmd"`.
+        critic ([`~hf_dskd.losses.key_query.Discriminator`] for `"gan"`,
+            [`~hf_dskd.losses.conditional_transport.TransportCritics`] for `"ct"`): `None` for the others.
+        config ([`DSKDConfig`]): `adversarial_loss`, for `"gan"`.
+        student, teacher ([`~hf_dskd.losses.dual_space.ResponseStates`]): The two views of the batch.
+        queries (`torch.Tensor` of shape `[B, R_s, 2 d_t]`), keys (`torch.Tensor` of shape `[B, R_t, 2 d_t]`): Padded.
+        example_ids (`torch.Tensor` of shape `[B]`): With `seed` they decide the dropout of the critic.
+        seed (`int`): Of the dropout.
+
+    Returns:
+        Sums over student response tokens `[B]`, and [`Features`] to keep for [`Adversary.update`], which are `None`
+        where there is nothing to train.
+    """
+    if matching in ("moments", "mmd"):
+        function = {"moments": moment_matching, "mmd": mmd}[matching]
+        return function(queries, keys, student.mask, teacher.mask), None
+    features = Features(
+        queries.detach().float(),
+        keys.detach().float(),
+        student.mask,
+        teacher.mask,
+        student.row_names(example_ids),
+        teacher.row_names(example_ids),
+    )
+    if matching == "gan":
+        assert isinstance(critic, Discriminator)
+        logits = critic(student.packed(queries), row_noise(features.query_names, queries.shape[-1], seed))
+        return student.per_example(generator_loss(logits, config.adversarial_loss)), features
+    assert matching == "ct" and isinstance(critic, TransportCritics)
+    noise = features.noise(2 * queries.shape[-1], seed)
+    cost = transport_cost(critic, queries, keys.detach(), student.mask, teacher.mask, noise)
+    return cost * student.counts, features
+
+
+def published_matching_term(
+    matching: str, critic: nn.Module | None, queries: Tensor, keys: Tensor, seed: int
+) -> Tensor:
+    """
+    The matching loss of the released code, a scalar: one number for the batch, not a sum over tokens.
+
+    Args:
+        matching (`str`): `"gan"` or `"ct"`; the released code has no other.
+        critic: As for [`matching_term`].
+        queries, keys (`torch.Tensor` of shape `[B, S, 2 d_t]`): Of every position.
+        seed (`int`): Of the dropout.
+    """
+
+    def noise(features: Tensor, width: int) -> Tensor:
+        positions = torch.arange(features[..., 0].numel(), device=features.device)
+        return row_noise(positions, width, seed).view(*features.shape[:2], width)
+
+    width = queries.shape[-1]
+    if matching == "gan":
+        assert isinstance(critic, Discriminator)
+        return published_key_query_loss(critic, queries, keys, (noise(queries, width), noise(keys, width)))
+    assert matching == "ct" and isinstance(critic, TransportCritics)
+    return published_transport_loss(critic, queries, keys, (noise(queries, 2 * width), noise(keys, 2 * width)))
 
 
 class Adversary:
     """
-    Trains a [`~hf_dskd.losses.key_query.Discriminator`] on the features that the student's passes leave behind.
+    Trains a discriminator or transport critics on the features that the student's passes leave behind.
 
-    The discriminator is frozen except inside [`~Adversary.update`], so nothing reaches it from the student's backward
-    pass. Features of all micro-batches of an optimizer step are kept until its update: with them the result depends
+    The critic is frozen except inside [`~Adversary.update`], so nothing reaches it from the student's backward pass.
+    Features of all micro-batches of an optimizer step are kept until its update: with them the result depends
     neither on gradient accumulation nor on how often it is updated. The update runs in float32 without a loss scale,
     since it has no long chain of half-precision layers behind it.
 
     Args:
-        discriminator: Already on its device.
+        critic ([`~hf_dskd.losses.key_query.Discriminator`] or
+            [`~hf_dskd.losses.conditional_transport.TransportCritics`]): Already on its device.
         config ([`DSKDConfig`]): Learning rate, betas, schedule, steps.
     """
 
-    def __init__(self, discriminator: Discriminator, config: DSKDConfig):
-        self.discriminator = discriminator.requires_grad_(False)
+    def __init__(self, critic: Discriminator | TransportCritics, config: DSKDConfig):
+        self.critic = critic.requires_grad_(False)
         self.config = config
         self.optimizer: torch.optim.AdamW | None = None
         self.scheduler: Any = None
@@ -48,9 +150,14 @@ class Adversary:
         """Optimizer and schedule for a run of `num_training_steps` student updates."""
         from transformers import get_scheduler
 
-        config = self.config
+        config, critic = self.config, self.critic
+        groups: list[dict[str, Any]] = (
+            [{"params": critic.descending()}, {"params": critic.ascending(), "maximize": True}]
+            if isinstance(critic, TransportCritics)
+            else [{"params": list(critic.parameters())}]
+        )
         self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(),
+            groups,
             lr=config.discriminator_learning_rate,
             betas=(config.discriminator_adam_beta1, config.discriminator_adam_beta2),
             weight_decay=config.discriminator_weight_decay,
@@ -90,33 +197,26 @@ class Adversary:
             seed (`int`, *optional*, defaults to `0`): Of the dropout.
 
         Returns:
-            Sums over this rank's tokens before the first step, without gradient: `discriminator_query_loss`,
-            `query_as_query` (queries taken for queries), `discriminator_key_loss`, `key_as_key`; and `grad_norm`.
+            Sums over this rank's tokens before the first step, without gradient, and `grad_norm`. For a discriminator
+            `discriminator_query_loss`, `query_as_query` (queries taken for queries), `discriminator_key_loss` and
+            `key_as_key`; for transport critics `transport_cost`, over queries.
         """
         assert self.optimizer is not None and self.scheduler is not None
-        parameters = list(self.discriminator.parameters())
-        self.discriminator.train().requires_grad_(True)
+        parameters = list(self.critic.parameters())
+        self.critic.train().requires_grad_(True)
         report: dict[str, Tensor] = {}
         for step in range(self.config.discriminator_steps):
             self.optimizer.zero_grad(set_to_none=False)
             for parameter in parameters:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            for queries, keys, query_names, key_names in self._features:
-                # Negative names keep the noise of a key apart from that of a query at the same place.
-                query_noise = row_noise(query_names, queries.shape[-1], seed + step + 1)
-                key_noise = row_noise(-1 - key_names, keys.shape[-1], seed + step + 1)
-                query_logits = self.discriminator(queries, query_noise)
-                key_logits = self.discriminator(keys, key_noise)
-                query_loss, key_loss = discriminator_loss(query_logits, key_logits)
-                (query_loss.sum() / query_count + key_loss.sum() / key_count).backward()
+            for features in self._features:
+                if isinstance(self.critic, TransportCritics):
+                    loss, numbers = _transport_loss(self.critic, features, query_count, seed + step + 1)
+                else:
+                    loss, numbers = _discriminator_loss(self.critic, features, query_count, key_count, seed + step + 1)
+                loss.backward()
                 if step == 0:
-                    numbers = {
-                        "discriminator_query_loss": query_loss.detach().sum(),
-                        "query_as_query": (query_logits > 0).sum(),
-                        "discriminator_key_loss": key_loss.detach().sum(),
-                        "key_as_key": (key_logits < 0).sum(),
-                    }
                     report = {name: report.get(name, 0) + value for name, value in numbers.items()}
             # Counts are global, so that the ranks' gradients add up.
             reduce_over_ranks(parameters, accelerator, "sum")
@@ -128,7 +228,7 @@ class Adversary:
                 self.optimizer.step()
         for parameter in parameters:
             parameter.grad = None
-        self.discriminator.requires_grad_(False)
+        self.critic.requires_grad_(False)
         self.scheduler.step()
         self.forget()
         return report
@@ -141,6 +241,38 @@ class Adversary:
         assert self.optimizer is not None and self.scheduler is not None
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _discriminator_loss(
+    critic: Discriminator, features: Features, query_count: Tensor, key_count: Tensor, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of what the discriminator minimises, and sums for the report."""
+    query_noise, key_noise = features.noise(features.queries.shape[-1], seed)
+    query_logits = critic(features.queries[features.query_mask], query_noise)
+    key_logits = critic(features.keys[features.key_mask], key_noise)
+    query_loss, key_loss = discriminator_loss(query_logits, key_logits)
+    return query_loss.sum() / query_count + key_loss.sum() / key_count, {
+        "discriminator_query_loss": query_loss.detach().sum(),
+        "query_as_query": (query_logits > 0).sum(),
+        "discriminator_key_loss": key_loss.detach().sum(),
+        "key_as_key": (key_logits < 0).sum(),
+    }
+
+
+def _transport_loss(
+    critics: TransportCritics, features: Features, query_count: Tensor, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's share of what navigators minimise and critics maximise, and a sum for the report."""
+    cost = transport_cost(
+        critics,
+        features.queries,
+        features.keys,
+        features.query_mask,
+        features.key_mask,
+        features.noise(2 * features.queries.shape[-1], seed),
+    )
+    cost = (cost * features.query_mask.sum(1)).sum()
+    return cost / query_count, {"transport_cost": cost.detach()}
 
 
 def reduce_over_ranks(parameters: list[torch.nn.Parameter], accelerator: Any, reduction: str) -> None:

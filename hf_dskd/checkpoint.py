@@ -5,7 +5,7 @@ What a run saves beside the student, and how a checkpoint gets to its place.
       (what transformers.Trainer writes: the student or its adapter, tokenizer, optimizer, scheduler, random state)
       auxiliary.json                 what the other files are, and of which method and pair
       projectors.safetensors         query, s2t, t2s
-      discriminator.safetensors      only with adversarial matching
+      discriminator.safetensors      only with adversarial matching; transport_critics.safetensors with transport
       discriminator_optimizer.pt     its optimizer and schedule
 """
 
@@ -31,6 +31,7 @@ STAGING_NAME = ".incomplete"
 ROLES = {
     "projectors": "query (student embeddings to keys), s2t (student to teacher space), t2s (teacher to student space)",
     "discriminator": "tells queries from keys; its logit is that of 'query'",
+    "transport_critics": "costs (critics) and plans (navigators) of the transport between queries and keys",
 }
 
 

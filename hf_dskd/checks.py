@@ -52,7 +52,8 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     """A method with a teacher needs one, and another one than the student."""
     if model is None:
         raise UserError("model=None: name the student, or pass a causal language model")
-    if not config.method_row.needs_teacher:
+    row = config.method_row
+    if not row.needs_teacher and row.text != "teacher":
         return
     if teacher_model is None:
         raise UserError(
@@ -64,6 +65,38 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     same_name = names[0] == names[1] and isinstance(model, str) and isinstance(teacher_model, str)
     if same_object or same_folder or same_name:
         raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
+
+
+def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """A method that compares position by position needs one vocabulary; one that maps tokens needs some in common."""
+    from .data.vocabulary import same_vocabulary, shared_tokens
+
+    row = config.method_row
+    if row.same_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
+        names = [getattr(t, "name_or_path", "") or type(t).__name__ for t in (student_tokenizer, teacher_tokenizer)]
+        fits = "dskd_cma" if row.dual_space else "uld, min_edit or alm"
+        raise UserError(
+            f"method={config.method!r} compares the two models token by token, and the vocabularies of {names[0]!r}"
+            f" and {names[1]!r} differ: choose a method for different tokenizers, such as {fits}"
+        )
+    if (
+        row.label == "teacher"
+        or row.projector_init == "pseudo_inverse"
+        or row.alignment in ("min_edit", "exact_tokens")
+    ):
+        shared_tokens(student_tokenizer, teacher_tokenizer)
+
+
+def check_columns(config: DSKDConfig, dataset: Any, split: str) -> None:
+    """An alignment through the text needs the text: a dataset tokenized elsewhere may not say what tokens cover."""
+    columns = getattr(dataset, "column_names", None) or []
+    row = config.method_row
+    if row.needs_chunks and columns and "chunk_ids" not in columns:
+        raise UserError(
+            f"method={config.method!r} aligns tokens by the bytes of the text that they cover, and the {split} data"
+            " has no column chunk_ids: pass the text (prompt and response) instead of tokens, or tokenize it with"
+            " hf_dskd.tokenize_dataset"
+        )
 
 
 @contextmanager

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
 from .checks import check_sharding
-from .errors import UserError
+from .errors import UserError, check_name
 from .losses.divergences import DIVERGENCES
-from .methods import METHODS, Method
-from .settings import ADVERSARIAL_LOSSES, DTYPES, PROMPT_STYLES, DistillationSettings
+from .methods import DUAL_SPACE_ALIGNMENTS, MATCHINGS, METHODS, Method
+from .settings import (
+    ADVERSARIAL_LOSSES,
+    BINARY_DIVERGENCE_NAMES,
+    DTYPES,
+    LABELS,
+    PROJECTOR_INITS,
+    PROMPT_STYLES,
+    SPACES,
+    TEACHER_VALUES,
+    TEMPERATURE_SCALINGS,
+    TEMPERATURE_SCHEDULES,
+    DistillationSettings,
+)
 
 
-def choice(name: str, value: str, known: Any) -> None:
-    """Raises a [`UserError`] that suggests the nearest of `known` unless `value` is one of them."""
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"{name}={value!r} is unknown: {hint}one of {', '.join(known)}")
+# Settings that replace a part of a dual-space method's row.
+_PARTS = {
+    "alignment": DUAL_SPACE_ALIGNMENTS,
+    "spaces": SPACES,
+    "matching": (*MATCHINGS, "none"),
+    "teacher_value": TEACHER_VALUES,
+    "t2s_label": LABELS,
+    "projector_init": PROJECTOR_INITS,
+}
+# What the code released with paper A has a counterpart of.
+_PUBLISHED_METHODS = ("sft", "kd", "dskd", "dskd_cma", "dskd_cma_ga", "dskd_cma_ct", "dskd_clp", "dskd_cla", "uld")
 
 
 @dataclass
@@ -43,25 +58,30 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
-        choice("method", self.method, METHODS)
-        choice("divergence", self.divergence, DIVERGENCES)
-        choice("adversarial_loss", self.adversarial_loss, ADVERSARIAL_LOSSES)
-        choice(
-            "discriminator_lr_scheduler_type",
+        check_name("method=", self.method, METHODS)
+        check_name("divergence=", self.divergence, DIVERGENCES)
+        for name in ("student_space_divergence", "teacher_space_divergence"):
+            if getattr(self, name) is not None:
+                check_name(f"{name}=", getattr(self, name), DIVERGENCES)
+        check_name("adversarial_loss=", self.adversarial_loss, ADVERSARIAL_LOSSES)
+        check_name("alm_divergence=", self.alm_divergence, BINARY_DIVERGENCE_NAMES)
+        check_name("temperature_scaling=", self.temperature_scaling, TEMPERATURE_SCALINGS)
+        check_name("temperature_schedule=", self.temperature_schedule, TEMPERATURE_SCHEDULES)
+        self._check_composition()
+        check_name(
+            "discriminator_lr_scheduler_type=",
             self.discriminator_lr_scheduler_type,
             [kind.value for kind in SchedulerType],
         )
-        choice("prompt_style", self.prompt_style, PROMPT_STYLES)
-        choice("teacher_dtype", self.teacher_dtype, DTYPES)
-        within = {"kd_rate": self.kd_rate, "discriminator_dropout": self.discriminator_dropout}
-        for name, value in within.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"{name}={value} is outside [0, 1]: the papers use 0.5 and 0.1")
-        for name, value in {"skew_lambda": self.skew_lambda, "adaptive_kl_alpha": self.adaptive_kl_alpha}.items():
-            if not 0 < value < 1:
-                raise UserError(f"{name}={value} is outside (0, 1): the papers use 0.1 and 0.5")
-        if not self.kd_temperature > 0:
-            raise UserError(f"kd_temperature={self.kd_temperature} must be above 0 (the papers use 2.0)")
+        check_name("prompt_style=", self.prompt_style, PROMPT_STYLES)
+        check_name("teacher_dtype=", self.teacher_dtype, DTYPES)
+        for name, usual in (("kd_rate", "0.5"), ("discriminator_dropout", "0.1"), ("on_policy_fraction", "0.5")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} is outside [0, 1]: the papers use {usual}")
+        for name, usual in (("skew_lambda", "0.1"), ("adaptive_kl_alpha", "0.5"), ("js_weight", "0.5")):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is outside (0, 1): the papers use {usual}")
+        self._check_temperatures()
         if not self.kq_rate >= 0:
             raise UserError(f"kq_rate={self.kq_rate} must not be negative: 0 switches matching off")
         if self.discriminator_steps < 1:
@@ -80,10 +100,76 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self.logging_nan_inf_filter = False
         super().__post_init__()
 
+    def _check_composition(self) -> None:
+        """Refuses combinations that mean nothing, by name."""
+        for name, known in _PARTS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            check_name(f"{name}=", value, known)
+            if not METHODS[self.method].dual_space:
+                dual = ", ".join(name for name, method in METHODS.items() if method.dual_space)
+                raise UserError(f"{name}={value!r} means nothing for method={self.method!r}: it needs one of {dual}")
+        row = self.method_row
+        if row.matching is not None and not row.has_queries:
+            raise UserError(
+                f"matching={row.matching!r} needs queries and keys, which alignment={row.alignment!r} has none of:"
+                " set alignment to cross_model_attention or chunk_attention, or matching to none"
+            )
+        if row.label == "teacher" and row.dual_space and row.alignment not in ("exact_tokens", "identity"):
+            raise UserError(
+                f"t2s_label='teacher' needs one teacher token per student token, which alignment={row.alignment!r}"
+                " doesn't give: set alignment to exact_tokens or identity"
+            )
+        if self.as_published:
+            if self.method not in _PUBLISHED_METHODS:
+                raise UserError(
+                    f"as_published=True: method={self.method!r} isn't in the released code, which has"
+                    f" {', '.join(_PUBLISHED_METHODS)}"
+                )
+            replaced = [name for name in _PARTS if getattr(self, name) is not None]
+            if replaced or self.on_policy_fraction:
+                name = replaced[0] if replaced else "on_policy_fraction"
+                raise UserError(f"as_published=True: the released code has no {name}; leave it at its default")
+        if self.on_policy_fraction and not row.needs_teacher:
+            raise UserError(
+                f"on_policy_fraction={self.on_policy_fraction}: method={self.method!r} would learn the student's own"
+                " samples without a teacher; choose a method with one, or set it to 0"
+            )
+        if self.alm_bias_threshold is not None and not 0 < self.alm_bias_threshold < 1:
+            raise UserError(f"alm_bias_threshold={self.alm_bias_threshold} is outside (0, 1): the paper has 0.1")
+
+    def _check_temperatures(self) -> None:
+        names = ("kd_temperature", "student_temperature", "teacher_temperature", "teacher_space_temperature")
+        for name in (*names, "final_kd_temperature", "alm_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be above 0 (the papers use 2.0; alm's uses 100)")
+        scheduled = self.temperature_schedule != "constant"
+        if scheduled != (self.final_kd_temperature is not None):
+            raise UserError(
+                f"temperature_schedule={self.temperature_schedule!r} and final_kd_temperature="
+                f"{self.final_kd_temperature} belong together: set both (such as 'linear' and 1.0), or neither"
+            )
+
     @property
     def method_row(self) -> Method:
-        """What `method` is composed of."""
-        return METHODS[self.method]
+        """What `method` is composed of, with the parts that other settings replace."""
+        row = METHODS[self.method]
+        changes: dict[str, Any] = {}
+        if self.spaces is not None:
+            changes["spaces"] = ("student", "teacher") if self.spaces == "both" else (self.spaces,)
+        if self.matching is not None:
+            changes["matching"] = None if self.matching == "none" else self.matching
+        for setting, part in (
+            ("alignment", "alignment"),
+            ("teacher_value", "teacher_value"),
+            ("t2s_label", "label"),
+            ("projector_init", "projector_init"),
+        ):
+            if getattr(self, setting) is not None:
+                changes[part] = getattr(self, setting)
+        return replace(row, **changes)
 
     @property
     def training_dtype(self) -> str:

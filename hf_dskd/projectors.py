@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+if TYPE_CHECKING:
+    from .models import LMHead
 
 
 class Projectors(nn.Module):
@@ -16,6 +22,7 @@ class Projectors(nn.Module):
         seed (`int`, *optional*, defaults to `0`):
             Of the initialisation, which draws from a source of its own: two methods on one seed see the same data
             order and dropout whether or not they have projectors.
+        has_query (`bool`, *optional*, defaults to `True`): Only alignments by attention have queries.
 
     Attributes:
         query: `[..., 2 d_s] -> [..., 2 d_t]`, from the student's input and target embeddings to keys' space.
@@ -23,10 +30,67 @@ class Projectors(nn.Module):
         t2s: `[..., d_t] -> [..., d_s]`, teacher's to student space.
     """
 
-    def __init__(self, student_size: int, teacher_size: int, seed: int = 0):
+    def __init__(self, student_size: int, teacher_size: int, seed: int = 0, has_query: bool = True):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.query = nn.Linear(2 * student_size, 2 * teacher_size)
+            query = nn.Linear(2 * student_size, 2 * teacher_size)
+            if has_query:
+                self.query = query
             self.s2t = nn.Linear(student_size, teacher_size)
             self.t2s = nn.Linear(teacher_size, student_size)
+
+    @torch.no_grad()
+    def init_from_heads(
+        self, student_head: LMHead, teacher_head: LMHead, student_ids: Tensor, teacher_ids: Tensor
+    ) -> dict[str, float]:
+        """
+        Sets t2s and s2t so that a projected state has, on shared tokens, nearly the logits it had before.
+
+        t2s = pinv(W_s) W_t and s2t = pinv(W_t) W_s over the rows of the shared tokens (DSKDv2, arXiv 2504.11426, which
+        multiplies from the other side). A narrower space can't hold all logits of a wider one.
+
+        Args:
+            student_head, teacher_head ([`~hf_dskd.models.LMHead`]): The two heads.
+            student_ids, teacher_ids (`torch.Tensor` of shape `[n]`): Tokens for the same bytes.
+
+        Returns:
+            `dict[str, float]`: ‖W_s t2s − W_t‖ / ‖W_t‖ under `"t2s"`, and the same of `"s2t"`.
+        """
+        residuals = {}
+        heads = {"t2s": (student_head, student_ids, teacher_head, teacher_ids)}
+        heads["s2t"] = (teacher_head, teacher_ids, student_head, student_ids)
+        for name, (to_head, to_ids, from_head, from_ids) in heads.items():
+            solution, residuals[name] = least_squares(to_head, to_ids, from_head, from_ids)
+            layer: nn.Linear = getattr(self, name)
+            layer.weight.copy_(solution)
+            layer.bias.zero_()
+        return residuals
+
+
+def least_squares(
+    to_head: LMHead, to_ids: Tensor, from_head: LMHead, from_ids: Tensor, rows: int = 4096
+) -> tuple[Tensor, float]:
+    """
+    The matrix M that minimises ‖A M − B‖, where A `[n, d_to]` and B `[n, d_from]` are rows of two heads.
+
+    From the normal equations in float64, summed over chunks of `rows` tokens: a head of 150,000 tokens never exists in
+    another precision as a whole, and only `[d_to, d_to]` is decomposed.
+
+    Returns:
+        M of shape `[d_to, d_from]`, float64, and the relative residual ‖A M − B‖ / ‖B‖.
+    """
+    device = to_head.weight.device
+    gram, cross, square = torch.zeros(0), torch.zeros(0), torch.zeros(())
+    for start in range(0, len(to_ids), rows):
+        a = to_head.weight[to_ids[start : start + rows].to(device)].double() * to_head.scale
+        b = from_head.weight[from_ids[start : start + rows].to(from_head.weight.device)].double() * from_head.scale
+        b = b.to(device)
+        if start == 0:
+            gram, cross, square = a.T @ a, a.T @ b, b.square().sum()
+        else:
+            gram, cross, square = gram + a.T @ a, cross + a.T @ b, square + b.square().sum()
+    solution = torch.linalg.pinv(gram, hermitian=True) @ cross
+    # ‖A M − B‖² = ‖B‖² − tr(Mᵀ AᵀB) at the minimum.
+    left = (square - (solution * cross).sum()).clamp_min(0)
+    return solution, float((left / square).sqrt())

@@ -18,14 +18,20 @@ RATIOS = {
     "t2s_ce_loss": ("t2s_ce", "student_tokens"),
     "t2s_kd_loss": ("t2s_kd", "student_tokens"),
     "s2t_kd_loss": ("s2t_kd", "teacher_tokens"),
+    "kd_loss": ("kd", "student_tokens"),
+    "alm_loss": ("alm", "teacher_tokens"),
     "kq_loss": ("kq", "student_tokens"),
     "correctness_mask_rate": ("t2s_correct", "student_tokens"),
+    "aligned_rate": ("t2s_rows", "student_tokens"),
     "s2t_agreement": ("s2t_agree", "teacher_tokens"),
     "discriminator_accuracy_fake": ("query_as_query", "student_tokens"),
     "discriminator_accuracy_real": ("key_as_key", "teacher_tokens"),
+    "transport_cost": ("transport_cost", "student_tokens"),
     "projector_grad_norm": ("projector_grad_norm", "ranked_steps"),
     "discriminator_grad_norm": ("discriminator_grad_norm", "ranked_steps"),
 }
+# summed value → its name in a log
+LOG_NAMES = {value: name for name, (value, _) in RATIOS.items()}
 NEVER = float(2**30)
 
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods import METHODS
+from .methods import DUAL_SPACE_ALIGNMENTS, MATCHINGS, METHODS
 
 
 ADVERSARIAL_LOSSES = ("minimax", "non_saturating")
-DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "js", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")
+BINARY_DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "total_variation", "binary_ce")
+DIVERGENCE_NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "js",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "total_variation",
+)
+LABELS = ("response", "teacher")
+PROJECTOR_INITS = ("random", "pseudo_inverse")
 PROMPT_STYLES = ("chat", "plain")
+SPACES = ("both", "student", "teacher")
+TEACHER_VALUES = ("state_and_target", "state")
+TEMPERATURE_SCALINGS = ("none", "tau_squared")
+TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,17 +39,48 @@ class DistillationSettings:
 
     Parameters:
         method (`str`, *optional*, defaults to `"dskd_cma_ga"`):
-            `"sft"`, `"dskd_cma"` or `"dskd_cma_ga"`.
+            A row of [`~hf_dskd.methods.METHODS`]; `hf-dskd methods` prints them with their papers. The next six
+            settings replace parts of the row; `None` keeps the method's own.
+        alignment (`str`, *optional*):
+            Of the dual-space methods: `"cross_model_attention"`, `"chunk_attention"`, `"chunk_mean"`,
+            `"exact_tokens"` or `"identity"`.
+        spaces (`str`, *optional*): Of the dual-space methods: `"both"`, `"student"` or `"teacher"`.
+        matching (`str`, *optional*):
+            Of queries to keys: `"gan"`, `"ct"`, `"moments"`, `"mmd"` or `"none"`.
+        teacher_value (`str`, *optional*): What t2s projects: `"state_and_target"` or `"state"`.
+        t2s_label (`str`, *optional*):
+            What the projected teacher is trained to predict: the `"response"`, or the `"teacher"`'s own prediction
+            where the student has that token.
+        projector_init (`str`, *optional*): `"random"` or `"pseudo_inverse"` (from the two heads).
         divergence (`str`, *optional*, defaults to `"skewed_forward_kl"`):
-            In both spaces: `"forward_kl"`, `"reverse_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"` or
-            `"adaptive_kl"`.
+            `"forward_kl"`, `"reverse_kl"`, `"symmetric_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"`,
+            `"adaptive_kl"` or `"total_variation"`. Not used by `uld` and `alm`.
+        student_space_divergence, teacher_space_divergence (`str`, *optional*): In that space instead.
         skew_lambda (`float`, *optional*, defaults to `0.1`): λ of the skewed divergences, in (0, 1).
+        js_weight (`float`, *optional*, defaults to `0.5`): The teacher's weight in the mixture of `"js"`, in (0, 1).
         adaptive_kl_alpha (`float`, *optional*, defaults to `0.5`): Teacher mass of the tail, in (0, 1).
         kd_temperature (`float`, *optional*, defaults to `2.0`): Divides both logits in the divergences, once.
+        student_temperature, teacher_temperature (`float`, *optional*): For one model's logits instead.
+        teacher_space_temperature (`float`, *optional*): For both logits in teacher space instead.
+        temperature_scaling (`str`, *optional*, defaults to `"none"`):
+            `"tau_squared"` multiplies a divergence by the product of its two temperatures.
+        temperature_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"linear"` or `"cosine"` moves every temperature by one common factor over the run.
+        final_kd_temperature (`float`, *optional*): Where `kd_temperature` ends with such a schedule.
         kd_rate (`float`, *optional*, defaults to `0.5`):
             Weight of the distillation terms; the student's own cross entropy has 1 − `kd_rate`.
         correctness_mask (`bool`, *optional*, defaults to `True`):
-            Student-space divergence only where the projected teacher predicts the response token.
+            Student-space divergence only where the projected teacher predicts its label.
+        alm_divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            Of `alm`, between binary likelihoods: `"forward_kl"`, `"reverse_kl"`, `"total_variation"` or `"binary_ce"`.
+        alm_temperature (`float`, *optional*, defaults to `100.0`):
+            Divides the log-likelihoods of `alm`, whose divergence is multiplied by it.
+        alm_bias_threshold (`float`, *optional*):
+            Of `alm`: a chunk goes on until the teacher gives at least this probability to whitespace or the end after
+            it, which removes the bias of tokenizations that can't end there (the paper has 0.1). `None` merges none.
+        on_policy_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of the optimizer steps whose responses the student samples now with its own generation config. In
+            them the student's cross entropy has no weight.
         kq_rate (`float`, *optional*, defaults to `1.0`): Weight of key-query matching, per response token.
         adversarial_loss (`str`, *optional*, defaults to `"minimax"`):
             Of the query projector against the discriminator: `"minimax"` (paper A, Eq. 14) or `"non_saturating"`.
@@ -67,16 +114,57 @@ class DistillationSettings:
 
     # Method
     method: str = field(default="dskd_cma_ga", metadata={"help": f"one of {', '.join(METHODS)}"})
-    divergence: str = field(
-        default="skewed_forward_kl", metadata={"help": f"in both spaces: one of {', '.join(DIVERGENCE_NAMES)}"}
+    alignment: str | None = field(
+        default=None, metadata={"help": f"instead of the method's: one of {', '.join(DUAL_SPACE_ALIGNMENTS)}"}
     )
+    spaces: str | None = field(default=None, metadata={"help": f"instead of the method's: {', '.join(SPACES)}"})
+    matching: str | None = field(
+        default=None, metadata={"help": f"of queries to keys, instead of the method's: {', '.join(MATCHINGS)} or none"}
+    )
+    teacher_value: str | None = field(
+        default=None, metadata={"help": f"what t2s projects, instead of the method's: {' or '.join(TEACHER_VALUES)}"}
+    )
+    t2s_label: str | None = field(
+        default=None, metadata={"help": f"of the projected teacher, instead of the method's: {' or '.join(LABELS)}"}
+    )
+    projector_init: str | None = field(
+        default=None, metadata={"help": f"instead of the method's: {' or '.join(PROJECTOR_INITS)}"}
+    )
+    divergence: str = field(default="skewed_forward_kl", metadata={"help": f"one of {', '.join(DIVERGENCE_NAMES)}"})
+    student_space_divergence: str | None = field(default=None, metadata={"help": "in student space instead"})
+    teacher_space_divergence: str | None = field(default=None, metadata={"help": "in teacher space instead"})
     skew_lambda: float = field(default=0.1, metadata={"help": "lambda of the skewed divergences, in (0, 1)"})
+    js_weight: float = field(default=0.5, metadata={"help": "the teacher's weight in the mixture of js, in (0, 1)"})
     adaptive_kl_alpha: float = field(default=0.5, metadata={"help": "teacher mass of the tail, in (0, 1)"})
     kd_temperature: float = field(default=2.0, metadata={"help": "divides both logits in the divergences, once"})
+    student_temperature: float | None = field(default=None, metadata={"help": "for the student's logits instead"})
+    teacher_temperature: float | None = field(default=None, metadata={"help": "for the teacher's logits instead"})
+    teacher_space_temperature: float | None = field(
+        default=None, metadata={"help": "for both logits in teacher space instead"}
+    )
+    temperature_scaling: str = field(
+        default="none", metadata={"help": f"of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}"}
+    )
+    temperature_schedule: str = field(
+        default="constant", metadata={"help": f"of every temperature: {', '.join(TEMPERATURE_SCHEDULES)}"}
+    )
+    final_kd_temperature: float | None = field(
+        default=None, metadata={"help": "where kd_temperature ends with such a schedule"}
+    )
     kd_rate: float = field(default=0.5, metadata={"help": "weight of distillation; cross entropy has 1 - kd_rate"})
     correctness_mask: bool = field(
         default=True,
-        metadata={"help": "student-space divergence only where the projected teacher predicts the response token"},
+        metadata={"help": "student-space divergence only where the projected teacher predicts its label"},
+    )
+    alm_divergence: str = field(
+        default="forward_kl", metadata={"help": f"of alm: one of {', '.join(BINARY_DIVERGENCE_NAMES)}"}
+    )
+    alm_temperature: float = field(default=100.0, metadata={"help": "divides the log-likelihoods of alm"})
+    alm_bias_threshold: float | None = field(
+        default=None, metadata={"help": "of alm: merge chunks that the teacher wouldn't end (the paper has 0.1)"}
+    )
+    on_policy_fraction: float = field(
+        default=0.0, metadata={"help": "share of the steps whose responses the student samples now"}
     )
     kq_rate: float = field(default=1.0, metadata={"help": "weight of key-query matching, per response token"})
     adversarial_loss: str = field(default="minimax", metadata={"help": f"one of {', '.join(ADVERSARIAL_LOSSES)}"})

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,32 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
-from .checks import check_eos, check_launch, check_output_dir, check_pair, check_peft, check_positions, loading
+from .alignment.chunked import input_chunks
+from .alignment.min_edit import partners
+from .alignment.min_edit import vocabulary_map as edit_distance_map
+from .checks import (
+    check_columns,
+    check_eos,
+    check_launch,
+    check_output_dir,
+    check_pair,
+    check_peft,
+    check_positions,
+    check_vocabularies,
+    loading,
+)
 from .config import DSKDConfig
 from .data.collator import DualCollator
+from .data.on_policy import is_on_policy, on_policy_batch
 from .data.sampler import EpochSampler
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
+from .data.vocabulary import shared_tokens
 from .errors import UserError
+from .evaluation.generation import check_generation_config
+from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import ResponseStates, published_states, response_states, token_cross_entropy
 from .losses.key_query import Discriminator
+from .losses.likelihood import boundary_tokens
 from .models import (
     LastHiddenState,
     check_config,
@@ -44,10 +63,11 @@ from .models import (
     input_embedding,
     lm_head,
 )
-from .objective import Terms, distillation_terms, student_terms, total_loss
+from .objective import TEACHER_TERMS, PairConstants, Terms, distillation_terms, student_terms, total_loss
 from .projectors import Projectors
-from .running_log import RunningLog
+from .running_log import LOG_NAMES, RunningLog
 from .teacher.load import Teacher, check_four_bit, check_four_bit_shapes, four_bit_config, load_causal_lm
+from .teacher.responses import write_responses
 
 
 if TYPE_CHECKING:
@@ -164,7 +184,7 @@ class DSKDTrainer(Trainer):
             raise UserError(
                 "load_teacher_in_4bit=True needs teacher_model as a name: a loaded model can't be quantized"
             )
-        if row.needs_teacher and optimizers[1] is not None:
+        if row.dual_space and optimizers[1] is not None:
             raise UserError(
                 "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
                 " pass (optimizer, None) and set lr_scheduler_type"
@@ -176,7 +196,7 @@ class DSKDTrainer(Trainer):
             student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
         )
         self._check_tokenizer(tokenizer, model, student_config, "student")
-        teacher_tokenizer = teacher_processing_class
+        teacher_tokenizer: Any = teacher_processing_class
         teacher_name = None
         if teacher_model is not None:
             teacher_name, teacher_config = _name_and_config(
@@ -190,6 +210,7 @@ class DSKDTrainer(Trainer):
                 teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
             )
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher")
+            check_vocabularies(args, tokenizer, teacher_tokenizer)
         if args.load_teacher_in_4bit:
             check_four_bit()
             if args.device.type == "cpu":
@@ -198,8 +219,21 @@ class DSKDTrainer(Trainer):
             if adapter is not None:
                 check_peft(adapter, student_config)
 
+        def load_teacher() -> Any:
+            return _load_teacher(teacher_model, args, teacher_quantization_config)
+
+        if row.text == "teacher":
+            train_dataset = self._written_by_teacher(
+                train_dataset, load_teacher, teacher_tokenizer, args, teacher_name
+            )
         self.tokenization_reports: dict[str, TokenizationReport] = {}
-        self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports)
+        vocabulary_map = None
+        if row.alignment == "min_edit":
+            with args.main_process_first(desc="vocabulary map"):
+                vocabulary_map = edit_distance_map(
+                    tokenizer, teacher_tokenizer, rows=_rows(teacher_model, teacher_config)
+                )
+        self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports, vocabulary_map)
         with args.main_process_first(desc="tokenization"):
             train_dataset = self._tokenize(train_dataset, "train")
             if isinstance(eval_dataset, dict):
@@ -209,7 +243,6 @@ class DSKDTrainer(Trainer):
 
         # Trainer seeds in its own __init__, which is after an adapter has been initialised.
         set_seed(args.seed)
-        training_dtype = getattr(torch, args.training_dtype)
         student: Any = model
         if isinstance(model, str):
             with loading("the student", model, *_MODEL_FILES):
@@ -220,24 +253,15 @@ class DSKDTrainer(Trainer):
                 )
         if peft_config is not None:
             student = _wrap_with_adapter(student, peft_config, args)
+        if args.on_policy_fraction:
+            check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
         self.teacher: Teacher | None = None
         if row.needs_teacher:
-            if isinstance(teacher_model, str):
-                if args.load_teacher_in_4bit:
-                    teacher_quantization_config = four_bit_config(training_dtype)
-                teacher_dtype = training_dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-                with loading("the teacher", teacher_model, *_MODEL_FILES):
-                    teacher_model = load_causal_lm(
-                        teacher_model,
-                        quantization_config=teacher_quantization_config,
-                        **{"dtype": teacher_dtype, **_options(args.teacher_model_init_kwargs)},
-                    )
-            if getattr(teacher_model, "hf_device_map", None) is None:
-                teacher_model.to(args.device)  # type: ignore[union-attr]
+            teacher_model = load_teacher()
             self.teacher = Teacher(teacher_model)  # type: ignore[arg-type]
             check_head(self.teacher.model, self.teacher.head, "teacher")
         check_head(student, lm_head(student), "student")
@@ -273,17 +297,26 @@ class DSKDTrainer(Trainer):
         device = self.accelerator.device
         self.projectors: Projectors | None = None
         self.adversary: Adversary | None = None
+        self._constants = PairConstants()
         if self.teacher is not None:
             sizes = hidden_size(student_config), hidden_size(self.teacher.model.config)
-            self.projectors = Projectors(*sizes, seed=args.seed).to(device)
-        if row.matching == "gan":
-            discriminator = Discriminator(
-                2 * sizes[1], args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1
-            )
-            self.adversary = Adversary(discriminator.to(device), args)
+            self._constants = self._pair_constants(vocabulary_map)
+        if self.teacher is not None and row.dual_space:
+            self.projectors = Projectors(*sizes, seed=args.seed, has_query=row.has_queries)
+            if row.projector_init == "pseudo_inverse":
+                shared = shared_tokens(tokenizer, teacher_tokenizer)
+                residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
+                logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
+            self.projectors.to(device)
+        if row.matching in ("gan", "ct"):
+            kind = Discriminator if row.matching == "gan" else TransportCritics
+            critic = kind(2 * sizes[1], args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1)
+            self.adversary = Adversary(critic.to(device), args)
         # What must agree for a checkpoint to be resumed from.
+        composition = {key: value for key, value in asdict(row).items() if key not in ("summary", "source")}
         self._facts = {
             "method": args.method,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in composition.items()},
             "as_published": args.as_published,
             "student": _short_name(student_name),
             "teacher": _short_name(teacher_name) if row.needs_teacher else None,
@@ -293,6 +326,7 @@ class DSKDTrainer(Trainer):
         }
         self._running = RunningLog(device)
         self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
+        self._on_policy = False
         self._learning_rates: dict[str, float] = {}
         self._evaluated: list[Tensor] = []
         self._staging: Path | None = None
@@ -312,6 +346,55 @@ class DSKDTrainer(Trainer):
             rows = model.get_input_embeddings().weight.shape[0]
         check_vocabulary(tokenizer, rows, role)
 
+    @staticmethod
+    def _written_by_teacher(
+        dataset: Any, load_teacher: Callable[[], Any], tokenizer: Any, args: DSKDConfig, name: str | None
+    ) -> Any:
+        """The same prompts with the teacher's responses, written once into the output folder (`seq_kd`)."""
+        if dataset is None:
+            return None
+        if "prompt_length" in (getattr(dataset, "column_names", None) or []):
+            raise UserError(
+                f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
+                " already tokenized: pass the text"
+            )
+        with args.main_process_first(desc="teacher's responses"):
+            return write_responses(
+                dataset,
+                load_teacher,
+                tokenizer,
+                Path(str(args.output_dir)) / "teacher_responses",
+                max_length=args.max_length,
+                prompt_style=args.prompt_style,
+                prompt_column=args.prompt_column,
+                response_column=args.response_column,
+                facts={
+                    "teacher": _short_name(name),
+                    "dtype": args.training_dtype if args.teacher_dtype == "auto" else args.teacher_dtype,
+                    "load_in_4bit": args.load_teacher_in_4bit,
+                },
+            )
+
+    def _pair_constants(self, vocabulary_map: Tensor | None) -> PairConstants:
+        """What the method's losses read of the two vocabularies."""
+        assert self.teacher is not None
+        row, device, rows = self.args.method_row, self.accelerator.device, self.teacher.head.weight.shape[0]
+        label_map = boundary = None
+        if row.label == "teacher":
+            label_map = torch.full((rows,), -1, dtype=torch.int64)
+            student_ids, teacher_ids = shared_tokens(self._tokenize.student, self._tokenize.teacher)
+            label_map[teacher_ids] = student_ids
+            label_map = label_map.to(device)
+        if row.spaces == ("likelihood",) and self.args.alm_bias_threshold is not None:
+            student_rows = lm_head(self.model).weight.shape[0]
+            boundary = (
+                boundary_tokens(self._tokenize.student, student_rows).to(device),
+                boundary_tokens(self._tokenize.teacher, rows).to(device),
+            )
+        if vocabulary_map is not None:
+            vocabulary_map = vocabulary_map.to(device)
+        return PairConstants(label_map, vocabulary_map, boundary)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -324,6 +407,31 @@ class DSKDTrainer(Trainer):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(sampler), seed, lambda: int(self.state.epoch or 0))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in [`~transformers.Trainer`]; in an on-policy step the student answers the prompts of the batches now."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._on_policy = is_on_policy(self.state.global_step, self.args.on_policy_fraction)
+        if self._on_policy and batches:
+            batches = [self._answered_by_student(batch, place) for place, batch in enumerate(batches)]
+            items = self._get_num_items_in_batch(batches, device)
+        return batches, items
+
+    def _answered_by_student(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        seed = (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
+        return on_policy_batch(
+            batch,
+            model,
+            self._tokenize.student,
+            self._tokenize.teacher,
+            self.data_collator,
+            max_length=self.args.max_length,
+            generation_config=model.generation_config,
+            seed=(seed + place) * 64 + self.accelerator.process_index,
+            autocast=self.accelerator.autocast(),
+            align=self._tokenize.partners,
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Response tokens of the global batch: all micro-batches of the optimizer step, all ranks, both tokenizers."""
@@ -365,7 +473,8 @@ class DSKDTrainer(Trainer):
         else:
             assert self._items is not None
             # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.
-            loss = total_loss(self.args, terms, self._items[0], self._items[1]) * self.accelerator.num_processes
+            loss = total_loss(self.args, terms, self._items[0], self._items[1], self._on_policy)
+            loss = loss * self.accelerator.num_processes
 
         if model.training:
             self._running.watch(self.state.global_step, inputs.get("example_ids"), {**terms.student, **terms.teacher})
@@ -383,16 +492,12 @@ class DSKDTrainer(Trainer):
 
     def _terms(self, hidden: Tensor, inputs: dict[str, Any], training: bool) -> tuple[ResponseStates, Terms]:
         student_head = lm_head(self.model)
-        student = self._states(hidden, inputs["input_ids"], inputs["labels"], input_embedding(self.model))
-        if self.teacher is None or self.projectors is None:
+        student = self._states(hidden, inputs, "", input_embedding(self.model))
+        if self.teacher is None:
             return student, student_terms(student, student_head(student.packed(student.hidden)))
-        teacher = self._states(
-            self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"]).to(hidden.device),
-            inputs["teacher_input_ids"],
-            inputs["teacher_labels"],
-            self.teacher.embedding,
-        )
-        discriminator = None if self.adversary is None else self.adversary.discriminator.train(training)
+        teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+        teacher = self._states(teacher_hidden.to(hidden.device), inputs, "teacher_", self.teacher.embedding)
+        critic = None if self.adversary is None else self.adversary.critic.train(training)
         return student, distillation_terms(
             self.args,
             student,
@@ -400,15 +505,22 @@ class DSKDTrainer(Trainer):
             student_head,
             self.teacher.head,
             self.projectors,
-            discriminator,
+            critic,
             inputs.get("example_ids"),
             self._dropout_seed(),
+            self._constants,
+            self.state.global_step / max(self.state.max_steps, 1),
         )
 
-    def _states(self, hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding: Tensor) -> ResponseStates:
-        if self.args.as_published:
-            return published_states(hidden[:, :-1], input_ids[:, :-1], labels[:, 1:], embedding)
-        return response_states(hidden, input_ids, labels, embedding)
+    def _states(self, hidden: Tensor, inputs: dict[str, Any], side: str, embedding: Tensor) -> ResponseStates:
+        ids, labels = inputs[f"{side}input_ids"], inputs[f"{side}labels"]
+        chunks = inputs.get(f"{side}chunk_ids") if self.args.method_row.needs_chunks else None
+        if not self.args.as_published:
+            partners = inputs.get("partners") if side == "" else None
+            return response_states(hidden, ids, labels, embedding, chunks, partners)
+        if chunks is not None:
+            chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)
+        return published_states(hidden[:, :-1], ids[:, :-1], labels[:, 1:], embedding, chunks)
 
     def _dropout_seed(self) -> int:
         """For the discriminator's dropout: another one in every step, the same one after a resume."""
@@ -494,8 +606,9 @@ class DSKDTrainer(Trainer):
         columns = [inputs["example_ids"], terms.student_tokens, zeros, inputs["response_bytes"], text]
         if terms.teacher_tokens is not None:
             columns[2] = terms.teacher_tokens
-        columns += [value for _, value in sorted({**terms.student, **terms.teacher}.items())]
-        self._evaluated_names = sorted({**terms.student, **terms.teacher})
+        values = {**terms.student, **terms.teacher}
+        self._evaluated_names = sorted(values)
+        columns += [values[name] for name in self._evaluated_names]
         self._evaluated.append(torch.stack([column.detach().double() for column in columns], dim=1))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -528,26 +641,16 @@ class DSKDTrainer(Trainer):
         sums = torch.stack(list(unique.values())).sum(0).tolist()
         _, student_tokens, teacher_tokens, response_bytes, text, *values = sums
         totals = dict(zip(self._evaluated_names, values))
-        teacher_names = {"s2t_kd", "s2t_agree"}
         tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in totals.items()}
         terms = Terms(
-            student={name: value for name, value in tensors.items() if name not in teacher_names},
-            teacher={name: value for name, value in tensors.items() if name in teacher_names},
+            student={name: value for name, value in tensors.items() if name not in TEACHER_TERMS},
+            teacher={name: value for name, value in tensors.items() if name in TEACHER_TERMS},
             student_tokens=torch.tensor([student_tokens]),
         )
         metrics = {"loss": float(total_loss(self.args, terms, student_tokens, teacher_tokens))}
-        shown = {
-            "ce": "ce_loss",
-            "correct": "token_accuracy",
-            "t2s_ce": "t2s_ce_loss",
-            "t2s_kd": "t2s_kd_loss",
-            "s2t_kd": "s2t_kd_loss",
-            "kq": "kq_loss",
-            "t2s_correct": "t2s_accuracy",
-            "s2t_agree": "s2t_agreement",
-        }
         for name, value in totals.items():
-            metrics[shown[name]] = value / (teacher_tokens if name in teacher_names else student_tokens)
+            shown = "t2s_accuracy" if name == "t2s_correct" else LOG_NAMES[name]
+            metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)
         metrics["bits_per_byte"] = text / math.log(2) / response_bytes
         return metrics
 
@@ -558,8 +661,12 @@ class DSKDTrainer(Trainer):
         if self.projectors is not None:
             modules["projectors"] = self.projectors
         if self.adversary is not None:
-            modules["discriminator"] = self.adversary.discriminator
+            modules[self._critic_name] = self.adversary.critic
         return modules
+
+    @property
+    def _critic_name(self) -> str:
+        return "discriminator" if self.args.method_row.matching == "gan" else "transport_critics"
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in [`~transformers.Trainer`]; a checkpoint of another run is refused before anything is touched."""
@@ -688,30 +795,79 @@ class DSKDTrainer(Trainer):
 class _Tokenize:
     """Tokenizes a dataset for both models unless that has been done, and keeps what was cut or skipped."""
 
-    def __init__(self, student: Any, teacher: Any, args: DSKDConfig, reports: dict[str, TokenizationReport]):
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        args: DSKDConfig,
+        reports: dict[str, TokenizationReport],
+        vocabulary_map: Tensor | None = None,
+    ):
         self.student, self.teacher, self.args, self.reports = student, teacher, args, reports
+        self.partners = None if vocabulary_map is None else _Partners(student, teacher, vocabulary_map)
 
     def __call__(self, dataset: Any, split: str) -> Any:
         columns = getattr(dataset, "column_names", None) or []
-        if dataset is None or "prompt_length" in columns:
-            return dataset
-        dataset, report = tokenize_dataset(
-            dataset,
-            self.student,
-            self.teacher,
-            max_length=self.args.max_length,
-            prompt_style=self.args.prompt_style,
-            prompt_column=self.args.prompt_column,
-            response_column=self.args.response_column,
-            skip_long_prompts=self.args.skip_long_prompts,
-            num_proc=self.args.dataset_num_proc,
-            description=split,
-        )
-        if report is not None:
-            self.reports[split] = report
-            changed = report.kept < report.rows or report.cut
-            logger.log(logging.WARNING if changed else logging.INFO, "%s: %s", split, report)
+        if dataset is not None and "prompt_length" not in columns:
+            dataset, report = tokenize_dataset(
+                dataset,
+                self.student,
+                self.teacher,
+                # A response that the teacher had no room to end doesn't end for the student either.
+                finished_column="finished" if self.args.method_row.text == "teacher" and split == "train" else None,
+                max_length=self.args.max_length,
+                prompt_style=self.args.prompt_style,
+                prompt_column=self.args.prompt_column,
+                response_column=self.args.response_column,
+                skip_long_prompts=self.args.skip_long_prompts,
+                num_proc=self.args.dataset_num_proc,
+                description=split,
+            )
+            if report is not None:
+                self.reports[split] = report
+                changed = report.kept < report.rows or report.cut
+                logger.log(logging.WARNING if changed else logging.INFO, "%s: %s", split, report)
+        check_columns(self.args, dataset, split)
+        columns = getattr(dataset, "column_names", None) or []
+        if dataset is not None and self.partners is not None and "partners" not in columns:
+            options = {"desc": f"Aligning {split}"} if hasattr(dataset, "__len__") else {}
+            dataset = dataset.map(self.partners, **options)
         return dataset
+
+
+class _Partners:
+    """Finds the teacher's token for each of the student's by edit distance (`min_edit`), once per example."""
+
+    def __init__(self, student: Any, teacher: Any, vocabulary_map: Tensor):
+        self.student, self.teacher, self.vocabulary_map = student, teacher, vocabulary_map
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids = row["input_ids"][row["prompt_length"] :]
+        teacher_ids = row["teacher_input_ids"][row["teacher_prompt_length"] :]
+        return {"partners": partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)}
+
+
+def _load_teacher(teacher_model: Any, args: DSKDConfig, quantization_config: Any) -> Any:
+    """The teacher on its device, in the dtype or quantization that the settings ask for where it is a name."""
+    if isinstance(teacher_model, str):
+        training_dtype = getattr(torch, args.training_dtype)
+        if args.load_teacher_in_4bit:
+            quantization_config = four_bit_config(training_dtype)
+        dtype = training_dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
+        with loading("the teacher", teacher_model, *_MODEL_FILES):
+            teacher_model = load_causal_lm(
+                teacher_model,
+                quantization_config=quantization_config,
+                **{"dtype": dtype, **_options(args.teacher_model_init_kwargs)},
+            )
+    if getattr(teacher_model, "hf_device_map", None) is None:
+        teacher_model.to(args.device)
+    return teacher_model
+
+
+def _rows(model: Any, config: Any) -> int:
+    """Tokens that a model's head knows; some have more than their tokenizer."""
+    return config.get_text_config().vocab_size if isinstance(model, str) else lm_head(model).weight.shape[0]
 
 
 # What a model's folder must have, and what to do about a model that can't be loaded.

@@ -9,9 +9,20 @@ import tiny
 import torch
 
 from hf_dskd import DSKDConfig, DSKDTrainer
+from hf_dskd.methods import METHODS
 
 
-METHODS = ["sft", "dskd_cma", "dskd_cma_ga"]
+# Every way of composing a loss, as settings: the methods (what the teacher wrote for seq_kd is learnt as sft learns
+# any text), each matching, and parts that replace those of a method.
+CASES = {
+    **{name: {"method": name} for name in METHODS if name != "seq_kd"},
+    "moments": {"method": "dskd_cma", "matching": "moments"},
+    "mmd": {"method": "dskd_cma", "matching": "mmd"},
+    "non_saturating": {"method": "dskd_cma_ga", "adversarial_loss": "non_saturating"},
+    "student_space": {"method": "dskd_cma", "spaces": "student", "correctness_mask": False},
+    "teacher_space": {"method": "dskd_cla", "spaces": "teacher", "matching": "gan"},
+    "merged_chunks": {"method": "alm", "alm_bias_threshold": 0.1, "alm_temperature": 1.0},
+}
 
 _STUDENT_TOKENIZER = tiny.byte_level_tokenizer()
 _TEACHER_TOKENIZER = tiny.sentencepiece_tokenizer()
@@ -39,18 +50,26 @@ def config(folder: Path | str, **settings: Any) -> DSKDConfig:
 
 
 def trainer(folder: Path | str, *, student=None, teacher=None, rows: int = 16, **settings: Any) -> DSKDTrainer:
-    """A trainer of a tiny GPT-2 from a tiny Qwen2; `settings` go to the config, or to the trainer if it knows them."""
+    """
+    A trainer of a tiny GPT-2 from a tiny Qwen2; `settings` go to the config, or to the trainer if it knows them.
+
+    For methods that need one vocabulary the teacher has the student's tokenizer, and some rows more in its head.
+    """
     of_trainer = ("peft_config", "callbacks", "compute_metrics", "data_collator", "optimizers", "eval_dataset")
     of_trainer += ("train_dataset", "processing_class", "teacher_processing_class")
     options = {name: settings.pop(name) for name in of_trainer if name in settings}
+    args = config(folder, **settings)
+    teacher_tokenizer, teacher_rows = _TEACHER_TOKENIZER, len(_TEACHER_TOKENIZER)
+    if args.method_row.same_vocabulary:
+        teacher_tokenizer, teacher_rows = _STUDENT_TOKENIZER, len(_STUDENT_TOKENIZER) + 7
     return DSKDTrainer(
         student if student is not None else tiny.gpt2(len(_STUDENT_TOKENIZER)),
-        teacher if teacher is not None else tiny.qwen2(len(_TEACHER_TOKENIZER)),
-        config(folder, **settings),
+        teacher if teacher is not None else tiny.qwen2(teacher_rows),
+        args,
         **{
             "train_dataset": tiny.dataset(rows),
             "processing_class": _STUDENT_TOKENIZER,
-            "teacher_processing_class": _TEACHER_TOKENIZER,
+            "teacher_processing_class": teacher_tokenizer,
             **options,
         },
     )
@@ -65,7 +84,7 @@ def weights(run: DSKDTrainer) -> dict[str, torch.Tensor]:
     """Every trained tensor of a run, by where it lives."""
     parts = {"student": run.model, "projectors": run.projectors}
     if run.adversary is not None:
-        parts["discriminator"] = run.adversary.discriminator
+        parts["critic"] = run.adversary.critic
     return {
         f"{part}.{name}": parameter.detach().clone()
         for part, module in parts.items()

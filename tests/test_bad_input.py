@@ -381,7 +381,7 @@ def test_lora_elsewhere_is_fine(adapter):
         ({"divergence": "skewed_forwrd_kl"}, ["divergence='skewed_forwrd_kl'", "did you mean 'skewed_forward_kl'?"]),
         ({"divergence": "rkl"}, ["divergence='rkl'", "reverse_kl"]),
         ({"method": "dskd-cma-ga"}, ["method='dskd-cma-ga'", "did you mean 'dskd_cma_ga'?"]),
-        ({"method": "SFT"}, ["method='SFT'", "sft, dskd_cma"]),
+        ({"method": "SFT"}, ["method='SFT'", "sft, seq_kd"]),
         ({"adversarial_loss": "minmax"}, ["adversarial_loss='minmax'", "did you mean 'minimax'?"]),
         ({"discriminator_lr_scheduler_type": "cosin"}, ["='cosin'", "did you mean 'cosine'?"]),
         ({"prompt_style": "chatt"}, ["prompt_style='chatt'", "did you mean 'chat'?"]),

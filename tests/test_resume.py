@@ -54,13 +54,14 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("method", ["sft", "dskd_cma_ga"])
-def test_resume_is_bit_exact_after_every_step(adapter, method, tmp_path):
-    whole = make(tmp_path / "whole", adapter, method)
+@pytest.mark.parametrize("case", runs.CASES)
+def test_resume_is_bit_exact(adapter, case, tmp_path):
+    """After every step for one method of each kind, after one in the middle of an epoch for the others."""
+    whole = make(tmp_path / "whole", adapter, **runs.CASES[case])
     whole.train()
     expected = state(whole)
-    for step in range(1, STEPS):
-        resumed = make(tmp_path / "resumed", adapter, method)
+    for step in range(1, STEPS) if case in ("sft", "dskd_cma_ga") else (2,):
+        resumed = make(tmp_path / "resumed", adapter, **runs.CASES[case])
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(expected, state(resumed))
         assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()

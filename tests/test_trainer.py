@@ -26,14 +26,14 @@ def test_discriminator_gets_no_gradient_from_the_students_backward(tmp_path):
 
     class Look(TrainerCallback):
         def on_substep_end(self, *args, **kwargs):
-            seen.append([p.grad for p in run.adversary.discriminator.parameters()])
+            seen.append([p.grad for p in run.adversary.critic.parameters()])
 
     run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2, callbacks=[Look()])
     loss = run.training_step(
         run.model, runs.first_batch(run), run._get_num_items_in_batch([runs.first_batch(run)], "cpu")
     )
     assert torch.isfinite(loss)
-    assert all(p.grad is None for p in run.adversary.discriminator.parameters())
+    assert all(p.grad is None for p in run.adversary.critic.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in run.projectors.query.parameters())
     run.adversary.forget()
     run.train()
@@ -48,13 +48,14 @@ def test_discriminator_learns_on_fixed_features(tmp_path):
     queries, keys = torch.randn(20, 256) + 0.5, torch.randn(24, 256)
     losses = []
     for _ in range(10):
-        run.adversary.keep(Features(queries, keys, torch.arange(20), torch.arange(24)))
+        masks = torch.ones(1, 20, dtype=torch.bool), torch.ones(1, 24, dtype=torch.bool)
+        run.adversary.keep(Features(queries[None], keys[None], *masks, torch.arange(20), torch.arange(24)))
         report = run.adversary.update(torch.tensor(20), torch.tensor(24), run.accelerator)
         losses.append((report["discriminator_query_loss"] / 20 + report["discriminator_key_loss"] / 24).item())
     assert losses[-1] < 0.8 * losses[0]
     after = runs.weights(run)
     for name in after:
-        assert torch.equal(before[name], after[name]) == (not name.startswith("discriminator")), name
+        assert torch.equal(before[name], after[name]) == (not name.startswith("critic")), name
 
 
 @pytest.mark.parametrize("as_published", [False, True])
@@ -64,7 +65,7 @@ def test_discriminator_moves_in_training_unless_as_published(as_published, tmp_p
     run.train()
     after = runs.weights(run)
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
-    assert moved == {"student", "projectors"} | (set() if as_published else {"discriminator"})
+    assert moved == {"student", "projectors"} | (set() if as_published else {"critic"})
 
 
 def test_learning_rates_are_separate(tmp_path):
@@ -125,7 +126,7 @@ def test_bf16_autocast_reaches_student_teacher_and_projectors(tmp_path):
     run.teacher.model.model.layers[0].mlp.gate_proj.register_forward_hook(note("teacher"))
     for name, projector in run.projectors.named_children():
         projector.register_forward_hook(note(name))
-    run.adversary.discriminator.linear1.register_forward_hook(note("discriminator"))
+    run.adversary.critic.linear1.register_forward_hook(note("discriminator"))
     run.train()
     assert {seen[name] for name in ("student", "teacher", "query", "s2t", "t2s")} == {torch.bfloat16}
     assert seen["discriminator"] == torch.float32
@@ -176,7 +177,7 @@ def test_fp16_overflow_skips_student_and_projectors_and_lowers_the_scale(tmp_pat
     run.train()
     after = runs.weights(run)
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
-    assert moved <= {"discriminator"}
+    assert moved <= {"critic"}
     assert all(torch.isfinite(value).all() for value in after.values())
     assert scaler.get_scale() == 512.0
 
@@ -280,7 +281,7 @@ def test_saved_student_is_a_plain_model_with_its_tokenizer(tmp_path):
     assert not any("projector" in name or "discriminator" in name for name in model.state_dict())
     said = json.loads((tmp_path / "final" / "auxiliary.json").read_text())
     assert said["method"] == "dskd_cma_ga"
-    for name, module in (("projectors", run.projectors), ("discriminator", run.adversary.discriminator)):
+    for name, module in (("projectors", run.projectors), ("discriminator", run.adversary.critic)):
         saved = load_file(tmp_path / "final" / said["modules"][name]["file"])
         for key, value in module.state_dict().items():
             torch.testing.assert_close(saved[key], value, rtol=0, atol=0)
@@ -440,16 +441,16 @@ def test_two_processes_equal_one(tmp_path):
         "import json, runs, tiny, torch\n"
         "out, size = sys.argv[1], int(sys.argv[2])\n"
         "logs = {}\n"
-        "for method in runs.METHODS:\n"
-        "    run = runs.trainer(out, method=method, per_device_train_batch_size=size, optim='sgd',\n"
-        "                       learning_rate=0.1, eval_dataset=tiny.dataset(7), per_device_eval_batch_size=size)\n"
+        "for case, settings in runs.CASES.items():\n"
+        "    run = runs.trainer(out, per_device_train_batch_size=size, optim='sgd', learning_rate=0.1,\n"
+        "                       eval_dataset=tiny.dataset(7), per_device_eval_batch_size=size, **settings)\n"
         "    run.train()\n"
-        "    ends = ('loss', 'rate', 'agreement', 'norm', 'real')\n"
+        "    ends = ('loss', 'rate', 'agreement', 'norm', 'real', 'cost')\n"
         "    names = [k for k in run.state.log_history[0] if k.endswith(ends)]\n"
-        "    logs[method] = [[log[n] for n in names] for log in run.state.log_history if 'loss' in log]\n"
+        "    logs[case] = [[log[n] for n in names] for log in run.state.log_history if 'loss' in log]\n"
         "    metrics = run.evaluate()\n"
-        "    logs[method].append([metrics[k] for k in sorted(metrics) if k.endswith(('loss', 'byte', 'agreement'))])\n"
-        "    logs[method].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
+        "    logs[case].append([metrics[k] for k in sorted(metrics) if k.endswith(('loss', 'byte', 'agreement'))])\n"
+        "    logs[case].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
         "if run.accelerator.is_main_process:\n"
         "    json.dump(logs, open(out + '/logs.json', 'w'))\n"
     )
@@ -463,9 +464,9 @@ def test_two_processes_equal_one(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(json.loads((out / "logs.json").read_text()))
-    for method in runs.METHODS:
-        for one, two in zip(results[0][method], results[1][method]):
-            assert two == pytest.approx(one, rel=1e-4, abs=1e-5), method
+    for case in runs.CASES:
+        for one, two in zip(results[0][case], results[1][case]):
+            assert two == pytest.approx(one, rel=1e-4, abs=1e-5), case
 
 
 def test_trainer_is_a_transformers_trainer_with_trls_signature():

@@ -31,7 +31,7 @@ def unit_std(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def cross_model_attention(
-    queries: Tensor, keys: Tensor, query_mask: Tensor, key_mask: Tensor
+    queries: Tensor, keys: Tensor, query_mask: Tensor, key_mask: Tensor, pairs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """
     Attention of each student position over teacher positions, and back, from one matrix of scores.
@@ -41,6 +41,9 @@ def cross_model_attention(
         keys (`torch.Tensor` of shape `[B, R_t, 2 d_t]`): Of teacher positions.
         query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
             Which positions take part. A position that doesn't gets, and gives, no attention.
+        pairs (`torch.Tensor` of shape `[B, R_s, R_t]`, *optional*):
+            Which positions may attend to each other: chunk-level attention (CLA, paper A, Eq. 13; there the scores are
+            multiplied by the mask, in its code and here what it excludes gets no weight).
 
     Returns:
         `t2s` of shape `[B, R_s, R_t]` (rows sum to 1 over teacher positions) and `s2t` of shape `[B, R_t, R_s]`.
@@ -49,8 +52,10 @@ def cross_model_attention(
         dtype = torch.promote_types(queries.dtype, torch.float32)
         scores = queries.to(dtype) @ keys.to(dtype).transpose(1, 2) / math.sqrt(queries.shape[-1])
         allowed = query_mask.unsqueeze(2) & key_mask.unsqueeze(1)
+        if pairs is not None:
+            allowed = allowed & pairs
         # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
         scores = scores.masked_fill(~allowed, -1e5)
-        t2s = torch.softmax(scores, dim=-1) * query_mask.unsqueeze(2)
-        s2t = torch.softmax(scores.transpose(1, 2), dim=-1) * key_mask.unsqueeze(2)
+        t2s = torch.softmax(scores, dim=-1) * allowed.any(2, keepdim=True)
+        s2t = torch.softmax(scores.transpose(1, 2), dim=-1) * allowed.any(1).unsqueeze(2)
     return t2s, s2t

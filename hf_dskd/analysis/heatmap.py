@@ -1,5 +1,5 @@
 """
-What the cross-model attention attends to, token by token.
+Which tokens a dual-space method puts beside which: cross-model attention, or another alignment.
 
 A position of the attention is one that *predicts* a token: row i of the student is the position whose target is token
 i of the response, and its query is made of the embeddings of that target and of the token before it. Rows and columns
@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..alignment.cross_model import cross_model_attention
 from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models import input_embedding
+from ..objective import alignment_weights
 
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class AlignmentExample:
 
 def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str = "") -> AlignmentExample:
     """
-    The attention that `trainer` computes for one tokenized row, in its present state and precision.
+    The alignment that `trainer` computes for one tokenized row, in its present state and precision.
 
     Queries and keys are made of embeddings only, so neither model is run. With `as_published` the attention depends
     on the other examples of the batch; here the row is alone.
@@ -86,7 +86,8 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         UserError: If the trainer has no teacher, or the row isn't tokenized for both models.
     """
     if trainer.teacher is None or trainer.projectors is None:
-        raise UserError(f"method={trainer.args.method!r} has no cross-model attention: use a method with a teacher")
+        raise UserError(f"method={trainer.args.method!r} has no alignment to show: use a method in hidden spaces")
+    method = trainer.args.method_row
     needed = ("input_ids", "prompt_length", "byte_ends")
     columns = [*needed, *(f"teacher_{name}" for name in needed), "response_bytes", "cut"]
     missing = [name for name in columns if name not in row]
@@ -96,17 +97,18 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
 
     def states(prefix: str, embedding: Tensor) -> ResponseStates:
-        input_ids = batch[f"{prefix}input_ids"]
-        no_hidden = embedding.new_zeros((*input_ids.shape, 0))
-        return trainer._states(no_hidden, input_ids, batch[f"{prefix}labels"], embedding)
+        no_hidden = embedding.new_zeros((*batch[f"{prefix}input_ids"].shape, 0))
+        return trainer._states(no_hidden, batch, prefix, embedding)
 
     with torch.no_grad(), trainer.accelerator.autocast():
         student = states("", input_embedding(trainer.model))
         teacher = states("teacher_", trainer.teacher.embedding)
-        queries, keys = queries_and_keys(
-            student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
-        )
-        t2s, s2t = cross_model_attention(queries, keys, student.mask, teacher.mask)
+        queries = keys = None
+        if method.has_queries:
+            queries, keys = queries_and_keys(
+                student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
+            )
+        t2s, s2t = alignment_weights(method.alignment, student, teacher, queries, keys)
     # As published every position of the padded sequence has a row.
     rows, others = student.mask[0], teacher.mask[0]
 

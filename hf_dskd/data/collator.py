@@ -37,8 +37,9 @@ class DualCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` (not shifted; -100 on the prompt and the
-            padding) and `byte_ends` (in bytes, -1 where there is no response token), all int64 of shape `(B, S)`; the
-            same four with the prefix `teacher_`, `(B, T)`; `example_ids` and `response_bytes`, `(B,)`.
+            padding), `byte_ends` (in bytes) and, if the rows have them, `chunk_ids` and `partners` (all three -1 where
+            there is no response token), all int64 of shape `(B, S)`; the same with the prefix `teacher_`, `(B, T)`;
+            `example_ids` and `response_bytes`, `(B,)`.
         """
         batch = self._padded(rows, "", self.student_pad_token_id)
         if self.teacher_pad_token_id is not None:
@@ -55,7 +56,11 @@ class DualCollator:
         input_ids = torch.full(shape, pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, -100)
-        byte_ends = torch.full(shape, -1)
+        positions = {f"{prefix}byte_ends": torch.full(shape, -1)}
+        # The first isn't in rows that the user has tokenized, the second only with `min_edit`.
+        for name in (f"{prefix}chunk_ids", f"{prefix}partners"):
+            if name in rows[0]:
+                positions[name] = torch.full(shape, -1)
         for index, row in enumerate(rows):
             ids = torch.as_tensor(row[f"{prefix}input_ids"])
             response = slice(row[f"{prefix}prompt_length"], len(ids))
@@ -63,10 +68,11 @@ class DualCollator:
             attention_mask[index, : len(ids)] = 1
             # From the row and not from the padded ids: the padding token can be the end-of-sequence token.
             labels[index, response] = ids[response]
-            byte_ends[index, response] = torch.as_tensor(row[f"{prefix}byte_ends"])
+            for name, padded in positions.items():
+                padded[index, response] = torch.as_tensor(row[name])
         return {
             f"{prefix}input_ids": input_ids,
             f"{prefix}attention_mask": attention_mask,
             f"{prefix}labels": labels,
-            f"{prefix}byte_ends": byte_ends,
+            **positions,
         }

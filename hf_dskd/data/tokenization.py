@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from hf_dskd.alignment.spans import check_tiling, chunk_ids
 from hf_dskd.data.formats import Example, detect_format, read_example
 from hf_dskd.errors import UserError
 
@@ -42,7 +43,7 @@ class TokenizationReport:
         cut (`int`):
             Kept rows whose response was shortened to fit into the maximum length.
         empty_responses (`int`):
-            Rows skipped because their response is empty.
+            Rows skipped because their response is empty, or has no token for one of the models.
         long_prompts (`int`):
             Rows skipped because their prompt leaves no room for a response.
     """
@@ -167,6 +168,68 @@ def common_cut(text: str, *sides: tuple[list[int], int]) -> int:
     return max((end for end in common if end == len(data) or data[end] & 0xC0 != 0x80), default=0)
 
 
+def encode_response(
+    prompts: dict[str, list[int]],
+    tokenizers: "dict[str, PreTrainedTokenizerBase]",
+    response: str,
+    max_length: int,
+    *,
+    example_id: int,
+    finished: bool = True,
+) -> dict[str, Any] | None:
+    """
+    Puts a response after a prompt that is tokenized already, for both models.
+
+    Args:
+        prompts (`dict[str, list[int]]`):
+            Token ids of the prompt for the `"student"` and, where there is one, the `"teacher"`.
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Tokenizers of the same models.
+        response (`str`):
+            The response.
+        max_length (`int`):
+            The most tokens that prompt, response and end-of-sequence token may have together, on either side.
+        example_id (`int`):
+            Number of the example.
+        finished (`bool`, *optional*, defaults to `True`):
+            Whether the response is whole. One that isn't has no end-of-sequence token on either side, as if it had
+            been cut.
+
+    Returns:
+        `dict[str, Any]` or `None`: the row's columns as in [`tokenize_dataset`], or `None` if the response has no
+        token for one of the models or none that fits.
+    """
+    responses = {name: response_tokens(tokenizer, response) for name, tokenizer in tokenizers.items()}
+    if not all(ids for ids, _ in responses.values()):
+        return None
+    rooms = {name: max_length - len(prompt) for name, prompt in prompts.items()}
+    cut = not finished or any(len(responses[name][0]) + 1 > rooms[name] for name in tokenizers)
+    kept_bytes = len(response.encode())
+    if cut:
+        kept_bytes = common_cut(response, *((responses[name][1], rooms[name]) for name in tokenizers))
+    if kept_bytes == 0:
+        return None
+
+    result: dict[str, Any] = {"response_bytes": kept_bytes, "example_id": example_id, "cut": cut}
+    for name, tokenizer in tokenizers.items():
+        ids, byte_ends = responses[name]
+        if cut:
+            count = bisect_left(byte_ends, kept_bytes) + 1
+            ids, byte_ends = ids[:count], byte_ends[:count]
+        check_tiling(byte_ends, kept_bytes, example_id, name)
+        if not cut:
+            ids, byte_ends = [*ids, tokenizer.eos_token_id], [*byte_ends, kept_bytes]
+        prefix = "" if name == "student" else "teacher_"
+        result[f"{prefix}input_ids"] = prompts[name] + ids
+        result[f"{prefix}prompt_length"] = len(prompts[name])
+        result[f"{prefix}byte_ends"] = byte_ends
+    if "teacher" in tokenizers:
+        result["chunk_ids"], result["teacher_chunk_ids"] = chunk_ids(
+            result["byte_ends"], result["teacher_byte_ends"], not cut, not cut
+        )
+    return result
+
+
 def set_pad_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> str | None:
     """
     Lets the end-of-sequence token serve as padding where the tokenizer has no padding token.
@@ -196,6 +259,7 @@ def tokenize_dataset(
     prompt_column: str | None = None,
     response_column: str | None = None,
     skip_long_prompts: bool = False,
+    finished_column: str | None = None,
     num_proc: int | None = None,
     description: str = "train",
 ) -> "tuple[Dataset | IterableDataset, TokenizationReport | None]":
@@ -203,7 +267,7 @@ def tokenize_dataset(
     Tokenizes a data set for both models.
 
     A response that doesn't fit is cut at the same byte for both models and then ends without an end-of-sequence token;
-    a prompt is never cut. Rows with an empty response are skipped.
+    a prompt is never cut. Rows with an empty response, or one without any token for one of the models, are skipped.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
@@ -222,6 +286,9 @@ def tokenize_dataset(
             Column of the response.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Whether to skip rows whose prompt leaves no room for a response instead of raising an error.
+        finished_column (`str`, *optional*):
+            Column that tells whether the response is whole. Where it is false, the response is treated as a cut one:
+            no end-of-sequence token follows it.
         num_proc (`int`, *optional*):
             Number of processes. Not used for an `IterableDataset`.
         description (`str`, *optional*, defaults to `"train"`):
@@ -232,7 +299,8 @@ def tokenize_dataset(
         source's rows (`None` for an `IterableDataset`, whose rows aren't read yet). The columns are `input_ids`,
         `prompt_length`, `byte_ends` (one per response token and end-of-sequence token, see [`response_tokens`]), the
         same three with the prefix `teacher_`, `response_bytes` (UTF-8 bytes of the response that are kept),
-        `example_id` (number of the row in the source) and `cut`.
+        `example_id` (number of the row in the source) and `cut`; with a teacher also `chunk_ids` and
+        `teacher_chunk_ids`, parallel to the byte ends (see [`~hf_dskd.alignment.spans.chunk_ids`]).
 
     Raises:
         `UserError`: if a tokenizer has no end-of-sequence token or isn't a fast one, if the data set has no usable
@@ -254,6 +322,7 @@ def tokenize_dataset(
         response_column,
         skip_long_prompts,
         description,
+        finished_column,
     )
     features = _features(with_teacher=teacher_tokenizer is not None)
     columns = [name for name in features if name != "status"]
@@ -300,6 +369,7 @@ class _RowTokenizer:
     response_column: str | None
     skip_long_prompts: bool
     description: str
+    finished_column: str | None = None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
@@ -324,45 +394,28 @@ class _RowTokenizer:
                     f"the prompt has no tokens for the {name}, so nothing could predict the first token of the "
                     f"response; give the row a prompt"
                 )
-        responses = {name: response_tokens(tokenizer, example.response) for name, tokenizer in tokenizers.items()}
-
-        rooms = {name: self.max_length - len(prompt) for name, prompt in prompts.items()}
-        cut = any(len(responses[name][0]) + 1 > rooms[name] for name in tokenizers)
-        kept_bytes = len(example.response.encode())
-        if cut:
-            kept_bytes = common_cut(example.response, *((responses[name][1], rooms[name]) for name in tokenizers))
-        if kept_bytes == 0:
-            if self.skip_long_prompts:
-                return self._skipped("long", index)
-            name = max(prompts, key=lambda side: len(prompts[side]))
-            raise UserError(
-                f"the prompt has {len(prompts[name])} tokens for the {name}, which leaves no room for a response "
-                f"within max_length={self.max_length}; raise max_length or set skip_long_prompts=True"
-            )
-
-        result: dict[str, Any] = {
-            "response_bytes": kept_bytes,
-            "example_id": index,
-            "cut": cut,
-            "status": "kept",
-        }
-        for name, tokenizer in tokenizers.items():
-            ids, byte_ends = responses[name]
-            if cut:
-                count = bisect_left(byte_ends, kept_bytes) + 1
-                ids, byte_ends = ids[:count], byte_ends[:count]
-            else:
-                ids, byte_ends = [*ids, tokenizer.eos_token_id], [*byte_ends, kept_bytes]
-            prefix = "" if name == "student" else "teacher_"
-            result[f"{prefix}input_ids"] = prompts[name] + ids
-            result[f"{prefix}prompt_length"] = len(prompts[name])
-            result[f"{prefix}byte_ends"] = byte_ends
-        return result
+        finished = True if self.finished_column is None else bool(row[self.finished_column])
+        result = encode_response(
+            prompts, tokenizers, example.response, self.max_length, example_id=index, finished=finished
+        )
+        if result is not None:
+            return {**result, "status": "kept"}
+        if not all(response_tokens(tokenizer, example.response)[0] for tokenizer in tokenizers.values()):
+            return self._skipped("empty", index)
+        if self.skip_long_prompts:
+            return self._skipped("long", index)
+        name = max(prompts, key=lambda side: len(prompts[side]))
+        raise UserError(
+            f"the prompt has {len(prompts[name])} tokens for the {name}, which leaves no room for a response "
+            f"within max_length={self.max_length}; raise max_length or set skip_long_prompts=True"
+        )
 
     def _skipped(self, status: str, index: int) -> dict[str, Any]:
         result: dict[str, Any] = {"response_bytes": 0, "example_id": index, "cut": False, "status": status}
         for prefix in ("",) if self.teacher_tokenizer is None else ("", "teacher_"):
             result |= {f"{prefix}input_ids": [], f"{prefix}prompt_length": 0, f"{prefix}byte_ends": []}
+        if self.teacher_tokenizer is not None:
+            result |= {"chunk_ids": [], "teacher_chunk_ids": []}
         return result
 
 
@@ -379,6 +432,8 @@ def _features(with_teacher: bool) -> Any:
         features[f"{prefix}input_ids"] = Sequence(Value("int32"))
         features[f"{prefix}prompt_length"] = Value("int32")
         features[f"{prefix}byte_ends"] = Sequence(Value("int32"))
+        if with_teacher:
+            features[f"{prefix}chunk_ids"] = Sequence(Value("int32"))
     features["response_bytes"] = Value("int32")
     features["example_id"] = Value("int64")
     features["cut"] = Value("bool")
@@ -404,7 +459,7 @@ def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
-    """Bytes that each token stands for; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
+    """Bytes of each token; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
     return _traits(tokenizer).token_bytes
 
 

@@ -24,8 +24,8 @@ def shared_tokens(
     Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted by
-        the student's.
+        `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted
+        by the student's.
 
     Raises:
         UserError: If no token but the end-of-sequence token is shared.

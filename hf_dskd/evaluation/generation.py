@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from ..data.tokenization import token_bytes
+from ..errors import UserError
+from ..models import base_causal_lm
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def complete(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int = 96) -> str:
@@ -25,3 +36,169 @@ def complete(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_to
         )
     model.train(was_training)
     return tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+def sample(
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    pad_token_id: int,
+    eos_token_ids: list[int],
+    max_new_tokens: int | list[int],
+    generation_config: GenerationConfig | None = None,
+    seed: int | None = None,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> list[list[int]]:
+    """
+    Continues tokenized prompts.
+
+    The model writes in eval mode, whatever mode it is in, and is as before afterwards.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): A causal language model, not wrapped for DDP.
+        prompts (`list[list[int]]`): Token ids, at least one each.
+        pad_token_id (`int`): Put before the shorter prompts of a batch.
+        eos_token_ids (`list[int]`): Tokens that end a response (see [`end_token_ids`]).
+        max_new_tokens (`int` or `list[int]`):
+            Most tokens of a continuation, its end-of-sequence token included; for all prompts or for each. No
+            continuation goes past the model's last position.
+        generation_config ([`~transformers.GenerationConfig`], *optional*):
+            How tokens are chosen; the model's own by default. Its lengths and special tokens aren't used.
+        seed (`int`, *optional*):
+            Seeds the sampling; PyTorch's generators on CPU and CUDA are then afterwards as they were. Without one,
+            sampling takes from them.
+        batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
+        description (`str`, *optional*): Of the progress bar; without one there is none.
+
+    Returns:
+        `list[list[int]]`: continuations in the order of the prompts, without the prompt and without padding. Those
+        that the model ended itself end with one of `eos_token_ids`; one without room is empty.
+
+    Raises:
+        UserError: If there is neither a `generation_config` nor one of the model.
+    """
+    from tqdm.auto import tqdm
+
+    plain = base_causal_lm(model)
+    config = copy.deepcopy(generation_config or plain.generation_config)
+    check_generation_config(config, "the model")
+    config.update(
+        max_length=None,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_ids or None,
+        num_return_sequences=1,
+        return_dict_in_generate=False,
+        use_cache=True,
+    )
+    positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    rooms = [int(min(limit, positions - len(prompt))) for limit, prompt in zip(limits, prompts)]
+    # Prompts of about one length share a batch; the longest come first, so that too little memory shows at once.
+    order = sorted((index for index, room in enumerate(rooms) if room > 0), key=lambda index: -len(prompts[index]))
+    responses: list[list[int]] = [[] for _ in prompts]
+    with (
+        _writing(model, config),
+        _random_stream(seed),
+        tqdm(total=len(prompts), desc=description, disable=description is None) as bar,
+    ):
+        bar.update(len(prompts) - len(order))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            bar.update(len(rows))
+            while rows:
+                sequences = [prompts[row] + responses[row] for row in rows]
+                # A batch goes on for all of its rows at once, also for those that are done, so a row with a long
+                # prompt would go past the last position where one with a short prompt has room left.
+                left = max(rooms[row] - len(responses[row]) for row in rows)
+                steps = int(min(left, positions - max(map(len, sequences))))
+                for row, tokens in zip(rows, _continue(plain, sequences, config, pad_token_id, steps)):
+                    responses[row] += _ended(tokens[: rooms[row] - len(responses[row])], eos_token_ids)
+                rows = [
+                    row for row in rows if len(responses[row]) < rooms[row] and responses[row][-1] not in eos_token_ids
+                ]
+    return responses
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """The tokens that end a response: the tokenizer's, then those that the generation config has besides."""
+    configured = None if generation_config is None else generation_config.eos_token_id
+    others = configured if isinstance(configured, list) else [configured]
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *others] if token is not None))
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, response: list[int]) -> str:
+    """
+    The text of a response's tokens, without special tokens.
+
+    A space at the beginning stays, which the `decode` of SentencePiece tokenizers would take for the one that they put
+    before any text. Bytes that are no UTF-8 become U+FFFD.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}  # type: ignore[attr-defined]
+    ids = [token for token in response if token not in special]
+    pieces = token_bytes(tokenizer)
+    if all(token in pieces for token in ids):
+        return b"".join(pieces[token] for token in ids).decode(errors="replace")
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def check_generation_config(model: nn.Module | GenerationConfig | None, role: str) -> None:
+    """
+    Raises a [`UserError`] for a model, or a model's generation config, with which nothing can be written.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~transformers.GenerationConfig`] or `None`):
+            The model or its `generation_config`.
+        role (`str`): Whose it is, for the message, such as `"the student"`.
+    """
+    config = base_causal_lm(model).generation_config if isinstance(model, nn.Module) else model
+    if config is None:
+        raise UserError(
+            f"generation_config of {role} is None, so that it can't write responses: set model.generation_config ="
+            " GenerationConfig(do_sample=True, temperature=1.0)"
+        )
+
+
+@contextmanager
+def _writing(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    plain = base_causal_lm(model)
+    # Not only the outermost one: parts of the model may be in eval mode already. Layers use no checkpointing in it.
+    training = [module for module in model.modules() if module.training]
+    own = plain.generation_config
+    model.eval()
+    # `generate` takes what a config leaves open, and in some versions what it has at a default, from the model's own.
+    plain.generation_config = config
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        plain.generation_config = own
+
+
+@contextmanager
+def _random_stream(seed: int | None) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    # All devices, because the seed is set on all of them.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _continue(
+    model: Any, sequences: list[list[int]], config: GenerationConfig, pad_token_id: int, steps: int
+) -> list[list[int]]:
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (longest - len(tokens)) + tokens for tokens in sequences])
+    mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in sequences])
+    device = model.get_input_embeddings().weight.device
+    config.max_new_tokens = steps
+    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    return output[:, longest:].tolist()
+
+
+def _ended(tokens: list[int], eos_token_ids: list[int]) -> list[int]:
+    end = next((index for index, token in enumerate(tokens) if token in eos_token_ids), len(tokens))
+    return tokens[: end + 1]

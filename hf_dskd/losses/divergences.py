@@ -9,24 +9,33 @@ q the student's distribution:
 |---|---|
 | `forward_kl` | KL(p ‖ q) |
 | `reverse_kl` | KL(q ‖ p) |
-| `js` | ½ KL(p ‖ m) + ½ KL(q ‖ m), m = ½ (p + q) |
+| `symmetric_kl` | ½ KL(p ‖ q) + ½ KL(q ‖ p) |
+| `js` | w KL(p ‖ m) + (1 − w) KL(q ‖ m), m = w p + (1 − w) q |
 | `skewed_forward_kl` | KL(p ‖ λ p + (1 − λ) q) |
 | `skewed_reverse_kl` | KL(q ‖ (1 − λ) p + λ q) |
 | `adaptive_kl` | w KL(p ‖ q) + (1 − w) KL(q ‖ p), w = share of Σ\\|p − q\\| that lies on p's head |
+| `total_variation` | ½ Σ\\|p − q\\| |
 
 Sources: skewed KL, DistiLLM (arXiv 2402.03898); adaptive KL, arXiv 2404.02657.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def precise(values: Tensor) -> Tensor:
+    """float32, or float64 where the input is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -53,26 +62,36 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return _kl(log_probabilities(student_logits), log_probabilities(teacher_logits))
 
 
-def js(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence with equal weights; at most log 2."""
+def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """½ KL(p ‖ q) + ½ KL(q ‖ p)."""
     log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
-    log_m = _log_mixture(log_p, log_q, 0.5)
-    return 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+    return 0.5 * (_kl(log_p, log_q) + _kl(log_q, log_p))
 
 
-def skewed_forward_kl(student_logits: Tensor, teacher_logits: Tensor, skew_lambda: float = 0.1) -> Tensor:
+def js(student_logits: Tensor, teacher_logits: Tensor, *, js_weight: float = 0.5) -> Tensor:
+    """
+    Jensen-Shannon divergence, w KL(p ‖ m) + (1 − w) KL(q ‖ m) with m = w p + (1 − w) q; at most log 2.
+
+    `js_weight` is w, between 0 and 1. Near 0 this is w times the forward KL, near 1 it is 1 − w times the reverse.
+    """
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
+    log_m = _log_mixture(log_p, log_q, js_weight)
+    return js_weight * _kl(log_p, log_m) + (1 - js_weight) * _kl(log_q, log_m)
+
+
+def skewed_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew_lambda: float = 0.1) -> Tensor:
     """KL(p ‖ λ p + (1 − λ) q); finite even where q vanishes."""
     log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
     return _kl(log_p, _log_mixture(log_p, log_q, skew_lambda))
 
 
-def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, skew_lambda: float = 0.1) -> Tensor:
+def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, skew_lambda: float = 0.1) -> Tensor:
     """KL(q ‖ (1 − λ) p + λ q); finite even where p vanishes."""
     log_p, log_q = log_probabilities(teacher_logits), log_probabilities(student_logits)
     return _kl(log_q, _log_mixture(log_q, log_p, skew_lambda))
 
 
-def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, adaptive_kl_alpha: float = 0.5) -> Tensor:
+def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, *, adaptive_kl_alpha: float = 0.5) -> Tensor:
     """
     Forward and reverse KL, weighted by where the two distributions differ.
 
@@ -91,21 +110,29 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, adaptive_kl_alph
     return head_weight * _kl(log_p, log_q) + (1 - head_weight) * _kl(log_q, log_p)
 
 
+def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """½ Σ|p − q|, at most 1; where p = q its gradient is taken to be 0."""
+    p, q = log_probabilities(teacher_logits).exp(), log_probabilities(student_logits).exp()
+    return 0.5 * (p - q).abs().sum(-1)
+
+
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
     "js": js,
     "skewed_forward_kl": skewed_forward_kl,
     "skewed_reverse_kl": skewed_reverse_kl,
     "adaptive_kl": adaptive_kl,
+    "total_variation": total_variation,
 }
 
 
-def divergence_function(name: str, *, skew_lambda: float = 0.1, adaptive_kl_alpha: float = 0.5) -> DivergenceFunction:
-    """The divergence called `name`, with its own parameter (if it has one) filled in."""
-    if name in ("skewed_forward_kl", "skewed_reverse_kl"):
-        skewed = DIVERGENCES[name]
-        return lambda student_logits, teacher_logits: skewed(student_logits, teacher_logits, skew_lambda)
-    if name == "adaptive_kl":
-        return lambda student_logits, teacher_logits: adaptive_kl(student_logits, teacher_logits, adaptive_kl_alpha)
-    return DIVERGENCES[name]
+def divergence_function(
+    name: str, *, skew_lambda: float = 0.1, adaptive_kl_alpha: float = 0.5, js_weight: float = 0.5
+) -> DivergenceFunction:
+    """The divergence called `name`, with those parameters filled in that it takes."""
+    parameters = {"skew_lambda": skew_lambda, "adaptive_kl_alpha": adaptive_kl_alpha, "js_weight": js_weight}
+    divergence = DIVERGENCES[name]
+    taken = inspect.signature(divergence).parameters.keys() & parameters.keys()
+    return partial(divergence, **{parameter: parameters[parameter] for parameter in taken})

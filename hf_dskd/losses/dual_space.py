@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..alignment.cross_model import cross_model_attention, unit_std
+from ..alignment.cross_model import unit_std
 from .divergences import DivergenceFunction
 
 
@@ -39,6 +39,8 @@ class ResponseStates:
         mask (`[B, R]`): Which rows are real.
         statistics_mask (`[B, R]`, *optional*):
             Which rows enter standard deviations; `None` is all of the batch together, padding included.
+        chunks (`[B, R]`, *optional*): Chunk of the token to be predicted, -1 outside the response.
+        partners (`[B, R]`, *optional*): Which response token of the other model stands for it, -1 for none.
     """
 
     hidden: Tensor
@@ -47,6 +49,8 @@ class ResponseStates:
     targets: Tensor
     mask: Tensor
     statistics_mask: Tensor | None
+    chunks: Tensor | None = None
+    partners: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -64,11 +68,27 @@ class ResponseStates:
 
     def per_example(self, rows: Tensor) -> Tensor:
         """Sums packed row values `[N]` by example, `[B]`."""
-        example = self.mask.nonzero()[:, 0]
-        return torch.zeros(len(self.mask), dtype=rows.dtype, device=rows.device).index_add(0, example, rows)
+        return sum_by_example(rows, self.mask)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Packed row values `[N]` as `[B, R]`, 0 where there is no row."""
+        return torch.zeros(self.mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(self.mask, rows)
 
 
-def response_states(hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding: Tensor) -> ResponseStates:
+def sum_by_example(rows: Tensor, mask: Tensor) -> Tensor:
+    """Sums values `[N]` of the rows that `mask` `[B, R]` marks by example, `[B]`."""
+    example = mask.nonzero()[:, 0]
+    return torch.zeros(len(mask), dtype=rows.dtype, device=rows.device).index_add(0, example, rows)
+
+
+def response_states(
+    hidden: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
+    embedding: Tensor,
+    chunks: Tensor | None = None,
+    partners: Tensor | None = None,
+) -> ResponseStates:
     """
     Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
 
@@ -77,7 +97,12 @@ def response_states(hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding
         input_ids (`torch.Tensor` of shape `[B, S]`): Tokens.
         labels (`torch.Tensor` of shape `[B, S]`): Tokens with -100 on prompt and padding, not shifted.
         embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
+        chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
     """
+
+    def of_targets(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, -1)
+
     targets = labels[:, 1:]
     valid = targets != IGNORE
     longest = max(int(valid.sum(1).max()), 1)
@@ -94,15 +119,21 @@ def response_states(hidden: Tensor, input_ids: Tensor, labels: Tensor, embedding
         targets=targets,
         mask=mask,
         statistics_mask=mask,
+        chunks=of_targets(chunks),
+        partners=of_targets(partners),
     )
 
 
-def published_states(hidden: Tensor, input_ids: Tensor, targets: Tensor, embedding: Tensor) -> ResponseStates:
+def published_states(
+    hidden: Tensor, input_ids: Tensor, targets: Tensor, embedding: Tensor, chunks: Tensor | None = None
+) -> ResponseStates:
     """
     The same view as the released code builds it: every position stays, those outside the response embed token 0, and
     standard deviations run over all of them.
 
-    `targets` `[B, S]` are already shifted: `targets[:, i]` is the token after `input_ids[:, i]`, or -100.
+    `targets` `[B, S]` are already shifted: `targets[:, i]` is the token after `input_ids[:, i]`, or -100. `chunks`
+    `[B, S]` are those of the *input* tokens, by which that code aligns
+    (see [`~hf_dskd.alignment.chunked.input_chunks`]).
     """
     mask = targets != IGNORE
     embedding = embedding.detach()
@@ -114,6 +145,7 @@ def published_states(hidden: Tensor, input_ids: Tensor, targets: Tensor, embeddi
         targets=targets,
         mask=mask,
         statistics_mask=None,
+        chunks=chunks,
     )
 
 
@@ -140,76 +172,105 @@ def token_cross_entropy(states: ResponseStates, logits: Tensor) -> Tensor:
     return F.cross_entropy(_precise(logits), states.packed(states.targets), reduction="none")
 
 
+def teacher_labels(teacher: ResponseStates, teacher_logits: Tensor, t2s_weights: Tensor, label_map: Tensor) -> Tensor:
+    """
+    The teacher's own prediction as a token of the student, `[B, R_s]`; -100 where the student has no such token.
+
+    Args:
+        teacher ([`ResponseStates`]), teacher_logits (`[N_t, V_t]`): The teacher's rows and its packed logits.
+        t2s_weights (`[B, R_s, R_t]`): One teacher position for each student position, or none.
+        label_map (`[V_t]`): The student's token for each of the teacher's, -1 for none.
+    """
+    predictions = label_map[teacher_logits.argmax(-1)]
+    labels = teacher.padded(predictions).gather(1, t2s_weights.argmax(-1))
+    return labels.masked_fill((labels < 0) | (t2s_weights.sum(-1) == 0), IGNORE)
+
+
 def dual_space_terms(
     student: ResponseStates,
     teacher: ResponseStates,
-    queries: Tensor,
-    keys: Tensor,
+    t2s_weights: Tensor,
+    s2t_weights: Tensor,
     projectors: Projectors,
     student_head: LMHead,
     teacher_head: LMHead,
     *,
     student_logits: Tensor,
-    student_space_divergence: DivergenceFunction,
-    teacher_space_divergence: DivergenceFunction,
-    temperature: float = 1.0,
+    student_space_divergence: DivergenceFunction | None,
+    teacher_space_divergence: DivergenceFunction | None,
+    teacher_value: str = "state_and_target",
+    label_map: Tensor | None = None,
     correctness_mask: bool = True,
 ) -> dict[str, Tensor]:
     """
-    The three distillation terms of DSKD with cross-model attention (Eqs. 3 to 9), as sums per example.
+    The distillation terms of DSKD (paper A, Eqs. 4 to 9), as sums per example.
 
-    Where gradients go: `t2s_ce` trains t2s and query; `t2s_kd` the student alone (its target is a constant);
-    `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.
+    Where gradients go: `t2s_ce` trains t2s and, through the attention, query; `t2s_kd` the student alone (its target
+    is a constant); `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.
+    Positions that the alignment gives no partner count in no term.
 
     Args:
         student, teacher ([`ResponseStates`]): The two views of the batch.
-        queries (`[B, R_s, 2 d_t]`), keys (`[B, R_t, 2 d_t]`): From [`queries_and_keys`].
+        t2s_weights (`[B, R_s, R_t]`), s2t_weights (`[B, R_t, R_s]`): The alignment; rows sum to 1, or to 0.
         projectors ([`~hf_dskd.projectors.Projectors`]): s2t and t2s.
         student_head, teacher_head ([`~hf_dskd.models.LMHead`]): To logits.
         student_logits (`[N_s, V_s]`): The student's own, packed, with their gradient.
-        student_space_divergence, teacher_space_divergence: Of `(student_logits, teacher_logits)`, per row.
-        temperature (`float`, *optional*, defaults to `1.0`): Divides both logits, once. No τ² factor.
+        student_space_divergence, teacher_space_divergence:
+            Of raw `(student_logits, teacher_logits)`, per row, temperature inside. `None` leaves that space out.
+        teacher_value (`str`, *optional*, defaults to `"state_and_target"`):
+            What t2s projects: N_std(h) + N_std(target embedding) (Eq. 5), or the hidden `"state"` alone.
+        label_map (`[V_t]`, *optional*):
+            The student's token for each of the teacher's. With it the projected teacher's label is the teacher's own
+            prediction (DSKDv2, arXiv 2504.11426) instead of the response.
         correctness_mask (`bool`, *optional*, defaults to `True`):
-            Count `t2s_kd` only where the projected teacher's argmax is the response token.
+            Count `t2s_kd` only where the projected teacher's argmax is its label.
 
     Returns:
-        `dict[str, torch.Tensor]` of shape `[B]` each: `t2s_ce` and `t2s_kd` (student rows), `s2t_kd` (teacher rows),
-        and the counts `t2s_correct` (student rows) and `s2t_agree` (teacher rows), which carry no gradient.
+        `dict[str, torch.Tensor]` of shape `[B]` each: `t2s_ce` and `t2s_kd` with the counts `t2s_correct` and
+        `t2s_rows` (student rows), `s2t_kd` with the count `s2t_agree` (teacher rows). Counts carry no gradient.
     """
-    t2s_attention, s2t_attention = cross_model_attention(queries, keys, student.mask, teacher.mask)
+    terms: dict[str, Tensor] = {}
+    teacher_logits = None
+    if teacher_space_divergence is not None or label_map is not None:
+        with torch.no_grad():
+            teacher_logits = teacher_head(teacher.packed(teacher.hidden))
 
-    # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts (Eq. 5).
-    teacher_value = unit_std(_precise(teacher.hidden), teacher.statistics_mask) + unit_std(
-        _precise(teacher.target_embedding), teacher.statistics_mask
-    )
-    t2s_value = projectors.t2s(teacher_value)
-    s2t_value = projectors.s2t(_precise(student.hidden))
-    t2s_hidden = student.packed(t2s_attention.to(t2s_value.dtype) @ t2s_value)
-    s2t_hidden = teacher.packed(s2t_attention.to(s2t_value.dtype) @ s2t_value)
+    if student_space_divergence is not None:
+        value = _precise(teacher.hidden)
+        if teacher_value == "state_and_target":
+            # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts.
+            value = unit_std(value, teacher.statistics_mask) + unit_std(
+                _precise(teacher.target_embedding), teacher.statistics_mask
+            )
+        value = projectors.t2s(value)
+        labels = student.targets
+        if label_map is not None:
+            assert teacher_logits is not None
+            labels = teacher_labels(teacher, teacher_logits, t2s_weights, label_map)
+        rows = student.mask & (t2s_weights.sum(-1) > 0) & (labels != IGNORE)
+        projected = student_head.detach()((t2s_weights.to(value.dtype) @ value)[rows])
+        t2s_ce = F.cross_entropy(_precise(projected), labels[rows], reduction="none")
+        target = projected.detach()
+        correct = target.argmax(-1) == labels[rows]
+        t2s_kd = student_space_divergence(student_logits[rows[student.mask]], target)
+        if correctness_mask:
+            t2s_kd = t2s_kd * correct
+        terms["t2s_ce"] = sum_by_example(t2s_ce, rows)
+        terms["t2s_kd"] = sum_by_example(t2s_kd, rows)
+        terms["t2s_correct"] = sum_by_example(correct.to(t2s_kd.dtype), rows)
+        terms["t2s_rows"] = rows.sum(1).to(t2s_kd.dtype)
 
-    projected_teacher_logits = student_head.detach()(t2s_hidden)
-    t2s_ce = token_cross_entropy(student, projected_teacher_logits)
-    target_logits = projected_teacher_logits.detach()
-    correct = target_logits.argmax(-1) == student.packed(student.targets)
-    t2s_kd = student_space_divergence(_precise(student_logits) / temperature, _precise(target_logits) / temperature)
-    if correctness_mask:
-        t2s_kd = t2s_kd * correct
-
-    with torch.no_grad():
-        teacher_logits = teacher_head(teacher.packed(teacher.hidden))
-    projected_student_logits = teacher_head.detach()(s2t_hidden)
-    s2t_kd = teacher_space_divergence(
-        _precise(projected_student_logits) / temperature, _precise(teacher_logits) / temperature
-    )
-    agree = projected_student_logits.detach().argmax(-1) == teacher_logits.argmax(-1)
-
-    return {
-        "t2s_ce": student.per_example(t2s_ce),
-        "t2s_kd": student.per_example(t2s_kd),
-        "s2t_kd": teacher.per_example(s2t_kd),
-        "t2s_correct": student.per_example(correct.to(t2s_kd.dtype)),
-        "s2t_agree": teacher.per_example(agree.to(t2s_kd.dtype)),
-    }
+    if teacher_space_divergence is not None:
+        assert teacher_logits is not None
+        value = projectors.s2t(_precise(student.hidden))
+        rows = teacher.mask & (s2t_weights.sum(-1) > 0)
+        projected = teacher_head.detach()((s2t_weights.to(value.dtype) @ value)[rows])
+        teacher_logits = teacher_logits[rows[teacher.mask]]
+        s2t_kd = teacher_space_divergence(projected, teacher_logits)
+        agree = projected.detach().argmax(-1) == teacher_logits.argmax(-1)
+        terms["s2t_kd"] = sum_by_example(s2t_kd, rows)
+        terms["s2t_agree"] = sum_by_example(agree.to(s2t_kd.dtype), rows)
+    return terms
 
 
 def _precise(values: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
 """
-Matching the distribution of queries to that of keys with a discriminator (paper A, Eq. 14).
+Matching the distribution of queries to that of keys.
+
+With a discriminator (paper A, Eq. 14), whose features are packed rows `[N, d]` of response tokens:
 
     min over P_Q, max over D:  E_q[log D(q)] + E_k[log(1 − D(k))]
 
-D(x) is the probability that x is a query. Features are rows `[N, d]` of response tokens only.
+D(x) is the probability that x is a query. Or without one: the first two moments, or the maximum mean discrepancy, of
+the rows of each example. (Conditional transport, Eq. 15, is in `conditional_transport.py`.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,11 +43,28 @@ def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
     return ((x >> 40) & (2**24 - 1)).float() / 2**24
 
 
+def highway(linear: nn.Linear, features: Tensor, dropout: float = 0.0, noise: Tensor | None = None) -> Tensor:
+    """
+    y = σ(g) relu(g) + (1 − σ(g)) x with g = W x + b, as in the code released with paper A; then dropout.
+
+    Args:
+        linear (`torch.nn.Linear`): W `[d, d]` and b.
+        features (`torch.Tensor` of shape `[..., d]`): x.
+        dropout (`float`, *optional*, defaults to `0.0`): Share of numbers that are dropped, the rest is scaled up.
+        noise (`torch.Tensor` of shape `[..., d]`, *optional*):
+            Numbers in [0, 1): those below `dropout` drop theirs. `None` drops nothing.
+    """
+    gate = linear(features)
+    open_share = torch.sigmoid(gate)
+    hidden = open_share * F.relu(gate) + (1 - open_share) * features
+    if dropout > 0 and noise is not None:
+        hidden = hidden * (noise >= dropout) / (1 - dropout)
+    return hidden
+
+
 class Discriminator(nn.Module):
     """
-    Tells queries from keys: highway → dropout → linear → LeakyReLU(0.1) → linear.
-
-    With g = W_h x + b_h the highway is y = σ(g) relu(g) + (1 − σ(g)) x, as in the code released with paper A.
+    Tells queries from keys: [`highway`] → dropout → linear → LeakyReLU(0.1) → linear.
 
     Args:
         feature_size (`int`): d, width of queries and keys (2 d_t).
@@ -70,11 +91,7 @@ class Discriminator(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.highway.weight.dtype)
-            gate = self.highway(features)
-            open_share = torch.sigmoid(gate)
-            hidden = open_share * F.relu(gate) + (1 - open_share) * features
-            if self.training and self.dropout > 0 and noise is not None:
-                hidden = hidden * (noise >= self.dropout) / (1 - self.dropout)
+            hidden = highway(self.highway, features, self.dropout if self.training else 0.0, noise)
             return self.linear2(F.leaky_relu(self.linear1(hidden), 0.1)).squeeze(-1)
 
 
@@ -97,7 +114,9 @@ def generator_loss(query_logits: Tensor, adversarial_loss: str = "minimax") -> T
     return F.softplus(query_logits)
 
 
-class _ReverseGradient(torch.autograd.Function):
+class ReverseGradient(torch.autograd.Function):
+    """The identity, whose gradient has the opposite sign."""
+
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
         return features.view_as(features)
@@ -116,6 +135,101 @@ def published_key_query_loss(
     BCE(D(q), 1) + BCE(D(k), 0) as means over *every* position `[B, S, d]`, prompt and padding included, with the
     gradient reversed at the queries and none at the keys. `noise` is the dropout's, of queries and of keys.
     """
-    query_logits = discriminator(_ReverseGradient.apply(queries), noise[0])
+    query_logits = discriminator(ReverseGradient.apply(queries), noise[0])
     query_loss, key_loss = discriminator_loss(query_logits, discriminator(keys.detach(), noise[1]))
     return query_loss.mean() + key_loss.mean()
+
+
+def squared_distances(x: Tensor, y: Tensor, centre: Tensor) -> Tensor:
+    """
+    ‖x_i − y_j‖² of rows `[B, n, d]` and `[B, m, d]`, as `[B, n, m]`, never below 0.
+
+    It goes through inner products, so that nothing is of size n m d. `centre` `[B, 1, d]` is subtracted from both: it
+    changes no distance, but rounding is relative to what remains.
+    """
+    x, y = x - centre, y - centre
+    squares = x.square().sum(-1).unsqueeze(2) + y.square().sum(-1).unsqueeze(1)
+    return (squares - 2 * x @ y.transpose(1, 2)).clamp_min(0)
+
+
+def moment_matching(queries: Tensor, keys: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    """
+    Distance of the first two moments of queries from those of keys: the plain alternative to a discriminator.
+
+    Of each example, (mean_q − mean_k)² + (std_q − std_k)² in every dimension, averaged over dimensions and multiplied
+    by its number of queries. Standard deviations divide by n, so that one row has one: 0.
+
+    Args:
+        queries (`torch.Tensor` of shape `[B, R_s, d]`): Of student positions.
+        keys (`torch.Tensor` of shape `[B, R_t, d]`): Of teacher positions; a constant.
+        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
+            Which rows take part.
+
+    Returns:
+        `torch.Tensor` of shape `[B]`; 0 for an example that has no queries or no keys.
+    """
+    query_mean, query_std = _moments(queries, query_mask)
+    key_mean, key_std = _moments(keys.detach(), key_mask)
+    distance = ((query_mean - key_mean).square() + (query_std - key_std).square()).mean(-1)
+    return distance * query_mask.sum(1) * key_mask.any(1)
+
+
+def _moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `[B, d]` over the rows of each example."""
+    values, count = _real_rows(values, mask), mask.sum(1, keepdim=True).clamp_min(1)
+    mean = values.sum(1) / count
+    deviations = (values - mean.unsqueeze(1)) * mask.unsqueeze(2)
+    variance = deviations.square().sum(1) / count
+    # Where all rows are equal, the root's gradient is infinite: it is taken of 1 there instead.
+    spread = variance > 0
+    return mean, torch.where(spread, variance, 1.0).sqrt() * spread
+
+
+def mmd(
+    queries: Tensor,
+    keys: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    bandwidths: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0),
+) -> Tensor:
+    """
+    Squared maximum mean discrepancy between queries and keys (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012,
+    Eq. 5: the biased estimate, which is never negative).
+
+    The kernel is the mean of exp(−‖x − y‖² / (c h)) over c in `bandwidths`. h is the mean squared distance between two
+    different rows of the example, queries and keys together, and a constant in the backward pass.
+
+    Args:
+        queries (`torch.Tensor` of shape `[B, R_s, d]`): Of student positions.
+        keys (`torch.Tensor` of shape `[B, R_t, d]`): Of teacher positions; a constant.
+        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
+            Which rows take part.
+        bandwidths (sequence of `float`, *optional*, defaults to `(0.25, 0.5, 1.0, 2.0, 4.0)`): Factors c.
+
+    Returns:
+        `torch.Tensor` of shape `[B]`: of each example, times its number of queries; 0 for an example that has no
+        queries or no keys.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        rows = torch.cat([_real_rows(queries, query_mask), _real_rows(keys.detach(), key_mask)], 1)
+        mask = torch.cat([query_mask, key_mask], 1).unsqueeze(2)
+        count, query_count, key_count = mask.sum(1, keepdim=True), query_mask.sum(1), key_mask.sum(1)
+        with torch.no_grad():
+            centre = rows.sum(1, keepdim=True) / count.clamp_min(1)
+            spread = ((rows - centre) * mask).square().sum((1, 2), keepdim=True)
+            # Σ_i Σ_j ‖x_i − x_j‖² = 2 n Σ_i ‖x_i − mean‖². The floor bounds the gradient where all rows are equal.
+            bandwidth = (2 * spread / (count - 1).clamp_min(1)).clamp_min(1e-6)
+        distances = squared_distances(rows, rows, centre) / bandwidth
+        kernel = torch.stack([torch.exp(-distances / factor) for factor in bandwidths]).mean(0)
+        # +1/n for a query and −1/m for a key: the quadratic form is the squared distance between the two means.
+        query_shares = query_mask.to(rows.dtype) / query_count.clamp_min(1).unsqueeze(1)
+        key_shares = key_mask.to(rows.dtype) / key_count.clamp_min(1).unsqueeze(1)
+        shares = torch.cat([query_shares, -key_shares], 1)
+        squared = torch.einsum("bi,bij,bj->b", shares, kernel, shares)
+        return squared * query_count * (key_count > 0)
+
+
+def _real_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` in float32 (float64 where they are), with 0 in the rows that take no part."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.where(mask.unsqueeze(2), values, torch.zeros_like(values))

@@ -11,7 +11,7 @@ from datasets import Dataset
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.image import imread
 
-from hf_dskd import UserError
+from hf_dskd import UserError, objective
 from hf_dskd.alignment.cross_model import cross_model_attention
 from hf_dskd.analysis.heatmap import (
     AlignmentExample,
@@ -22,7 +22,6 @@ from hf_dskd.analysis.heatmap import (
     same_text,
     uniform_on_text,
 )
-from hf_dskd.losses import dual_space
 from hf_dskd.losses.dual_space import queries_and_keys, response_states
 from hf_dskd.models import input_embedding
 
@@ -62,7 +61,14 @@ def diagonal(count, **fields):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"scale_queries": True}, {"bf16": True}, {"method": "dskd_cma"}, {"as_published": True, "max_length": 200}],
+    [
+        {},
+        {"scale_queries": True},
+        {"bf16": True},
+        {"method": "dskd_cma"},
+        {"method": "dskd_cla"},
+        {"as_published": True, "max_length": 200},
+    ],
     ids=str,
 )
 def test_is_the_attention_of_training(tmp_path, monkeypatch, settings):
@@ -73,7 +79,7 @@ def test_is_the_attention_of_training(tmp_path, monkeypatch, settings):
         seen.append((args[2], args[3], cross_model_attention(*args)))
         return seen[-1][2]
 
-    monkeypatch.setattr(dual_space, "cross_model_attention", recorded)
+    monkeypatch.setattr(objective, "cross_model_attention", recorded)
     for index in range(4):
         row = run.train_dataset[index]
         run.model.train()
@@ -336,7 +342,7 @@ def test_errors(tmp_path, trainer):
         plot_attention([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     alone = runs.trainer(tmp_path, method="sft", rows=4)
-    with pytest.raises(UserError, match="method='sft' has no cross-model attention"):
+    with pytest.raises(UserError, match="method='sft' has no alignment to show"):
         cross_attention(alone, alone.train_dataset[0])
     with pytest.raises(UserError, match="no column 'input_ids': pass a tokenized one"):
         cross_attention(trainer, tiny.dataset(1)[0])

@@ -12,6 +12,8 @@ ROWS = [
         "teacher_input_ids": [1, 40, 41, 3],
         "teacher_prompt_length": 2,
         "teacher_byte_ends": [9, 9],
+        "chunk_ids": [0, 0, 1],
+        "teacher_chunk_ids": [0, 1],
         "response_bytes": 9,
         "example_id": 11,
         "cut": False,
@@ -23,6 +25,8 @@ ROWS = [
         "teacher_input_ids": [1, 42, 43, 44, 45, 46, 47],
         "teacher_prompt_length": 3,
         "teacher_byte_ends": [1, 2, 3, 4],
+        "chunk_ids": [0],
+        "teacher_chunk_ids": [0, 0, 0, 0],
         "response_bytes": 4,
         "example_id": 3,
         "cut": True,
@@ -38,10 +42,12 @@ def test_batch():
         "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]],
         "labels": [[-100, -100, 7, 8, 2], [-100, 10, -100, -100, -100]],
         "byte_ends": [[-1, -1, 3, 9, 9], [-1, 4, -1, -1, -1]],
+        "chunk_ids": [[-1, -1, 0, 0, 1], [-1, 0, -1, -1, -1]],
         "teacher_input_ids": [[1, 40, 41, 3, 0, 0, 0], [1, 42, 43, 44, 45, 46, 47]],
         "teacher_attention_mask": [[1, 1, 1, 1, 0, 0, 0], [1] * 7],
         "teacher_labels": [[-100, -100, 41, 3, -100, -100, -100], [-100, -100, -100, 44, 45, 46, 47]],
         "teacher_byte_ends": [[-1, -1, 9, 9, -1, -1, -1], [-1, -1, -1, 1, 2, 3, 4]],
+        "teacher_chunk_ids": [[-1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 0, 0, 0]],
         "example_ids": [11, 3],
         "response_bytes": [9, 4],
     }
@@ -50,9 +56,20 @@ def test_batch():
 
 
 def test_without_teacher():
-    rows = [{name: value for name, value in row.items() if not name.startswith("teacher_")} for row in ROWS]
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("teacher_") and name != "chunk_ids"}
+        for row in ROWS
+    ]
     batch = DualCollator(student_pad_token_id=2)(rows)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "example_ids", "response_bytes"}
+
+
+def test_rows_without_chunks():
+    rows = [{name: value for name, value in row.items() if not name.endswith("chunk_ids")} for row in ROWS]
+    batch = DualCollator(2, 0)(rows)
+    expected = DualCollator(2, 0)(ROWS)
+    assert set(expected) - set(batch) == {"chunk_ids", "teacher_chunk_ids"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in batch.items())
 
 
 @pytest.mark.parametrize(
@@ -68,7 +85,7 @@ def test_without_teacher():
 def test_padded_lengths(options, lengths):
     batch = DualCollator(2, 0, **options)(ROWS)
     for prefix, length in zip(("", "teacher_"), lengths):
-        for name in ("input_ids", "attention_mask", "labels", "byte_ends"):
+        for name in ("input_ids", "attention_mask", "labels", "byte_ends", "chunk_ids"):
             assert batch[prefix + name].shape == (2, length)
         assert batch[f"{prefix}attention_mask"].sum() == sum(len(row[f"{prefix}input_ids"]) for row in ROWS)
         assert (batch[f"{prefix}labels"] != -100).sum() == sum(len(row[f"{prefix}byte_ends"]) for row in ROWS)
@@ -78,3 +95,4 @@ def test_single_row_and_tensors():
     row = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in ROWS[0].items()}
     batch = DualCollator(2, 0)([row])
     assert batch["labels"].tolist() == [[-100, -100, 7, 8, 2]]
+    assert batch["chunk_ids"].tolist() == [[-1, -1, 0, 0, 1]]

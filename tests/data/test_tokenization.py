@@ -406,6 +406,7 @@ def test_cut_property(pair, max_length):
                 assert got[len(prompt) :] == [*ids, tokenizer.eos_token_id]
                 assert row[f"{prefix}byte_ends"] == [*ends, kept]
                 assert kept == len(text.encode())
+        assert_chunks(row)
         needs_cut = any(len(ends) + 1 > room for ends, room in fits)
         assert row["cut"] == needs_cut
         if needs_cut:
@@ -417,6 +418,17 @@ def test_cut_property(pair, max_length):
                 for tokenizer, prompt in zip((student, teacher), prompts)
             ]
             assert largest_cut(text, fits) == 0
+
+
+def assert_chunks(row):
+    """A token's chunk is the number of bytes before its end at which tokens of both sides end; then comes the EOS."""
+    ends = row["byte_ends"], row["teacher_byte_ends"]
+    if not row["cut"]:
+        ends = ends[0][:-1], ends[1][:-1]
+    common = set(ends[0]) & set(ends[1])
+    for side, chunks in zip(ends, (row["chunk_ids"], row["teacher_chunk_ids"])):
+        expected = [sum(place < end for place in common) for end in side]
+        assert chunks == (expected if row["cut"] else [*expected, len(common)])
 
 
 def largest_cut(text, fits):
@@ -441,7 +453,13 @@ def test_only_the_end_of_sequence_does_not_fit():
 # Data sets
 
 COLUMNS = {"input_ids", "prompt_length", "byte_ends", "response_bytes", "example_id", "cut"}
-TEACHER_COLUMNS = {"teacher_input_ids", "teacher_prompt_length", "teacher_byte_ends"}
+TEACHER_COLUMNS = {
+    "teacher_input_ids",
+    "teacher_prompt_length",
+    "teacher_byte_ends",
+    "chunk_ids",
+    "teacher_chunk_ids",
+}
 
 
 def dataset():
@@ -476,6 +494,44 @@ def test_bos_on_one_side_only_and_each_its_own_eos():
     assert row["input_ids"][-1] == student.eos_token_id
     assert row["teacher_input_ids"][-1] == teacher.eos_token_id
     assert row["byte_ends"][-2:] == row["teacher_byte_ends"][-2:] == [row["response_bytes"]] * 2
+
+
+def test_chunks_with_bos_on_one_side_only():
+    student, teacher = get("bytes"), get("sentencepiece")
+    rows = Dataset.from_list([{"prompt": "Hi\n", "completion": "the 👍"}])
+    row = tokenize_dataset(rows, student, teacher, max_length=100)[0][0]
+    tokens = [
+        tokenizer.convert_ids_to_tokens(row[f"{prefix}input_ids"][row[f"{prefix}prompt_length"] :])
+        for prefix, tokenizer in (("", student), ("teacher_", teacher))
+    ]
+    assert tokens == [
+        ["t", "he", "Ġ", "ð", "Ł", "ĳ", "į", "</s>"],
+        ["th", "e", "▁", "<0xF0>", "<0x9F>", "<0x91>", "<0x8D>", "</s>"],
+    ]
+    assert row["chunk_ids"] == row["teacher_chunk_ids"] == [0, 0, 1, 2, 3, 4, 5, 6]
+    # Without room for the last byte, the emoji goes as a whole, and no end-of-sequence token follows.
+    room = len(response_tokens(student, "the 👍")[0]) - 1
+    cut = tokenize_dataset(rows, student, teacher, max_length=row["teacher_prompt_length"] + room)[0][0]
+    assert cut["cut"] and cut["chunk_ids"] == cut["teacher_chunk_ids"] == [0, 0, 1]
+
+
+def test_spans_that_do_not_cover_the_response(monkeypatch):
+    def broken(tokenizer, text):
+        ids, byte_ends = response_tokens(tokenizer, text)
+        return ids, [*byte_ends[:-1], byte_ends[-1] - 1]
+
+    monkeypatch.setattr("hf_dskd.data.tokenization.response_tokens", broken)
+    with pytest.raises(RuntimeError, match=r"student's tokens .* example 0: the last token ends at byte .* a bug"):
+        tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100)
+
+
+def test_response_without_tokens_for_one_model():
+    # WordPiece drops control characters.
+    rows = Dataset.from_list([{"prompt": "Hi", "completion": text} for text in ("\x07", "x")])
+    assert response_tokens(get("wordpiece"), "\x07") == ([], [])
+    tokenized, report = tokenize_dataset(rows, get("bytes"), get("wordpiece"), max_length=100)
+    assert tokenized["example_id"][:] == [1]
+    assert report.empty_responses == 1
 
 
 def test_chat_and_plain():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
+from hf_dskd.settings import DIVERGENCE_NAMES
 
 
-def plain(name, z, v, skew=0.1, alpha=0.5):
+def plain(name, z, v, skew=0.1, alpha=0.5, w=0.5):
     """One row in float64 from probabilities alone. z [V] student logits, v [V] teacher logits."""
     q, p = torch.softmax(z, 0), torch.softmax(v, 0)
     kl = lambda a, b: (a * (a / b).log()).sum()  # noqa: E731
@@ -14,8 +15,13 @@ def plain(name, z, v, skew=0.1, alpha=0.5):
         return kl(p, q)
     if name == "reverse_kl":
         return kl(q, p)
+    if name == "symmetric_kl":
+        return (kl(p, q) + kl(q, p)) / 2
+    if name == "total_variation":
+        return (p - q).abs().sum() / 2
     if name == "js":
-        return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+        m = w * p + (1 - w) * q
+        return w * kl(p, m) + (1 - w) * kl(q, m)
     if name == "skewed_forward_kl":
         return kl(p, skew * p + (1 - skew) * q)
     if name == "skewed_reverse_kl":
@@ -69,9 +75,42 @@ def test_js_is_bounded_and_symmetric():
     assert (js(a, b) <= math.log(2) + 1e-6).all()
 
 
-def test_parameters_are_used():
-    a, b = torch.randn(4, 9), torch.randn(4, 9)
-    for name in ("skewed_forward_kl", "skewed_reverse_kl"):
-        assert not torch.allclose(divergence_function(name, skew_lambda=0.5)(a, b), divergence_function(name)(a, b))
-    sharp = divergence_function("adaptive_kl", adaptive_kl_alpha=0.9)(a, b)
-    assert not torch.allclose(sharp, divergence_function("adaptive_kl")(a, b))
+@pytest.mark.parametrize(
+    "name, parameter, argument, value",
+    [
+        ("skewed_forward_kl", "skew_lambda", "skew", 0.4),
+        ("skewed_reverse_kl", "skew_lambda", "skew", 0.4),
+        ("adaptive_kl", "adaptive_kl_alpha", "alpha", 0.8),
+        ("js", "js_weight", "w", 0.2),
+        ("js", "js_weight", "w", 0.9),
+    ],
+)
+def test_parameters_are_used(name, parameter, argument, value):
+    torch.manual_seed(1)
+    z, v = torch.randn(4, 9, dtype=torch.float64) * 2, torch.randn(4, 9, dtype=torch.float64) * 2
+    plain_z, our_z = z.clone().requires_grad_(), z.clone().requires_grad_()
+    expected = torch.stack([plain(name, a, b, **{argument: value}) for a, b in zip(plain_z, v)])
+    actual = divergence_function(name, **{parameter: value})(our_z, v)
+    torch.testing.assert_close(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    torch.testing.assert_close(our_z.grad, plain_z.grad)
+    assert not torch.allclose(actual, divergence_function(name)(z, v), rtol=1e-3)
+
+
+def test_js_with_a_weight_near_an_end_is_a_kl():
+    torch.manual_seed(2)
+    z, v = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    small = 1e-6
+    forward, reverse = (divergence_function("js", js_weight=w)(z, v) / small for w in (small, 1 - small))
+    torch.testing.assert_close(forward, divergence_function("forward_kl")(z, v), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(reverse, divergence_function("reverse_kl")(z, v), rtol=1e-4, atol=1e-6)
+
+
+def test_total_variation_is_at_most_one():
+    z = torch.tensor([[40.0, -40.0], [1.0, 1.0]])
+    torch.testing.assert_close(divergence_function("total_variation")(z, z.flip(1)), torch.tensor([1.0, 0.0]))
+
+
+def test_settings_name_the_same_divergences():
+    assert set(DIVERGENCES) == set(DIVERGENCE_NAMES)

@@ -1,4 +1,4 @@
-"""DSKD-CMA against a plain formulation: loops over examples and positions, float64, shapes in comments."""
+"""Dual-space distillation against a plain formulation: loops over examples and positions, float64."""
 
 import math
 
@@ -8,7 +8,10 @@ import torch
 from hf_dskd.alignment.cross_model import cross_model_attention, unit_std
 from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
 from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys, response_states, token_cross_entropy
+from hf_dskd.losses.temperature import Temperatures, with_temperature
+from hf_dskd.methods import DUAL_SPACE_ALIGNMENTS
 from hf_dskd.models import LMHead
+from hf_dskd.objective import alignment_weights
 from hf_dskd.projectors import Projectors
 
 
@@ -22,6 +25,11 @@ def make(dtype=torch.float64, seed=0):
     batch = {
         "student_labels": student_labels,
         "teacher_labels": teacher_labels,
+        # In the first example the chunks have 2:1, 1:1 and 1:1 tokens of the two, in the second 1:1 and 2:1.
+        "student_chunks": torch.tensor([[-1, -1, 0, 0, 1, 2, -1], [-1, 0, 0, 1, -1, -1, -1]]),
+        "teacher_chunks": torch.tensor([[-1, 0, 1, 2, -1], [-1, -1, -1, 0, 1]]),
+        # The student's token for each of the teacher's, or none.
+        "label_map": torch.tensor([token % vs if token % 3 else -1 for token in range(vt)]),
         "student_ids": torch.randint(0, vs, student_labels.shape, generator=g),
         "teacher_ids": torch.randint(0, vt, teacher_labels.shape, generator=g),
         "student_hidden": rand(2, 7, ds),
@@ -35,8 +43,37 @@ def make(dtype=torch.float64, seed=0):
     return batch, projectors
 
 
-def plain_terms(b, projectors, divergence, tau, masked, scale_queries):
+CMA = ("cross_model_attention", "state_and_target", "response")
+
+
+def plain_weights(alignment, scores, student_chunks, teacher_chunks):
+    """One example: scores [n_s, n_t] or None -> t2s [n_s, n_t] and s2t [n_t, n_s]; rows of zeros have no partner."""
+    n_s, n_t = len(student_chunks), len(teacher_chunks)
+    same = student_chunks[:, None] == teacher_chunks[None, :]
+    if alignment == "identity":
+        same = torch.eye(n_s, n_t, dtype=torch.bool)
+    if alignment == "exact_tokens":
+        alone = [(student_chunks == c).sum() == 1 and (teacher_chunks == c).sum() == 1 for c in student_chunks]
+        same = same & torch.tensor(alone)[:, None]
+    if alignment == "cross_model_attention":
+        same = torch.ones(n_s, n_t, dtype=torch.bool)
+    both = []
+    for pairs, scored in ((same, scores), (same.T, None if scores is None else scores.T)):
+        rows = []
+        for i in range(len(pairs)):
+            if not pairs[i].any():
+                rows.append(torch.zeros(pairs.shape[1], dtype=torch.float64))
+            elif alignment in ("cross_model_attention", "chunk_attention"):
+                rows.append(torch.softmax(torch.where(pairs[i], scored[i], -torch.inf), 0))
+            else:
+                rows.append(pairs[i].double() / pairs[i].sum())
+        both.append(torch.stack(rows))
+    return both
+
+
+def plain_terms(b, projectors, divergence, tau, masked, scale_queries, composition=CMA):
     """Sums over the batch."""
+    alignment, teacher_value, label = composition
     out = {"ce": 0.0, "t2s_ce": 0.0, "t2s_kd": 0.0, "s2t_kd": 0.0, "queries": [], "keys": []}
     for i in range(2):
         # Positions that predict a response token, [n_s] and [n_t].
@@ -47,69 +84,82 @@ def plain_terms(b, projectors, divergence, tau, masked, scale_queries):
         xs, xt = b["student_ids"][i, s], b["teacher_ids"][i, t]
         es, et = b["student_embedding"], b["teacher_embedding"]
         hs, ht = b["student_hidden"][i, s], b["teacher_hidden"][i, t]
-        q = projectors.query(torch.cat([es[xs], es[ys]], -1))  # [n_s, 2dt]
-        k = torch.cat([et[xt], et[yt]], -1)  # [n_t, 2dt]
-        k = k / k.std()
-        if scale_queries:
-            q = q / q.std()
-        out["queries"].append(q)
-        out["keys"].append(k)
-        scores = q @ k.T / math.sqrt(k.shape[-1])  # [n_s, n_t]
-        v_t2s = projectors.t2s(ht / ht.std() + et[yt] / et[yt].std())  # [n_t, ds]
-        t2s_logits = torch.softmax(scores, 1) @ v_t2s @ b["student_head"].T  # [n_s, Vs]
-        s2t_logits = torch.softmax(scores.T, 1) @ projectors.s2t(hs) @ b["teacher_head"].T  # [n_t, Vt]
+        scores = None
+        if alignment in ("cross_model_attention", "chunk_attention"):
+            q = projectors.query(torch.cat([es[xs], es[ys]], -1))  # [n_s, 2dt]
+            k = torch.cat([et[xt], et[yt]], -1)  # [n_t, 2dt]
+            k = k / k.std()
+            if scale_queries:
+                q = q / q.std()
+            out["queries"].append(q)
+            out["keys"].append(k)
+            scores = q @ k.T / math.sqrt(k.shape[-1])  # [n_s, n_t]
+        chunks = [b[f"{side}_chunks"][i, [p + 1 for p in places]] for side, places in (("student", s), ("teacher", t))]
+        t2s, s2t = plain_weights(alignment, scores, *chunks)
+        value = ht / ht.std() + et[yt] / et[yt].std() if teacher_value == "state_and_target" else ht
+        t2s_logits = t2s @ projectors.t2s(value) @ b["student_head"].T  # [n_s, Vs]
+        s2t_logits = s2t @ projectors.s2t(hs) @ b["teacher_head"].T  # [n_t, Vt]
         student_logits = hs @ b["student_head"].T
         teacher_logits = ht @ b["teacher_head"].T
         for r in range(len(s)):
             out["ce"] = out["ce"] - torch.log_softmax(student_logits[r], 0)[ys[r]]
-            out["t2s_ce"] = out["t2s_ce"] - torch.log_softmax(t2s_logits[r], 0)[ys[r]]
-            if not masked or t2s_logits[r].argmax() == ys[r]:
+            y = ys[r]
+            if label == "teacher" and t2s[r].any():
+                y = b["label_map"][teacher_logits[t2s[r].argmax()].argmax()]
+            if not t2s[r].any() or y < 0:
+                continue
+            out["t2s_ce"] = out["t2s_ce"] - torch.log_softmax(t2s_logits[r], 0)[y]
+            if not masked or t2s_logits[r].argmax() == y:
                 out["t2s_kd"] = out["t2s_kd"] + divergence(student_logits[r] / tau, t2s_logits[r].detach() / tau)
         for r in range(len(t)):
-            out["s2t_kd"] = out["s2t_kd"] + divergence(s2t_logits[r] / tau, teacher_logits[r].detach() / tau)
+            if s2t[r].any():
+                out["s2t_kd"] = out["s2t_kd"] + divergence(s2t_logits[r] / tau, teacher_logits[r].detach() / tau)
     return out
 
 
-def our_terms(b, projectors, divergence, tau, masked, scale_queries):
-    student = response_states(b["student_hidden"], b["student_ids"], b["student_labels"], b["student_embedding"])
-    teacher = response_states(b["teacher_hidden"], b["teacher_ids"], b["teacher_labels"], b["teacher_embedding"])
-    queries, keys = queries_and_keys(student, teacher, projectors, scale_queries=scale_queries)
+def our_terms(b, projectors, divergence, tau, masked, scale_queries, composition=CMA, spaces=("student", "teacher")):
+    alignment, teacher_value, label = composition
+    student, teacher = (
+        response_states(*(b[f"{side}_{part}"] for part in ("hidden", "ids", "labels", "embedding", "chunks")))
+        for side in ("student", "teacher")
+    )
+    queries = keys = None
+    if alignment in ("cross_model_attention", "chunk_attention"):
+        queries, keys = queries_and_keys(student, teacher, projectors, scale_queries=scale_queries)
     head = LMHead(b["student_head"])
     logits = head(student.packed(student.hidden))
+    divergence = with_temperature(divergence, Temperatures(tau, tau))
     terms = dual_space_terms(
         student,
         teacher,
-        queries,
-        keys,
+        *alignment_weights(alignment, student, teacher, queries, keys),
         projectors,
         head,
         LMHead(b["teacher_head"]),
         student_logits=logits,
-        student_space_divergence=divergence,
-        teacher_space_divergence=divergence,
-        temperature=tau,
+        student_space_divergence=divergence if "student" in spaces else None,
+        teacher_space_divergence=divergence if "teacher" in spaces else None,
+        teacher_value=teacher_value,
+        label_map=b["label_map"] if label == "teacher" else None,
         correctness_mask=masked,
     )
     terms["ce"] = student.per_example(token_cross_entropy(student, logits))
-    return terms, queries[student.mask], keys[teacher.mask]
+    packed = (None, None) if queries is None else (queries[student.mask], keys[teacher.mask])
+    return terms, *packed
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("scale_queries", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
-def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_queries, dtype, tolerance):
+def compare(name, masked, scale_queries, dtype, tolerance, composition=CMA):
     divergence, tau = divergence_function(name), 2.0
     results = []
     for terms_of, precision in ((plain_terms, torch.float64), (our_terms, dtype)):
         b, projectors = make(precision)
         b["student_hidden"].requires_grad_()
         b["student_head"].requires_grad_()
-        output = terms_of(b, projectors, divergence, tau, masked, scale_queries)
+        output = terms_of(b, projectors, divergence, tau, masked, scale_queries, composition)
         if terms_of is our_terms:
-            terms, queries, keys = output
+            terms, *features = output
         else:
-            terms, queries, keys = output, torch.cat(output["queries"]), torch.cat(output["keys"])
+            terms, features = output, [torch.cat(output[key]) if output[key] else None for key in ("queries", "keys")]
         sums = {key: torch.as_tensor(terms[key]).sum() for key in ("ce", "t2s_ce", "t2s_kd", "s2t_kd")}
         leaves = [b["student_hidden"], b["student_head"], *projectors.parameters()]
         # The head is the student's own in `ce` and `t2s_kd`, and a constant across spaces: leave it out there.
@@ -117,17 +167,58 @@ def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_que
             sums["t2s_ce"] + sums["s2t_kd"], [leaves[0], *leaves[2:]], retain_graph=True, allow_unused=True
         )
         own = torch.autograd.grad(sums["ce"] + sums["t2s_kd"], leaves[:2])
-        results.append((sums, [*gradients, *own], queries.detach(), keys.detach()))
-    (expected, expected_gradients, q, k), (actual, gradients, our_q, our_k) = results
+        results.append((sums, [*gradients, *own, *features]))
+    (expected, expected_tensors), (actual, tensors) = results
     close = {"rtol": tolerance, "atol": tolerance}
     for key in expected:
+        assert expected[key] != 0 or masked
         torch.testing.assert_close(actual[key].double(), expected[key].double(), **close)
-    for a, e in zip(gradients, expected_gradients):
+    for a, e in zip(tensors, expected_tensors, strict=True):
         assert (a is None) == (e is None)
         if a is not None:
-            torch.testing.assert_close(a.double(), e, **close)
-    torch.testing.assert_close(our_q.double(), q, **close)
-    torch.testing.assert_close(our_k.double(), k, **close)
+            torch.testing.assert_close(a.detach().double(), e.detach(), **close)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("scale_queries", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
+def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_queries, dtype, tolerance):
+    compare(name, masked, scale_queries, dtype, tolerance)
+
+
+# The teacher's own prediction needs one teacher token per student token.
+LABELLED = [(alignment, "response") for alignment in DUAL_SPACE_ALIGNMENTS]
+LABELLED += [("exact_tokens", "teacher"), ("identity", "teacher")]
+
+
+@pytest.mark.parametrize("alignment, label", LABELLED)
+@pytest.mark.parametrize("teacher_value", ["state_and_target", "state"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_alignment_value_and_label_matches_the_plain_formulation(alignment, label, teacher_value, masked):
+    compare("forward_kl", masked, False, torch.float64, 1e-9, (alignment, teacher_value, label))
+
+
+@pytest.mark.parametrize("spaces", [("student",), ("teacher",)])
+def test_one_space_alone_has_the_same_terms(spaces):
+    b, projectors = make()
+    divergence = divergence_function("forward_kl")
+    both, *_ = our_terms(b, projectors, divergence, 1.0, True, False)
+    alone, *_ = our_terms(b, projectors, divergence, 1.0, True, False, spaces=spaces)
+    assert set(alone) == (
+        {"ce", "t2s_ce", "t2s_kd", "t2s_correct", "t2s_rows"} if "student" in spaces else {"ce", "s2t_kd", "s2t_agree"}
+    )
+    for key, value in alone.items():
+        torch.testing.assert_close(value, both[key])
+
+
+def test_positions_without_a_partner_count_in_no_term():
+    b, projectors = make()
+    terms, *_ = our_terms(
+        b, projectors, divergence_function("forward_kl"), 1.0, False, False, ("exact_tokens", "state", "response")
+    )
+    # Of each example the chunks with one token on both sides: two of the first, one of the second.
+    assert terms["t2s_rows"].tolist() == [2, 1]
 
 
 def test_heads_across_spaces_and_embeddings_are_constants():
@@ -158,12 +249,22 @@ def test_attention_rows_sum_to_one_and_masked_positions_have_none():
     assert (t2s[0, :, 2] == 0).all() and (s2t[:, :, 3] == 0).all()
 
 
-def test_an_example_without_response_gives_zero_and_no_nan():
+@pytest.mark.parametrize("alignment", DUAL_SPACE_ALIGNMENTS)
+def test_an_example_without_response_gives_zero_and_no_nan(alignment):
     b, projectors = make()
-    b["student_labels"][1] = -100
-    b["teacher_labels"][1] = -100
+    for side in ("student", "teacher"):
+        b[f"{side}_labels"][1] = -100
+        b[f"{side}_chunks"][1] = -1
     b["student_hidden"].requires_grad_()
-    terms, *_ = our_terms(b, projectors, divergence_function("forward_kl"), 1.0, False, False)
+    terms, *_ = our_terms(
+        b,
+        projectors,
+        divergence_function("forward_kl"),
+        1.0,
+        False,
+        False,
+        (alignment, "state_and_target", "response"),
+    )
     for value in terms.values():
         assert value[1] == 0 and torch.isfinite(value).all()
     loss = sum(terms[key].sum() for key in ("ce", "t2s_ce", "t2s_kd", "s2t_kd"))

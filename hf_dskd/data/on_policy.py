@@ -1,0 +1,132 @@
+"""Batches whose responses the student has just written itself (on-policy distillation, GKD, arXiv 2306.13649)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from math import floor
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..evaluation.generation import end_token_ids, response_text, sample
+from .tokenization import encode_response
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+PREFIXES = {"student": "", "teacher": "teacher_"}
+
+
+def is_on_policy(step: int, fraction: float) -> bool:
+    """
+    Whether an optimizer step is one of the on-policy ones.
+
+    Their share of any first steps is `fraction`, evenly spread; only the step's number matters, so that all ranks
+    agree, and a resumed run with the one that was stopped.
+
+    Args:
+        step (`int`): Number of the optimizer step, from 0.
+        fraction (`float`): Share of the steps, in [0, 1].
+    """
+    # 100 * 0.29 is below 29 in floating point.
+    share = Fraction(fraction).limit_denominator(10**9)
+    return floor((step + 1) * share) > floor(step * share)
+
+
+def on_policy_batch(
+    batch: dict[str, Tensor],
+    model: nn.Module,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    *,
+    max_length: int,
+    generation_config: GenerationConfig,
+    seed: int | None,
+    autocast: AbstractContextManager | None = None,
+    align: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> dict[str, Tensor]:
+    """
+    Replaces the responses of a batch by those that the student writes now.
+
+    What the student has written is decoded, and the text tokenized for both models as data is. An example for which it
+    writes nothing, or for whose response there is no room, keeps the response that it has.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): From [`DualCollator`], with the teacher's tensors.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student, not wrapped for DDP.
+        student_tokenizer, teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Those of the batch.
+        collator (`Callable`): That of the batch.
+        max_length (`int`): The most tokens that prompt, response and EOS may have together, on either side.
+        generation_config ([`~transformers.GenerationConfig`]):
+            How the student writes, at most `max_new_tokens` where that is set.
+        seed (`int`, *optional*): Of the sampling. No other random stream moves.
+        autocast (`AbstractContextManager`, *optional*): Around the sampling.
+        align (`Callable`, *optional*): Gives a row the columns that come after tokenization.
+
+    Returns:
+        `dict[str, torch.Tensor]`: a batch with the same keys, examples and device.
+    """
+    device = batch["input_ids"].device
+    read = {name: tensor.cpu() for name, tensor in batch.items()}
+    rows = [_row(read, index) for index in range(len(batch["input_ids"]))]
+    prompts = [
+        {name: row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]] for name, prefix in PREFIXES.items()}
+        for row in rows
+    ]
+    rooms = [max_length - max(map(len, prompt.values())) - 1 for prompt in prompts]
+    if generation_config.max_new_tokens is not None:
+        rooms = [min(room, generation_config.max_new_tokens) for room in rooms]
+    ends = end_token_ids(student_tokenizer, generation_config)
+    with autocast or nullcontext():
+        responses = sample(
+            model,
+            [prompt["student"] for prompt in prompts],
+            pad_token_id=student_tokenizer.pad_token_id,  # type: ignore[arg-type]
+            eos_token_ids=ends,
+            max_new_tokens=rooms,
+            generation_config=generation_config,
+            seed=seed,
+            batch_size=len(rows),
+        )
+
+    tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
+    for index, (prompt, response) in enumerate(zip(prompts, responses)):
+        finished = bool(response) and response[-1] in ends
+        text = response_text(student_tokenizer, response[:-1] if finished else response)
+        if not finished:
+            # The first bytes of a character that there was no room for.
+            text = text.rstrip("\ufffd")
+        if not text.strip():
+            continue
+        written = encode_response(
+            prompt, tokenizers, text, max_length, example_id=rows[index]["example_id"], finished=finished
+        )
+        if written is not None:
+            # Rows that the user has tokenized may be without chunks.
+            rows[index] = {name: written[name] for name in rows[index]}
+    if align is not None:
+        rows = [row | align(row) for row in rows]
+    return {name: tensor.to(device) for name, tensor in collator(rows).items()}
+
+
+def _row(batch: dict[str, Tensor], index: int) -> dict[str, Any]:
+    """The row, as [`tokenize_dataset`] writes it, that an example of the batch was made of."""
+    row: dict[str, Any] = {
+        "example_id": int(batch["example_ids"][index]),
+        "response_bytes": int(batch["response_bytes"][index]),
+    }
+    for prefix in PREFIXES.values():
+        real = batch[f"{prefix}attention_mask"][index].bool()
+        is_response = batch[f"{prefix}labels"][index][real] != -100
+        prompt_length = int(is_response.int().argmax())
+        row[f"{prefix}input_ids"] = batch[f"{prefix}input_ids"][index][real].tolist()
+        row[f"{prefix}prompt_length"] = prompt_length
+        for name in (f"{prefix}byte_ends", f"{prefix}chunk_ids"):
+            if name in batch:
+                row[name] = batch[name][index][real][prompt_length:].tolist()
+    return row

@@ -1,0 +1,226 @@
+"""
+Approximate likelihood matching (ALM, arXiv 2503.20083): both models give the same stretches of text the same
+probability.
+
+The response is cut into chunks, the smallest spans at whose end a token of both tokenizations ends. That a chunk
+follows, or anything else does, is a distribution over two outcomes; the two models' are compared. This needs neither a
+projector nor a map between vocabularies.
+
+Axes: B examples, R_s and R_t response tokens of an example (padded), C chunks. Chunk ids are 0, 1, ... along a
+response and -1 outside it; every chunk has tokens of both models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.tokenization import token_bytes
+from .divergences import precise
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def likelihood_matching(
+    student_logprob: Tensor,
+    teacher_logprob: Tensor,
+    student_chunks: Tensor,
+    teacher_chunks: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 100.0,
+    bias_threshold: float | None = None,
+    teacher_boundary: Tensor | None = None,
+    student_boundary: Tensor | None = None,
+) -> Tensor:
+    """
+    Divergence of the two models' chunk likelihoods, each weighted with the chunk's number of teacher tokens.
+
+    Two tokenizations say different things by ending a token: where one has a token "cats", its token "cat" says too
+    that no "s" follows. Boundaries lessen this bias. With `bias_threshold` and the teacher's boundary probabilities,
+    chunks that don't seem to end a word are merged with what follows. With both models' boundary probabilities, the
+    likelihoods compared are those of a chunk *and* a boundary after it. The authors' scripts do both.
+
+    Args:
+        student_logprob (`torch.Tensor` of shape `[B, R_s]`): Log-probability of each response token, in nats.
+        teacher_logprob (`torch.Tensor` of shape `[B, R_t]`): The teacher's; a constant.
+        student_chunks (`torch.Tensor` of shape `[B, R_s]`), teacher_chunks (`torch.Tensor` of shape `[B, R_t]`):
+            Chunk of each token. What stands outside the response (-1) is ignored.
+        divergence (`str`, *optional*, defaults to `"forward_kl"`): A name in `BINARY_DIVERGENCES`.
+        temperature (`float`, *optional*, defaults to `100.0`): See [`binary_divergence`].
+        bias_threshold (`float`, *optional*): See [`merge_chunks`]; 0.1 in the authors' scripts. `None` merges nothing.
+        teacher_boundary (`torch.Tensor` of shape `[B, R_t]`, *optional*):
+            The teacher's probability that a boundary follows each response token, from [`boundary_after`].
+        student_boundary (`torch.Tensor` of shape `[B, R_s]`, *optional*): The student's.
+
+    Returns:
+        `torch.Tensor` of shape `[B]`: sums over chunks; divided by the teacher's response tokens they are a mean.
+    """
+    if teacher_boundary is not None and bias_threshold is not None:
+        student_chunks, teacher_chunks = merge_chunks(student_chunks, teacher_chunks, teacher_boundary, bias_threshold)
+    if teacher_boundary is not None and student_boundary is not None:
+        student_logprob = _with_boundary(student_logprob, student_chunks, student_boundary)
+        teacher_logprob = _with_boundary(teacher_logprob, teacher_chunks, teacher_boundary)
+    # No more chunks than teacher tokens: asking the device for their number would make it wait.
+    size = teacher_chunks.shape[1]
+    values = binary_divergence(
+        chunk_log_likelihoods(teacher_logprob.detach(), teacher_chunks, size),
+        chunk_log_likelihoods(student_logprob, student_chunks, size),
+        divergence,
+        temperature,
+    )
+    tokens = chunk_log_likelihoods(torch.ones_like(teacher_logprob), teacher_chunks, size)
+    return (values * tokens).sum(1)
+
+
+def chunk_log_likelihoods(logprob: Tensor, chunks: Tensor, size: int) -> Tensor:
+    """
+    Sums the log-probabilities `[B, R]` of the tokens of each chunk, in float32 (float64 stays): `[B, size]`.
+
+    `chunks` `[B, R]` are below `size`, and -1 outside the response. A chunk without tokens is 0.
+    """
+    logprob = precise(logprob).masked_fill(chunks < 0, 0.0)
+    sums = torch.zeros(len(chunks), size, dtype=logprob.dtype, device=logprob.device)
+    return sums.scatter_add(1, chunks.long().clamp(min=0), logprob)
+
+
+def binary_divergence(
+    teacher_logp: Tensor, student_logp: Tensor, name: str = "forward_kl", temperature: float = 100.0
+) -> Tensor:
+    """
+    f-divergence of (P_T, 1 − P_T) and (P_S, 1 − P_S), P = exp(logp / τ), in nats, of the inputs' shape.
+
+    `"binary_ce"` is the cross entropy that the authors minimise: the gradient of `"forward_kl"`, which is 0 where both
+    are equal. Log-probabilities count as at most −ε of their precision, for a student that is certain where the
+    teacher isn't is infinitely wrong.
+
+    Args:
+        teacher_logp, student_logp (`torch.Tensor`): Log-probabilities (≤ 0) of the same shape.
+        name (`str`, *optional*, defaults to `"forward_kl"`): A name in `BINARY_DIVERGENCES`.
+        temperature (`float`, *optional*, defaults to `100.0`): τ. A chunk's likelihood is small; above 1 it says more.
+    """
+    teacher_logp, student_logp = (
+        logp.clamp(max=-torch.finfo(logp.dtype).eps) / temperature
+        for logp in (precise(teacher_logp), precise(student_logp))
+    )
+    return BINARY_DIVERGENCES[name](teacher_logp, student_logp)
+
+
+def merge_chunks(
+    student_chunks: Tensor, teacher_chunks: Tensor, teacher_boundary: Tensor, bias_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Merges each chunk with the following ones until one ends where the teacher expects a boundary.
+
+    Args:
+        student_chunks (`torch.Tensor` of shape `[B, R_s]`), teacher_chunks (`torch.Tensor` of shape `[B, R_t]`):
+            Chunk of each token, -1 outside the response.
+        teacher_boundary (`torch.Tensor` of shape `[B, R_t]`):
+            The teacher's probability that a boundary follows each of its tokens, from [`boundary_after`].
+        bias_threshold (`float`): A chunk is complete where that probability after its last token is greater.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: new chunk ids of student and teacher, in the same layout.
+    """
+    complete = _chunk_ends(teacher_chunks) & (teacher_boundary > bias_threshold)
+    completed = torch.zeros_like(teacher_chunks, dtype=torch.int64)
+    completed = completed.scatter_add(1, teacher_chunks.long().clamp(min=0), complete.long())
+    # A chunk's new id is how many chunks before it are complete.
+    merged = completed.cumsum(1) - completed
+    student, teacher = (
+        torch.where(chunks < 0, -1, merged.gather(1, chunks.long().clamp(min=0)))
+        for chunks in (student_chunks, teacher_chunks)
+    )
+    return student, teacher
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
+    """
+    Which tokens begin a new word: those whose first byte is white space, and special ones (the end of sequence).
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
+        rows (`int`): Rows of the model's head, of which there may be more than tokens.
+
+    Returns:
+        `torch.Tensor` of shape `[rows]`, bool.
+    """
+    boundary = {token for token, data in token_bytes(tokenizer).items() if data[:1].isspace()}
+    boundary.update(tokenizer.all_special_ids)
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[[token for token in boundary if token < rows]] = True
+    return mask
+
+
+def boundary_probability(logits: Tensor, boundary_mask: Tensor) -> Tensor:
+    """Probability `[N]`, in float32, that the token predicted by `logits` `[N, V]` is one of `boundary_mask` `[V]`."""
+    return torch.softmax(precise(logits), dim=-1).masked_fill(~boundary_mask, 0.0).sum(-1)
+
+
+def boundary_after(probability: Tensor, mask: Tensor) -> Tensor:
+    """
+    Turns what each row predicts into what follows each response token.
+
+    Row i predicts response token i, so that row i + 1 tells what follows it. After the last token there is a boundary.
+
+    Args:
+        probability (`torch.Tensor` of shape `[N]`): From [`boundary_probability`], of the packed rows.
+        mask (`torch.Tensor` of shape `[B, R]`): Which rows are real, N of them, at the front of each example.
+
+    Returns:
+        `torch.Tensor` of shape `[B, R]`: 1 outside the response.
+    """
+    padded = torch.ones(mask.shape, dtype=probability.dtype, device=mask.device).masked_scatter(mask, probability)
+    return F.pad(padded[:, 1:], (0, 1), value=1.0)
+
+
+def _chunk_ends(chunks: Tensor) -> Tensor:
+    """Which tokens are the last of their chunk, `[B, R]`."""
+    return (chunks >= 0) & (chunks != F.pad(chunks[:, 1:], (0, 1), value=-1))
+
+
+def _with_boundary(logprob: Tensor, chunks: Tensor, boundary: Tensor) -> Tensor:
+    """Adds log P(boundary) to the last token of each chunk."""
+    # A probability that underflowed has neither a logarithm nor a gradient.
+    log_boundary = precise(boundary).clamp(min=1e-30).log()
+    return precise(logprob) + torch.where(_chunk_ends(chunks), log_boundary, 0.0)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − exp(x)) for x < 0, exact at both ends."""
+    near_zero = x > -math.log(2)
+    # Near 0 the other branch would be infinite, and 0 times its gradient NaN: it gets a harmless input there.
+    far = torch.log1p(-torch.exp(x.masked_fill(near_zero, -1.0)))
+    return torch.where(near_zero, torch.log(-torch.expm1(x)), far)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q) - torch.expm1(log_p) * (_log1mexp(log_p) - _log1mexp(log_q))
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _forward_kl(log_q, log_p)
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    # |p − q| without a difference of numbers that may both be near 1.
+    return -torch.maximum(log_p, log_q).exp() * torch.expm1(-(log_p - log_q).abs())
+
+
+def _binary_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.expm1(log_p) * _log1mexp(log_q) - log_p.exp() * log_q
+
+
+BINARY_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "total_variation": _total_variation,
+    "binary_ce": _binary_ce,
+}

@@ -1,0 +1,177 @@
+"""
+Losses between next-token distributions, without hidden states: one vocabulary, sorted probabilities, a mapped one.
+
+Axes: B examples, R positions of a response, N student and M teacher response rows packed together, P paired rows,
+V_s and V_t vocabularies. Logits come already divided by their temperatures; values are per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .divergences import DivergenceFunction
+
+
+# With 150,000 tokens this much on each adds 1.5e-7, the rounding of float32; its logarithm is −27.6.
+TARGET_FLOOR = 1e-12
+# Probabilities sorted at a time, which bounds the memory of sorting to about 200 MB.
+SORTED_AT_ONCE = 2**23
+
+
+def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence: DivergenceFunction) -> Tensor:
+    """
+    Divergence of two models with one tokenizer, per row `[N]`.
+
+    Models of one family pad the same vocabulary to different sizes. Both distributions are those over the first
+    min(V_s, V_t) tokens, renormalised.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
+        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Used as a constant.
+        divergence: Of `(student_logits, teacher_logits)`, per row.
+    """
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    return divergence(student_logits[..., :shared], teacher_logits[..., :shared].detach())
+
+
+def paired_rows(student_mask: Tensor, teacher_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Pairs the i-th response token of the student with the i-th of the teacher, up to the shorter response.
+
+    Args:
+        student_mask (`torch.Tensor` of shape `[B, R_s]`): Which positions are response rows.
+        teacher_mask (`torch.Tensor` of shape `[B, R_t]`): The same of the teacher.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `[P]` each, int64: rows of the packed student and of the packed
+        teacher, in order.
+    """
+    shorter = torch.minimum(student_mask.sum(1), teacher_mask.sum(1)).unsqueeze(1)
+    student_rows, teacher_rows = (
+        (mask.cumsum(1) <= shorter)[mask].nonzero()[:, 0] for mask in (student_mask, teacher_mask)
+    )
+    return student_rows, teacher_rows
+
+
+def uld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """
+    Universal Logit Distillation (arXiv 2402.12030): Σ_k |q_(k) − p_(k)| over probabilities sorted in descending order,
+    per row `[N]`, between 0 and 2.
+
+    The smaller vocabulary is filled up with zeros. The paper and the released code have no temperature. Computed in
+    float32 (float64 stays float64); of the student's size, only the gradient is kept for the backward pass.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
+        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Used as a constant; row i belongs to the student's row i.
+    """
+    return _SortedDistance.apply(student_logits, teacher_logits.detach())
+
+
+class _SortedDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        shared = min(student_logits.shape[1], teacher_logits.shape[1])
+        rows = max(SORTED_AT_ONCE // max(student_logits.shape[1], teacher_logits.shape[1]), 1)
+        distance = student_logits.new_empty(len(student_logits), dtype=dtype)
+        gradient = torch.empty_like(student_logits, dtype=dtype) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student_logits), rows):
+            part = slice(start, start + rows)
+            # Stable: 16-bit logits are often equal, and which of them gets which gradient must not vary.
+            q, order = torch.softmax(student_logits[part], -1, dtype=dtype).sort(dim=-1, descending=True, stable=True)
+            p = torch.softmax(teacher_logits[part], -1, dtype=dtype).sort(dim=-1, descending=True).values
+            gap = q[:, :shared] - p[:, :shared]
+            distance[part] = gap.abs().sum(-1) + q[:, shared:].sum(-1) + p[:, shared:].sum(-1)
+            if gradient is not None:
+                sign = torch.ones_like(q)
+                sign[:, :shared] = gap.sign()
+                sorted_gradient = q * (sign - (q * sign).sum(-1, keepdim=True))
+                gradient[part].scatter_(1, order, sorted_gradient)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = student_logits.dtype
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * gradients[0].unsqueeze(-1)).to(ctx.dtype), None
+
+
+def packed_partners(partner: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
+    """
+    Teacher positions per example as rows of the packed teacher, per packed student row `[N]`; -1 stays -1.
+
+    Args:
+        partner (`torch.Tensor` of shape `[B, R_s]`, int64):
+            For each student position the place of its partner among the teacher's response rows of that example, or
+            -1 (see [`~hf_dskd.alignment.min_edit.partners`]).
+        student_mask (`torch.Tensor` of shape `[B, R_s]`): Which positions are response rows.
+        teacher_mask (`torch.Tensor` of shape `[B, R_t]`): The same of the teacher.
+    """
+    counts = teacher_mask.sum(1)
+    first = (counts.cumsum(0) - counts).unsqueeze(1)
+    return torch.where(partner >= 0, partner + first, -1)[student_mask]
+
+
+def mapped_target(
+    teacher_logits: Tensor, partner: Tensor, vocabulary_map: Tensor, targets: Tensor, student_vocabulary: int
+) -> Tensor:
+    """
+    What minimum-edit-distance distillation teaches, as log-probabilities `[N, V_s]` (FuseLLM, arXiv 2401.10491).
+
+    A row with a partner gets the teacher's distribution carried over by `vocabulary_map`: each student token has the
+    sum of the probabilities of the teacher's tokens that map to it; those that map to nothing are left out of the
+    teacher's softmax. The released code takes the largest of their logits instead, which hands the others' mass to
+    unrelated tokens. A row without a partner gets its response token alone, as released.
+
+    No entry is below `TARGET_FLOOR`, so that every divergence is finite and adding up the floors changes none of them
+    by more than rounding. Reverse KL charges 27.6 nats for a token that the target rules out.
+
+    Args:
+        teacher_logits (`torch.Tensor` of shape `[M, V_t]`): Packed.
+        partner (`torch.Tensor` of shape `[N]`, int64): Row of the packed teacher, or -1 for none.
+        vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
+        targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
+        student_vocabulary (`int`): V_s.
+    """
+    with torch.no_grad():
+        dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
+        paired, nothing = partner >= 0, vocabulary_map < 0
+        logits = teacher_logits[partner[paired]].masked_fill_(nothing, -torch.inf)
+        p = torch.softmax(logits, -1, dtype=dtype)
+        target = p.new_zeros(len(partner), student_vocabulary)
+        target[paired] = p.new_zeros(len(p), student_vocabulary).index_add_(
+            1, vocabulary_map.masked_fill(nothing, 0), p
+        )
+        target[~paired, targets[~paired]] = 1.0
+        return target.clamp_(min=TARGET_FLOOR).log_()
+
+
+def mapped_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    partner: Tensor,
+    vocabulary_map: Tensor,
+    targets: Tensor,
+    divergence: DivergenceFunction,
+) -> Tensor:
+    """
+    Divergence from the teacher's distribution over the student's vocabulary, per row `[N]`; see [`mapped_target`].
+
+    Args:
+        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
+        teacher_logits (`torch.Tensor` of shape `[M, V_t]`): Used as a constant.
+        partner (`torch.Tensor` of shape `[N]`, int64): Row of the packed teacher, or -1 for none.
+        vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
+        targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
+        divergence: Of `(student_logits, teacher_logits)`, per row.
+    """
+    return divergence(
+        student_logits, mapped_target(teacher_logits, partner, vocabulary_map, targets, student_logits.shape[-1])
+    )

@@ -1,0 +1,231 @@
+"""
+Responses that the teacher writes once, to train on instead of the data's (sequence-level distillation).
+
+    responses.jsonl    a row of the data a line, its response replaced, with example_id and finished
+    about.json         what the responses depend on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.formats import Columns, Example, detect_format, read_example
+from ..data.tokenization import prompt_tokens
+from ..errors import UserError
+from ..evaluation.generation import end_token_ids, response_text, sample
+from ..models import base_causal_lm
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+RESPONSES_NAME = "responses.jsonl"
+ABOUT_NAME = "about.json"
+
+
+def write_responses(
+    dataset: Dataset,
+    load_teacher: Callable[[], nn.Module],
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    max_length: int,
+    prompt_style: str,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    batch_size: int = 8,
+    facts: dict[str, Any],
+) -> Dataset:
+    """
+    Lets the teacher write a response to every prompt: sequence-level distillation (Kim and Rush 2016, arXiv
+    1606.07947).
+
+    The paper puts the mode of the teacher's distribution in its place, and finds it by beam search. This is the greedy
+    approximation of the mode, whatever the teacher's own generation config says: it depends on no seed, so that after
+    an interruption the teacher goes on as it would have.
+
+    Batch by batch the rows are added to `folder/responses.jsonl`. Another call goes on after the last whole line, and
+    reads a complete file without loading the teacher. Of several processes, one must call it before the others.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Rows in one of the formats of [`read_example`]; their responses can be empty.
+        load_teacher (`Callable`): Returns the teacher; called only if responses are missing.
+        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The teacher's tokenizer.
+        folder (`str` or `Path`): Made if needed.
+        max_length (`int`): The most tokens that prompt, response and EOS may have together.
+        prompt_style (`str`), prompt_column, response_column (`str`, *optional*): As in [`tokenize_dataset`].
+        batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
+        facts (`dict[str, Any]`):
+            What must agree, with the prompts and the settings above, for responses to be used again, such as the
+            teacher's name. Values are those of JSON.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows in the same order. Of the columns, those of the prompt and the response, under
+        the names that they have; in the response the teacher's text, `""` where the prompt leaves no room for one;
+        `example_id` (number of the row) and `finished` (false for a response that `max_length` ended, for
+        `finished_column` of [`tokenize_dataset`]).
+
+    Raises:
+        UserError: If the folder holds responses of other facts, or a row can't be read.
+    """
+    from datasets import Dataset
+
+    folder = Path(folder)
+    columns = detect_format(dataset.column_names, prompt_column, response_column)
+    facts = {
+        **facts,
+        "rows": len(dataset),
+        "prompts": _hash_prompts(dataset, columns),
+        "max_length": max_length,
+        "prompt_style": prompt_style,
+        "generation": "greedy",
+    }
+    _check_facts(folder, facts)
+    path = folder / RESPONSES_NAME
+    done = _whole_lines(path)
+    if done < len(dataset):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_facts(folder, facts)
+        _write_rows(
+            dataset, done, path, columns, load_teacher(), teacher_tokenizer, max_length, prompt_style, batch_size
+        )
+    with path.open(encoding="utf-8") as file:
+        # Not with `from_json`, which reads a column of dates as dates, whatever features it is given.
+        return Dataset.from_list([json.loads(line) for line in file], features=_features(dataset, columns))
+
+
+def _write_rows(
+    dataset: Dataset,
+    done: int,
+    path: Path,
+    columns: Columns,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    prompt_style: str,
+    batch_size: int,
+) -> None:
+    from tqdm.auto import tqdm
+
+    with (
+        path.open("a", encoding="utf-8", newline="\n") as file,
+        tqdm(total=len(dataset), initial=done, desc="The teacher's responses") as bar,
+    ):
+        for start in range(done, len(dataset), batch_size):
+            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            prompts = [prompt_tokens(tokenizer, _read(row, columns), prompt_style) for row in rows]
+            texts = _greedy_texts(teacher, tokenizer, prompts, max_length)
+            for index, (row, (text, finished)) in enumerate(zip(rows, texts), start=start):
+                line = {**_with_response(row, columns, text), "example_id": index, "finished": finished}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(rows))
+
+
+def _greedy_texts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_length: int
+) -> list[tuple[str, bool]]:
+    from transformers import GenerationConfig
+
+    ends = end_token_ids(tokenizer, base_causal_lm(model).generation_config)
+    responses = sample(
+        model,
+        prompts,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_ids=ends,
+        max_new_tokens=[max_length - len(prompt) for prompt in prompts],
+        generation_config=GenerationConfig(do_sample=False),
+        batch_size=len(prompts),
+    )
+    texts = []
+    for response in responses:
+        finished = bool(response) and response[-1] in ends
+        text = response_text(tokenizer, response[:-1] if finished else response)
+        # An unfinished one can end within a character.
+        texts.append((text if finished else text.rstrip("\ufffd"), finished))
+    return texts
+
+
+def _read(row: dict[str, Any], columns: Columns) -> Example:
+    named = columns.kind == "pair"
+    return read_example(
+        row,
+        prompt_column=columns.prompt if named else None,
+        response_column=columns.response if named else None,
+    )
+
+
+def _hash_prompts(dataset: Dataset, columns: Columns) -> str:
+    prompts = hashlib.sha256()
+    for index, row in enumerate(dataset):
+        try:
+            example = _read(row, columns)
+        except UserError as error:
+            raise UserError(f"train data set, row {index}: {error}") from error
+        prompts.update(json.dumps([example.messages, example.prompt]).encode())
+    return prompts.hexdigest()
+
+
+def _columns(names: list[str], columns: Columns) -> list[str]:
+    own = [columns.prompt, columns.response]
+    if columns.kind == "instruction" and "input" in names:
+        own.insert(1, "input")
+    return list(dict.fromkeys(own))
+
+
+def _with_response(row: dict[str, Any], columns: Columns, text: str) -> dict[str, Any]:
+    response = row[columns.response]
+    if isinstance(response, list) and response and isinstance(response[0], dict):
+        new: Any = [*response[:-1], {**response[-1], "content": text}]
+    else:
+        new = text
+    return {name: row[name] for name in _columns(list(row), columns)} | {columns.response: new}
+
+
+def _features(dataset: Dataset, columns: Columns) -> Any:
+    from datasets import Features, Value
+
+    # Those of the source, except that a response which is missing or a list of references becomes a string.
+    features = {name: dataset.features[name] for name in _columns(dataset.column_names, columns)}
+    conversation = any(isinstance(row[0], dict) for row in dataset[:1][columns.response] if isinstance(row, list))
+    if not conversation:
+        features[columns.response] = Value("string")
+    return Features({**features, "example_id": Value("int64"), "finished": Value("bool")})
+
+
+def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
+    about = folder / ABOUT_NAME
+    if not about.exists():
+        return
+    known = json.loads(about.read_text())
+    for name in facts | known:
+        if known.get(name) != facts.get(name):
+            raise UserError(
+                f"{str(folder)!r} holds a teacher's responses with {name}={known.get(name)!r}, which is now"
+                f" {facts.get(name)!r}: choose another folder or delete this one"
+            )
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    staged = folder / f"{ABOUT_NAME}.tmp"
+    staged.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(staged, folder / ABOUT_NAME)
+
+
+def _whole_lines(path: Path) -> int:
+    """Counts the lines, after cutting off the one that was being written when the process ended."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        whole = [len(line) for line in file if line.endswith(b"\n")]
+    if sum(whole) < path.stat().st_size:
+        os.truncate(path, sum(whole))
+    return len(whole)

@@ -1,0 +1,202 @@
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from hf_dskd.data.tokenization import response_tokens
+from hf_dskd.errors import UserError
+from hf_dskd.evaluation.generation import check_generation_config, end_token_ids, response_text, sample
+
+
+GREEDY = GenerationConfig(do_sample=False)
+SAMPLING = GenerationConfig(do_sample=True, temperature=1.0, top_k=0)
+PROMPTS = [list(range(5, 5 + length)) for length in (3, 30, 1, 12, 7)]
+# A tenth of the vocabulary, so that some samples end and others don't.
+ENDS = list(range(0, 400, 10))
+
+
+def greedy_by_hand(model, prompt, ends, count):
+    """One token at a time, without padding, cache or `generate`."""
+    response = []
+    while len(response) < count and (not response or response[-1] not in ends):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits
+        response.append(int(logits[0, -1].argmax()))
+    return response
+
+
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.qwen2])
+def test_greedy_is_the_most_likely_token_each_time(make):
+    model = make(400).eval()
+    # Ended by the third token of a free continuation, so that one row ends before its time.
+    ends = [greedy_by_hand(model, PROMPTS[1], [], 3)[-1]]
+    limits = [6, 9, 4, 0, 9]
+    expected = [greedy_by_hand(model, prompt, ends, limit) for prompt, limit in zip(PROMPTS, limits)]
+    assert expected[1][-1] == ends[0] and len(expected[1]) <= 3
+    assert any(row and row[-1] not in ends for row in expected)
+    for batch_size in (1, 2, 5):
+        written = sample(
+            model,
+            PROMPTS,
+            pad_token_id=0,
+            eos_token_ids=ends,
+            max_new_tokens=limits,
+            generation_config=GREEDY,
+            batch_size=batch_size,
+        )
+        assert written == expected
+
+
+def test_never_past_the_last_position():
+    model = tiny.gpt2(400)
+    positions = model.config.n_positions
+    prompts = [[7] * (positions - 4), [8, 9]]
+    model.eval()
+    expected = [greedy_by_hand(model, prompts[0], [], 4), greedy_by_hand(model, prompts[1], [], 9)]
+    options = {"pad_token_id": 0, "eos_token_ids": [], "generation_config": GREEDY}
+    # A cache of 1024 positions for the first row, which is done when the second goes on.
+    assert sample(model, prompts, max_new_tokens=[50, 9], **options) == expected
+
+
+def test_seed_decides_and_no_other_stream_moves():
+    model = tiny.gpt2(400)
+    options = {"pad_token_id": 0, "eos_token_ids": ENDS, "max_new_tokens": 12, "generation_config": SAMPLING}
+    before = torch.get_rng_state()
+    first = sample(model, PROMPTS, seed=3, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert sample(model, PROMPTS, seed=3, **options) == first
+    assert sample(model, PROMPTS, seed=4, **options) != first
+    # Both kinds of end are there.
+    assert {row[-1] in ENDS for row in first} == {True, False}
+    assert all(not set(row[:-1]) & set(ENDS) for row in first)
+    assert all(len(row) == 12 for row in first if row[-1] not in ENDS)
+    before = torch.get_rng_state()
+    sample(model, PROMPTS, **options)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples_follow_the_models_distribution():
+    model = tiny.gpt2(8).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        expected = model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(-1)
+    count = 2000
+    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 1, "generation_config": SAMPLING}
+    tokens = [row[0] for row in sample(model, [[1, 2, 3]] * count, seed=0, batch_size=500, **options)]
+    shares = torch.bincount(torch.tensor(tokens), minlength=8) / count
+    # Five standard deviations of a share.
+    assert (shares - expected).abs().max() < 5 * 0.5 / count**0.5
+    assert expected.max() - expected.min() > 0.2
+
+
+def test_own_config_is_the_default_and_is_kept():
+    model = tiny.gpt2(400)
+    own = model.generation_config
+    own.do_sample = True
+    own.top_k = 1
+    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 5}
+    greedy = sample(model, PROMPTS, generation_config=GREEDY, **options)
+    # The most likely one of one: the model's own top_k was used.
+    assert sample(model, PROMPTS, seed=0, **options) == greedy
+    own.top_k = 0
+    assert sample(model, PROMPTS, seed=0, **options) != greedy
+    # Greedy stays greedy beside a model's own config that samples.
+    assert sample(model, PROMPTS, generation_config=GREEDY, **options) == greedy
+    assert model.generation_config is own
+    assert GREEDY.max_new_tokens is None
+
+
+def test_in_training_with_adapter_and_checkpointing():
+    options = {"pad_token_id": 0, "eos_token_ids": ENDS, "max_new_tokens": 8, "generation_config": GREEDY}
+    plain = tiny.gpt2(400, dropout=0.5)
+    without = sample(plain, PROMPTS, **options)
+    model = get_peft_model(plain, LoraConfig(target_modules=["c_attn"], init_lora_weights=False, lora_dropout=0.5))
+    expected = [greedy_by_hand(model.eval(), prompt, ENDS, 8) for prompt in PROMPTS]
+    assert expected != without
+    model.train()
+    frozen = model.get_base_model().transformer.h[0].eval()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    modes = [module.training for module in model.modules()]
+    assert sample(model, PROMPTS, **options) == expected
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training and model.training
+    assert model.is_gradient_checkpointing and not model.config.use_cache
+    loss = model(input_ids=torch.tensor(PROMPTS[:1]), labels=torch.tensor(PROMPTS[:1])).loss
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_within_autocast_later_gradients_are_whole():
+    ids = torch.tensor(PROMPTS[1:2])
+
+    def gradients(write):
+        model = tiny.gpt2(400)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if write:
+                sample(model, PROMPTS, pad_token_id=0, eos_token_ids=[], max_new_tokens=3, generation_config=GREEDY)
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected, actual = gradients(False), gradients(True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=name)
+
+
+def test_modes_are_restored_after_an_error():
+    model = tiny.gpt2(400).train()
+    own = model.generation_config
+    with pytest.raises(IndexError):
+        sample(model, [[400]], pad_token_id=0, eos_token_ids=[], max_new_tokens=2, generation_config=GREEDY)
+    assert model.training and model.generation_config is own
+
+
+def test_progress(capsys):
+    model = tiny.gpt2(400)
+    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 2, "generation_config": GREEDY}
+    sample(model, PROMPTS, **options)
+    assert capsys.readouterr().err == ""
+    sample(model, PROMPTS, description="Answers", batch_size=2, **options)
+    assert "Answers: 100%" in capsys.readouterr().err
+
+
+def test_no_generation_config():
+    model = tiny.gpt2(400)
+    check_generation_config(model, "the student")
+    model.generation_config = None
+    message = r"generation_config of the student is None.*set model.generation_config = GenerationConfig\("
+    with pytest.raises(UserError, match=message):
+        check_generation_config(model, "the student")
+    with pytest.raises(UserError, match=message):
+        check_generation_config(get_peft_model(model, LoraConfig(target_modules=["c_attn"])), "the student")
+    with pytest.raises(UserError, match=r"generation_config of the model is None"):
+        sample(model, PROMPTS, pad_token_id=0, eos_token_ids=[], max_new_tokens=2)
+    # With one from the caller, the model needs none.
+    assert sample(model, [[1]], pad_token_id=0, eos_token_ids=[], max_new_tokens=2, generation_config=GREEDY)[0]
+
+
+def test_end_tokens():
+    tokenizer = tiny.sentencepiece_tokenizer()
+    assert end_token_ids(tokenizer, None) == [2]
+    assert end_token_ids(tokenizer, GenerationConfig()) == [2]
+    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=5)) == [2, 5]
+    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=[5, 2, 7])) == [2, 5, 7]
+
+
+@pytest.mark.parametrize("make", [tiny.byte_level_tokenizer, tiny.sentencepiece_tokenizer])
+@pytest.mark.parametrize("text", [*tiny.TEXTS, " a space first", "\n\nx", "👩‍👩‍👧", "  "])
+def test_text_of_a_response_is_the_text_that_was_tokenized(make, text):
+    tokenizer = make()
+    ids, _ = response_tokens(tokenizer, text)
+    special = [tokenizer.eos_token_id]
+    assert response_text(tokenizer, special + ids + special) == text
+
+
+def test_text_of_half_a_character():
+    tokenizer = tiny.byte_level_tokenizer()
+    ids, _ = response_tokens(tokenizer, "ok 👍")
+    assert response_text(tokenizer, ids[:-1]) == "ok \ufffd"

@@ -1,0 +1,255 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from hf_dskd.losses import logits as module
+from hf_dskd.losses.divergences import DIVERGENCES, forward_kl, reverse_kl
+from hf_dskd.losses.logits import mapped_kd, mapped_target, packed_partners, paired_rows, shared_prefix_kd, uld
+
+
+FLOAT64 = torch.float64
+
+
+def softmax(logits):
+    """One distribution from a list of floats or tensors."""
+    weights = [torch.as_tensor(x).exp() for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def kl(p, q):
+    return sum(a * (a / b).log() for a, b in zip(p, q) if a > 0)
+
+
+def value_and_gradient(function, logits):
+    logits = logits.detach().clone().requires_grad_()
+    value = function(logits)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    return value.detach(), gradient
+
+
+class TestSharedPrefix:
+    @pytest.mark.parametrize("sizes", [(7, 9), (9, 7), (8, 8)])
+    def test_equals_a_loop_over_the_prefix(self, sizes):
+        torch.manual_seed(0)
+        student, teacher = (torch.randn(4, size, dtype=FLOAT64) for size in sizes)
+        shared = min(sizes)
+
+        def plain(logits):
+            return torch.stack([kl(softmax(t[:shared]), softmax(s[:shared])) for s, t in zip(logits, teacher)])
+
+        torch.testing.assert_close(
+            value_and_gradient(lambda x: shared_prefix_kd(x, teacher, forward_kl), student),
+            value_and_gradient(plain, student),
+        )
+
+    def test_padding_of_the_vocabulary_changes_nothing(self):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(4, 7), torch.randn(4, 7)
+        padded = torch.cat([teacher, torch.full((4, 5), 50.0)], -1)
+        expected = reverse_kl(student, teacher)
+        torch.testing.assert_close(shared_prefix_kd(student, padded, reverse_kl), expected)
+        assert (expected > 0).all()
+
+    def test_the_teacher_is_a_constant(self):
+        student, teacher = torch.randn(4, 7, requires_grad=True), torch.randn(4, 9, requires_grad=True)
+        shared_prefix_kd(student, teacher, forward_kl).sum().backward()
+        assert teacher.grad is None and student.grad.abs().max() > 0
+
+
+class TestPairs:
+    def test_equal_a_loop(self):
+        torch.manual_seed(0)
+        # Responses anywhere in the sequence, of different lengths, one of them empty.
+        student_mask, teacher_mask = torch.rand(5, 6) < 0.6, torch.rand(5, 8) < 0.4
+        student_mask[2] = False
+        expected, first_student, first_teacher = [], 0, 0
+        for s, t in zip(student_mask.sum(1).tolist(), teacher_mask.sum(1).tolist()):
+            expected += [(first_student + i, first_teacher + i) for i in range(min(s, t))]
+            first_student, first_teacher = first_student + s, first_teacher + t
+        assert expected and list(zip(*(rows.tolist() for rows in paired_rows(student_mask, teacher_mask)))) == expected
+
+    def test_of_nothing(self):
+        empty = torch.zeros(2, 3, dtype=torch.bool)
+        assert [rows.tolist() for rows in paired_rows(empty, torch.ones(2, 4, dtype=torch.bool))] == [[], []]
+
+
+class TestULD:
+    @staticmethod
+    def plain(student, teacher):
+        rows = []
+        for s, t in zip(student, teacher):
+            q, p = sorted(softmax(s), reverse=True), sorted(softmax(t), reverse=True)
+            length = max(len(q), len(p))
+            q, p = q + [torch.tensor(0.0)] * (length - len(q)), p + [torch.tensor(0.0)] * (length - len(p))
+            rows.append(sum((a - b).abs() for a, b in zip(q, p)))
+        return torch.stack(rows)
+
+    @pytest.mark.parametrize("sizes", [(6, 9), (9, 6), (7, 7)])
+    @pytest.mark.parametrize("at_once", [module.SORTED_AT_ONCE, 20])
+    def test_equals_a_loop(self, sizes, at_once, monkeypatch):
+        monkeypatch.setattr(module, "SORTED_AT_ONCE", at_once)
+        torch.manual_seed(0)
+        student, teacher = (2 * torch.randn(5, size, dtype=FLOAT64) for size in sizes)
+        torch.testing.assert_close(
+            value_and_gradient(lambda x: uld(x, teacher), student),
+            value_and_gradient(lambda x: self.plain(x, teacher), student),
+        )
+
+    def test_each_row_has_its_own_weight(self):
+        torch.manual_seed(0)
+        student, teacher = (torch.randn(5, 6, dtype=FLOAT64) for _ in range(2))
+        weight = torch.randn(5, dtype=FLOAT64)
+        torch.testing.assert_close(
+            value_and_gradient(lambda x: weight * uld(x, teacher), student),
+            value_and_gradient(lambda x: weight * self.plain(x, teacher), student),
+        )
+
+    def test_order_of_the_vocabulary_is_of_no_account(self):
+        torch.manual_seed(0)
+        student, teacher = torch.randn(5, 6), torch.randn(5, 8)
+        torch.testing.assert_close(uld(student, teacher[:, torch.randperm(8)]), uld(student, teacher))
+        torch.testing.assert_close(uld(student, student.flip(1)), torch.zeros(5))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_16_bit_rows_do_not_depend_on_the_batch(self, dtype):
+        torch.manual_seed(0)
+        # Of 300 logits in steps of 1/4 many are equal.
+        student, teacher = ((4 * torch.randn(9, size)).round().div(4).to(dtype) for size in (300, 200))
+        value, gradient = value_and_gradient(lambda x: uld(x, teacher), student)
+        assert value.dtype == torch.float32 and gradient.dtype == dtype
+        assert gradient.isfinite().all() and gradient.abs().max() > 0
+        for row in range(9):
+            other = teacher[row : row + 1]
+            alone = value_and_gradient(partial(lambda t, x: uld(x, t), other), student[row : row + 1])
+            assert torch.equal(alone[0][0], value[row]) and torch.equal(alone[1][0], gradient[row])
+
+    def test_of_nothing(self):
+        value, gradient = value_and_gradient(lambda x: uld(x, torch.zeros(0, 5)), torch.zeros(0, 4))
+        assert value.shape == (0,) and gradient.shape == (0, 4)
+
+    def test_without_a_gradient(self):
+        with torch.no_grad():
+            assert not uld(torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)).requires_grad
+
+    def test_the_teacher_is_a_constant(self):
+        student, teacher = torch.randn(4, 7, requires_grad=True), torch.randn(4, 9, requires_grad=True)
+        uld(student, teacher).sum().backward()
+        assert teacher.grad is None and student.grad.abs().max() > 0
+
+
+class TestMapped:
+    VOCABULARY_MAP = torch.tensor([2, 0, 2, -1, 5, 1, 2, 0])  # V_t = 8; of V_s = 6, tokens 3 and 4 get nothing
+    PARTNER = torch.tensor([1, -1, 0, 3])
+    TARGETS = torch.tensor([4, 5, 2, 0])
+
+    @staticmethod
+    def logits(dtype=FLOAT64):
+        torch.manual_seed(0)
+        return torch.randn(4, 6, dtype=FLOAT64).to(dtype), torch.randn(5, 8, dtype=FLOAT64).to(dtype)
+
+    def distribution(self, teacher, row):
+        """The target of a row without any floor, by loops."""
+        mass = [0.0] * 6
+        if self.PARTNER[row] < 0:
+            mass[self.TARGETS[row]] = 1.0
+            return torch.tensor(mass, dtype=FLOAT64)
+        for token, probability in enumerate(softmax(teacher[self.PARTNER[row]])):
+            if self.VOCABULARY_MAP[token] >= 0:
+                mass[self.VOCABULARY_MAP[token]] += float(probability)
+        return torch.tensor(mass, dtype=FLOAT64) / sum(mass)
+
+    def call(self, teacher, divergence):
+        return lambda student: mapped_kd(student, teacher, self.PARTNER, self.VOCABULARY_MAP, self.TARGETS, divergence)
+
+    def test_forward_kl_equals_a_loop(self):
+        student, teacher = self.logits()
+
+        def plain(logits):
+            return torch.stack([kl(self.distribution(teacher, row), softmax(logits[row])) for row in range(4)])
+
+        # The floor adds 6e-12 to each distribution.
+        torch.testing.assert_close(
+            value_and_gradient(self.call(teacher, forward_kl), student),
+            value_and_gradient(plain, student),
+            rtol=0,
+            atol=1e-9,
+        )
+
+    def test_reverse_kl_equals_a_loop(self):
+        student, teacher = self.logits()
+
+        def plain(logits):
+            rows = []
+            for row in range(4):
+                p = [max(float(x), module.TARGET_FLOOR) for x in self.distribution(teacher, row)]
+                rows.append(kl(softmax(logits[row]), torch.tensor(p, dtype=FLOAT64)))
+            return torch.stack(rows)
+
+        torch.testing.assert_close(
+            value_and_gradient(self.call(teacher, reverse_kl), student),
+            value_and_gradient(plain, student),
+            rtol=0,
+            atol=1e-9,
+        )
+
+    def test_a_row_without_partner_has_cross_entropy(self):
+        student, teacher = self.logits(torch.float32)
+        expected = torch.nn.functional.cross_entropy(student, self.TARGETS, reduction="none")
+        torch.testing.assert_close(self.call(teacher, forward_kl)(student)[1], expected[1])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_student_is_not_its_own_teacher(self, dtype):
+        """The released code writes its target over the student's logits in float32, and so reports 0."""
+        student, teacher = self.logits(dtype)
+        before = student.clone()
+        value, gradient = value_and_gradient(self.call(teacher, forward_kl), student)
+        assert (value > 0.01).all() and (gradient.abs().amax(1) > 0.01).all()
+        assert torch.equal(student, before)
+
+    def test_the_floor_is_below_rounding_in_a_large_vocabulary(self):
+        torch.manual_seed(0)
+        student = torch.randn(2, 150_000)
+        teacher = 3 * torch.randn(1, 50)
+        partner, targets = torch.tensor([0, -1]), torch.tensor([0, 7])
+        value = mapped_kd(student, teacher, partner, torch.arange(50), targets, forward_kl)
+        log_q = student.double().log_softmax(-1)
+        p = teacher[0].double().softmax(-1)
+        expected = torch.stack([(p * (p.log() - log_q[0, :50])).sum(), -log_q[1, 7]])
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("name", DIVERGENCES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_every_divergence_is_finite(self, name, dtype):
+        # Sure students and a sure teacher, right and wrong.
+        student = 80.0 * torch.nn.functional.one_hot(torch.tensor([0, 3, 2, 4]), 6).to(dtype)
+        teacher = 80.0 * torch.nn.functional.one_hot(torch.tensor([0, 1, 4, 6, 3]), 8).to(dtype)
+        value, gradient = value_and_gradient(self.call(teacher, DIVERGENCES[name]), student)
+        assert value.isfinite().all() and gradient.isfinite().all() and (value > -1e-5).all()
+        if name == "reverse_kl":
+            assert value.max() < -math.log(module.TARGET_FLOOR) + 0.01
+
+    def test_mass_is_carried_over_in_whole(self):
+        _, teacher = self.logits()
+        whole = self.VOCABULARY_MAP.clamp_min(0)
+        target = mapped_target(teacher, self.PARTNER, whole, self.TARGETS, 6)
+        torch.testing.assert_close(target.exp().sum(-1), torch.ones(4, dtype=FLOAT64))
+
+    def test_rows_of_nothing(self):
+        nothing = torch.zeros(0, dtype=torch.int64)
+        value, gradient = value_and_gradient(
+            lambda x: mapped_kd(x, torch.zeros(0, 8), nothing, self.VOCABULARY_MAP, nothing, forward_kl),
+            torch.zeros(0, 6),
+        )
+        assert value.shape == (0,) and gradient.shape == (0, 6)
+
+    def test_packed_partners_do_not_depend_on_padding(self):
+        student_mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]], dtype=torch.bool)
+        teacher_mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+        partner = torch.tensor([[2, -1, -1], [-1, -1, -1], [-1, 1, 0]])
+        expected = [2, -1, -1, 5, 4]  # the teacher's third example begins at row 4
+        assert packed_partners(partner, student_mask, teacher_mask).tolist() == expected
+        wider = [torch.nn.functional.pad(x, (0, 2), value=v) for x, v in ((student_mask, 0), (teacher_mask, 0))]
+        padded = torch.nn.functional.pad(partner, (0, 2), value=-1)
+        assert packed_partners(padded, *wider).tolist() == expected

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import NonFiniteLossError, UserError
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
     from .config import DSKDConfig
     from .trainer import DSKDTrainer
+
+PYTHON_FUNCTIONS = "python_functions"
+RESULT_NAME = "result.json"
 
 
 @dataclass
@@ -32,6 +37,9 @@ class RunArguments:
     train_size: int | None = field(default=None, metadata={"help": "train on this many examples only"})
     held_out_size: int = field(
         default=0, metadata={"help": "examples to evaluate on where the dataset has no test split"}
+    )
+    maximum_characters: int = field(
+        default=300, metadata={"help": f"longest prompt and response of dataset_name={PYTHON_FUNCTIONS}"}
     )
     total_batch_size: int | None = field(
         default=None,
@@ -73,9 +81,25 @@ def command(main: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
-def parse(description: str | None, config_file: Path, arguments: list[str] | None = None) -> Run:
+def read_yaml(option: str, path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file that the command line names with `option`."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"{option} {str(path)!r} isn't a file: name a YAML file")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{option} {str(path)!r} isn't valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{option} {str(path)!r} holds no settings: write one `name: value` a line")
+    return content
+
+
+def parse(description: str | None, config_file: Path | None = None, arguments: list[str] | None = None) -> Run:
     """
-    Arguments of a recipe: its YAML file, or the one of `--config`, and whatever the command line overrides.
+    Arguments of a run: those of a YAML file, `config_file` or the one of `--config`, and whatever the command line
+    overrides.
 
     Half precision is taken where the machine computes in it, unless the arguments say otherwise. `--help` answers from
     the light settings alone; importing transformers would take seconds.
@@ -84,18 +108,27 @@ def parse(description: str | None, config_file: Path, arguments: list[str] | Non
     if "--help" in arguments or "-h" in arguments:
         print(help_text(description, config_file))
         sys.exit(0)
-    if "--config" not in arguments:
+    if "--config" not in arguments and config_file is not None:
         arguments = ["--config", str(config_file), *arguments]
-    elif not Path(arguments[arguments.index("--config") + 1]).is_file():
-        raise UserError(f"--config {arguments[arguments.index('--config') + 1]!r} isn't a file: name a YAML file")
+    named = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    if "--config" in arguments:
+        path = [*arguments, ""][arguments.index("--config") + 1]
+        named |= set(read_yaml("--config", path))
 
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from .config import DSKDConfig
 
-    parser = TrlParser((ScriptArguments, DSKDConfig, ModelConfig, RunArguments))  # type: ignore[arg-type]
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            # argparse would print the names of some three hundred settings first.
+            raise UserError(message)
+
+    # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
+    precision = [flag for flag in fastest_precision() if flag == "--use_cpu" or not named & {"bf16", "fp16"}]
+    parser = Parser((ScriptArguments, DSKDConfig, ModelConfig, RunArguments))  # type: ignore[arg-type]
     try:
-        script, config, model, options = parser.parse_args_and_config(args=[*fastest_precision(), *arguments])
+        script, config, model, options = parser.parse_args_and_config(args=[*precision, *arguments])
     except UserError:
         raise
     except ValueError as error:
@@ -105,11 +138,12 @@ def parse(description: str | None, config_file: Path, arguments: list[str] | Non
     return run
 
 
-def help_text(description: str | None, config_file: Path) -> str:
+def help_text(description: str | None, config_file: Path | None = None) -> str:
     """Every setting of hf_dskd with its default, as text."""
     from .settings import DistillationSettings
 
-    lines = [(description or "").strip(), "", f"Defaults come from {config_file.name}; any value can be overridden."]
+    source = "the YAML file of --config" if config_file is None else config_file.name
+    lines = [(description or "").strip(), "", f"Defaults come from {source}; any value can be overridden."]
     for title, group in (("The run", RunArguments), ("Distillation", DistillationSettings)):
         lines += ["", f"{title}:"]
         for setting in fields(group):
@@ -159,12 +193,20 @@ def set_accumulation(run: Run) -> None:
 
 
 def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
-    """Training and evaluation examples: from the hub, a folder, or a JSON, JSONL, CSV or Parquet file."""
+    """
+    Training and evaluation examples: from the hub, a folder, or a JSON, JSONL, CSV or Parquet file.
+
+    `python_functions`, where no folder has that name, is [`~hf_dskd.data.python_functions.load_python_functions`].
+    """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     name = run.script.dataset_name
     if name is None:
-        raise UserError("dataset_name is not set: name a dataset on the hub, a folder or a .jsonl file")
+        raise UserError(
+            f"dataset_name is not set: name a dataset on the hub, a folder, a .jsonl file or {PYTHON_FUNCTIONS}"
+        )
+    if name == PYTHON_FUNCTIONS and not Path(name).exists():
+        return choose_splits(run, standard_library(run))
     formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     try:
         if Path(name).suffix in formats:
@@ -183,6 +225,23 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
         ) from None
     splits = DatasetDict(train=data) if isinstance(data, Dataset) else data
     return choose_splits(run, splits)
+
+
+def standard_library(run: Run) -> DatasetDict:
+    """Functions of the standard library, as many as asked for, under the names of the splits that are asked for."""
+    from datasets import DatasetDict
+
+    from .data.python_functions import load_python_functions
+
+    options = run.options
+    if options.train_size is None:
+        raise UserError(f"train_size is not set: say how many of {PYTHON_FUNCTIONS} to train on, such as 320")
+    longest = options.maximum_characters
+    data = load_python_functions(options.train_size, options.held_out_size, maximum=longest, maximum_prompt=longest)
+    splits = DatasetDict({run.script.dataset_train_split: data["train"]})
+    if options.held_out_size:
+        splits[run.script.dataset_test_split] = data["held_out"]
+    return splits
 
 
 def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]:
@@ -218,9 +277,18 @@ def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]
     return train, held_out
 
 
+def model_name(name: str | None) -> str | None:
+    """A model's name or folder as given, or the folder of the packaged model of that name."""
+    from .packaged import PACKAGED_MODELS, packaged_model
+
+    if name in PACKAGED_MODELS and not Path(name).is_dir():
+        return str(packaged_model(name))
+    return name
+
+
 def make_trainer(
     run: Run,
-    student: str,
+    student: str | None,
     teacher: str | None,
     train: Dataset,
     held_out: Dataset | None,
@@ -240,7 +308,7 @@ def make_trainer(
             f"eval_strategy={str(config.eval_strategy)!r} but there is nothing to evaluate on: set held_out_size"
         )
     return DSKDTrainer(
-        student,
+        student,  # type: ignore[arg-type]  # None is refused with a remedy
         teacher,
         config,
         train_dataset=train,
@@ -301,18 +369,101 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     return str(folder)
 
 
+def train(run: Run) -> None:
+    """A whole run: data, models, training, evaluation, [`write_result`], pictures; prints the files to look at."""
+    examples, held_out = load_data(run)
+    student = model_name(run.model.model_name_or_path)
+    teacher = model_name(run.options.teacher_model_name_or_path)
+    if run.options.sft_teacher:
+        if teacher is None:
+            raise UserError("sft_teacher=True trains a teacher, but there is none: set teacher_model_name_or_path")
+        teacher = train_teacher(run, teacher, examples)
+    trainer = make_trainer(run, student, teacher, examples, held_out)
+    folder = distil(run, trainer)
+    if trainer.is_world_process_zero():
+        for path in [folder, folder / RESULT_NAME, *show(trainer, folder)]:
+            print(path)
+
+
 def distil(run: Run, trainer: DSKDTrainer) -> Path:
-    """Trains (from a checkpoint where that is asked for), saves the student, and pushes it where that is asked for."""
+    """
+    Trains (from a checkpoint where that is asked for), saves the student, evaluates it, and pushes it where that is
+    asked for. `result.json` comes last: a folder that has it is complete.
+    """
+    folder = Path(str(run.config.output_dir))
     resume: Any = run.config.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    output = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
     trainer.save_model()
     trainer.save_state()
+    metrics: dict[str, float] = {}
+    # Before the evaluation below, whose model may be the best of the run, not the last one.
+    history = evaluations(trainer.state.log_history)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     if run.config.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
-    return Path(str(run.config.output_dir))
+    if trainer.is_world_process_zero():
+        write_result(folder / RESULT_NAME, trainer, metrics, history, output.metrics.get("train_runtime"))
+    return folder
+
+
+def evaluations(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Metrics by the optimizer step they were taken at, out of `trainer.state.log_history`."""
+    return {
+        entry["step"]: {name: value for name, value in entry.items() if name.startswith("eval_")}
+        for entry in history
+        if any(name.startswith("eval_") for name in entry)
+    }
+
+
+def write_result(
+    path: Path,
+    trainer: DSKDTrainer,
+    metrics: dict[str, float],
+    history: dict[int, dict[str, float]],
+    train_runtime: float | None,
+) -> None:
+    """
+    Writes what a run came to, as JSON.
+
+    Args:
+        path (`Path`): File to write.
+        trainer ([`DSKDTrainer`]): After training.
+        metrics (`dict[str, float]`): Of the final model.
+        history (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
+        train_runtime (`float`, *optional*):
+            Seconds of training since the start or the last resume; `None` if there was nothing left to train.
+    """
+    import torch
+    import transformers
+
+    from . import __version__
+    from .settings import DistillationSettings
+
+    config, state = trainer.args, trainer.state
+    best = state.best_model_checkpoint if config.load_best_model_at_end else None
+    result = {
+        "method": config.method,
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+        "steps": state.global_step,
+        "best_checkpoint": best and Path(best).name,
+        "metrics": metrics,
+        "evaluations": history,
+        "train_runtime": train_runtime,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dskd": __version__},
+        "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
+    }
+    write_text(path, json.dumps(result, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: the file is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
@@ -320,10 +471,14 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     from .analysis.curves import plot_curves
     from .analysis.heatmap import cross_attention, plot_attention
 
-    pictures = [folder / "curves.png"]
-    plot_curves({trainer.args.method: trainer.state.log_history}, pictures[0])
+    pictures = []
+    history = trainer.state.log_history
+    # A run shorter than logging_steps has logged nothing.
+    if any("loss" in entry or "eval_loss" in entry for entry in history):
+        pictures.append(folder / "curves.png")
+        plot_curves({trainer.args.method: history}, pictures[-1])
     rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
     if trainer.projectors is not None:
         pictures.append(folder / "alignment.png")
-        plot_attention([cross_attention(trainer, rows[example])], pictures[1])
+        plot_attention([cross_attention(trainer, rows[example])], pictures[-1])
     return pictures

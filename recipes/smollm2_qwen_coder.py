@@ -25,21 +25,12 @@ def main() -> None:
     flags = [flag for flag in sys.argv[1:] if flag != "--demo"]
     args = run.parse(__doc__, Path(__file__).with_suffix(".yaml"), flags)
 
-    from hf_dskd.data.python_functions import load_python_functions
-    from hf_dskd.packaged import packaged_model
-
-    student = str(packaged_model(args.model.model_name_or_path))
-    teacher = str(packaged_model(args.options.teacher_model_name_or_path))
-    sizes = args.options.train_size, args.options.held_out_size
-    data = load_python_functions(*sizes, maximum=300, maximum_prompt=300)
     if "--demo" in sys.argv:
-        demo(args, student, teacher, data["train"], data["held_out"])
-        return
-    trainer = run.make_trainer(args, student, teacher, data["train"], data["held_out"])
-    folder = run.distil(args, trainer)
-    if trainer.is_world_process_zero():
-        for path in [folder, *run.show(trainer, folder)]:
-            print(path)
+        student = run.model_name(args.model.model_name_or_path)
+        teacher = run.model_name(args.options.teacher_model_name_or_path)
+        demo(args, student, teacher, *run.load_data(args))
+    else:
+        run.train(args)
 
 
 def demo(args, student, teacher, train, held_out) -> None:

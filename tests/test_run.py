@@ -65,6 +65,21 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
     state = json.loads((out / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and any("eval_bits_per_byte" in log for log in state["log_history"])
 
+    result = json.loads((out / "result.json").read_text())
+    assert (result["method"], result["seed"], result["steps"]) == ("dskd_cma_ga", 10, 3)
+    assert result["settings"]["kd_temperature"] == 2.0 and set(result["versions"]) == {
+        "torch",
+        "transformers",
+        "hf_dskd",
+    }
+    assert list(result["evaluations"]) == ["3"] and result["train_runtime"] > 0
+    # load_best_model_at_end is in the recipe's YAML.
+    assert result["best_checkpoint"] == "checkpoint-3"
+    assert (
+        result["metrics"]["eval_bits_per_byte"]
+        == json.loads((out / "eval_results.json").read_text())["eval_bits_per_byte"]
+    )
+
     again = gpt2_qwen(pair, out, "--sft_teacher", "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
     assert "using the teacher trained before" in again.stdout
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
@@ -75,6 +90,7 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
     [
         (["--divergence", "forward"], "did you mean 'forward_kl'"),
         (["--config", "nothere.yaml"], "nothere.yaml"),
+        (["--dataset_name", "python_functions"], "train_size is not set"),
         (["--dataset_name", "nothere.jsonl"], "nothere.jsonl"),
         (["--rename_columns", "contxt=input"], "instruction, context, response"),
         (["--total_batch_size", "3"], "no multiple"),
@@ -94,9 +110,8 @@ def test_wrong_arguments(arguments, expected, pair, tmp_path):
 def test_a_recipes_error_is_one_line_without_traceback(pair, tmp_path):
     done = gpt2_qwen(pair, tmp_path, "--kd_temperature", "0", check=False)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "error" in line.lower()] == [
-        "error: kd_temperature=0.0 must be above 0 (the papers use 2.0)"
-    ]
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error: kd_temperature=0.0 must be above 0 (the papers use 2.0")
     assert "Traceback" not in done.stderr
 
 
@@ -141,3 +156,62 @@ def test_variant_keeps_everything_but_the_change(tmp_path):
     assert other.method == "sft" and config.method == "dskd_cma_ga"
     one, two = config.to_dict(), other.to_dict()
     assert {name for name in one if one[name] != two[name]} == {"method"}
+
+
+def test_python_functions_is_a_dataset(tmp_path):
+    given = [
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--train_size",
+        "5",
+        "--held_out_size",
+        "3",
+    ]
+    given += ["--maximum_characters", "200"]
+    recipe = ROOT / "recipes" / "smollm2_qwen_coder.yaml"
+    train, held_out = run.load_data(run.parse(None, recipe, given))
+    assert (len(train), len(held_out)) == (5, 3)
+    assert all(len(text) <= 200 for part in (train, held_out) for row in part for text in row.values())
+    args = run.parse(None, recipe, [*given, "--held_out_size", "0"])
+    assert run.load_data(args)[1] is None
+    # A folder of that name is the user's own data.
+    args.script.dataset_name = str(tmp_path / "python_functions")
+    train.save_to_disk(args.script.dataset_name)
+    assert run.load_data(args)[0]["prompt"] == train["prompt"]
+
+
+def test_packaged_models_go_by_their_names_unless_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dskd.packaged.packaged_model", lambda name: Path("cache") / name)
+    monkeypatch.chdir(tmp_path)
+    assert run.model_name("SmolLM2-135M-Instruct") == str(Path("cache") / "SmolLM2-135M-Instruct")
+    (tmp_path / "SmolLM2-135M-Instruct").mkdir()
+    assert run.model_name("SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct"
+    assert run.model_name("openai-community/gpt2") == "openai-community/gpt2" and run.model_name(None) is None
+
+
+def test_precision_that_is_said_anywhere_is_not_overridden(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16", "--use_cpu"])
+    file = tmp_path / "config.yaml"
+    file.write_text(f"output_dir: {tmp_path}\n")
+    assert run.parse(None, None, ["--config", str(file)]).config.bf16
+    assert not run.parse(None, None, ["--config", str(file), "--bf16", "false"]).config.bf16
+    file.write_text(f"output_dir: {tmp_path}\nbf16: false\n")
+    config = run.parse(None, file, []).config
+    assert not config.bf16 and config.use_cpu
+    assert run.parse(None, file, ["--bf16"]).config.bf16
+
+
+def test_evaluations_are_metrics_by_step():
+    history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0, "epoch": 0.5}, {"step": 2, "eval_loss": 1.0}]
+    assert run.evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
+
+
+def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
+    trainer = runs.trainer(tmp_path, method="sft", max_steps=1, logging_steps=10)
+    args = run.Run(None, trainer.args, None, run.RunArguments())
+    assert run.show(trainer, run.distil(args, trainer)) == []
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"] == result["evaluations"] == {} and result["steps"] == 1

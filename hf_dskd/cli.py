@@ -1,0 +1,105 @@
+"""The command `hf-dskd`. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable
+
+from . import run
+from .errors import UserError, check_name
+
+
+USAGE = """\
+Distil a large language model into a small one whose tokenizer is different.
+
+    hf-dskd train --config FILE.yaml [--any_setting VALUE ...]
+        one run: data, models, training, evaluation, OUTPUT_DIR/result.json
+    hf-dskd compare --methods sft,dskd_cma --seeds 0,1,2 --config FILE.yaml --output_dir FOLDER
+        methods and variants of settings over seeds, and one table
+    hf-dskd methods
+        which methods there are
+
+`hf-dskd COMMAND --help` explains each."""
+
+TRAIN = """\
+hf-dskd train --config FILE.yaml [--any_setting VALUE ...]
+
+One run for any pair of models and any data. Several processes: accelerate launch --multi_gpu --num_processes 2
+-m hf_dskd.cli train ...; it stops with Ctrl-C and goes on with --resume_from_checkpoint last."""
+
+METHODS = """\
+hf-dskd methods
+
+Every method: how student and teacher positions are aligned, the spaces that are compared, how queries are matched to
+keys, and where it comes from."""
+
+
+def train(arguments: list[str]) -> int:
+    """`hf-dskd train`."""
+    run.train(run.parse(TRAIN, None, arguments))
+    return 0
+
+
+def methods(arguments: list[str]) -> int:
+    """`hf-dskd methods`."""
+    import shutil
+
+    if arguments and arguments[0] not in ("--help", "-h"):
+        raise UserError(f"hf-dskd methods takes no {arguments[0]!r}: it lists them all")
+    print(METHODS if arguments else methods_table(shutil.get_terminal_size().columns))
+    return 0
+
+
+def methods_table(width: int) -> str:
+    """One line a method for what it is composed of, and below it what that means, wrapped to `width` columns."""
+    from .methods import METHODS
+
+    names = ("alignment", "spaces", "matching")
+    rows: list[tuple[str, ...]] = [("method", *names)]
+    for name, method in METHODS.items():
+        parts = [getattr(method, part) for part in names]
+        rows.append((name, *(", ".join(part) if isinstance(part, tuple) else part or "" for part in parts)))
+    rows = [tuple(cell or "–" for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(names) + 1)]
+    lines = []
+    for row in rows:
+        line = "".join(cell.ljust(column) for cell, column in zip(row, widths)).rstrip()
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * widths[0], break_long_words=False)
+        if row is not rows[0]:
+            method = METHODS[row[0]]
+            for text in (method.summary, method.source):
+                if text.strip("–"):
+                    lines += textwrap.wrap(
+                        text, width, initial_indent="    ", subsequent_indent="    ", break_long_words=False
+                    )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def compare(arguments: list[str]) -> int:
+    """`hf-dskd compare`."""
+    from . import compare
+
+    return compare.main(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "compare": compare, "methods": methods}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of `hf-dskd` and of `python -m hf_dskd.cli`."""
+    given = sys.argv[1:] if arguments is None else arguments
+
+    def chosen() -> None:
+        if not given or given[0] in ("--help", "-h"):
+            print(USAGE)
+            return
+        check_name("command ", given[0], COMMANDS)
+        sys.exit(COMMANDS[given[0]](list(given[1:])))
+
+    run.command(chosen)
+
+
+if __name__ == "__main__":
+    main()

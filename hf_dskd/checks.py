@@ -74,10 +74,14 @@ def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_token
     row = config.method_row
     if row.same_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         names = [getattr(t, "name_or_path", "") or type(t).__name__ for t in (student_tokenizer, teacher_tokenizer)]
-        fits = "dskd_cma" if row.dual_space else "uld, min_edit or alm"
+        what, remedy = f"method={config.method!r}", "a method for different tokenizers, such as uld, min_edit or alm"
+        if config.alignment is not None:
+            what, remedy = f"alignment={config.alignment!r}", "another, such as cross_model_attention"
+        elif row.dual_space:
+            remedy = "a method for different tokenizers, such as dskd_cma"
         raise UserError(
-            f"method={config.method!r} compares the two models token by token, and the vocabularies of {names[0]!r}"
-            f" and {names[1]!r} differ: choose a method for different tokenizers, such as {fits}"
+            f"{what} compares the two models token by token, and the vocabularies of {names[0]!r} and {names[1]!r}"
+            f" differ: choose {remedy}"
         )
     if (
         row.label == "teacher"

@@ -27,7 +27,7 @@ from .settings import (
 
 
 # Settings that replace a part of a dual-space method's row.
-_PARTS = {
+PARTS = {
     "alignment": DUAL_SPACE_ALIGNMENTS,
     "spaces": SPACES,
     "matching": (*MATCHINGS, "none"),
@@ -102,7 +102,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
 
     def _check_composition(self) -> None:
         """Refuses combinations that mean nothing, by name."""
-        for name, known in _PARTS.items():
+        for name, known in PARTS.items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -111,6 +111,13 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 dual = ", ".join(name for name, method in METHODS.items() if method.dual_space)
                 raise UserError(f"{name}={value!r} means nothing for method={self.method!r}: it needs one of {dual}")
         row = self.method_row
+        for space in ("student", "teacher"):
+            name = f"{space}_space_divergence"
+            if getattr(self, name) is not None and space not in row.spaces:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r}: method={self.method!r} with spaces={self.spaces!r} compares"
+                    f" nothing in {space} space; leave it out"
+                )
         if row.matching is not None and not row.has_queries:
             raise UserError(
                 f"matching={row.matching!r} needs queries and keys, which alignment={row.alignment!r} has none of:"
@@ -127,7 +134,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                     f"as_published=True: method={self.method!r} isn't in the released code, which has"
                     f" {', '.join(_PUBLISHED_METHODS)}"
                 )
-            replaced = [name for name in _PARTS if getattr(self, name) is not None]
+            replaced = [name for name in (*PARTS, "student_temperature") if getattr(self, name) is not None]
             if replaced or self.on_policy_fraction:
                 name = replaced[0] if replaced else "on_policy_fraction"
                 raise UserError(f"as_published=True: the released code has no {name}; leave it at its default")

@@ -75,9 +75,10 @@ def temperatures(config: DSKDConfig, space: str, progress: float) -> Temperature
     student = config.student_temperature or config.kd_temperature
     teacher = config.teacher_temperature or config.kd_temperature
     if config.as_published:
-        # There it divides once more, and in student space only.
-        student = config.kd_temperature
-        teacher = student * (config.teacher_temperature or 1.0) if space == "student" else student
+        # There it divides once more, and in the student space of different vocabularies only.
+        student = teacher = config.kd_temperature
+        if space == "student" and not config.method_row.same_vocabulary:
+            teacher = student * (config.teacher_temperature or 1.0)
     if space == "teacher" and config.teacher_space_temperature is not None:
         student = teacher = config.teacher_space_temperature
     ratio = (config.final_kd_temperature or config.kd_temperature) / config.kd_temperature
@@ -162,9 +163,9 @@ def distillation_terms(
         # The released code masks nothing where the vocabulary is one.
         correctness_mask=config.correctness_mask and not (config.as_published and row.same_vocabulary),
     )
-    for name in TEACHER_TERMS & dual.keys():
-        terms.teacher[name] = dual.pop(name)
-    terms.student.update(dual)
+    # In the order of `dual`: a set of strings has another one in each process, and ranks add their logs up by place.
+    for name, values in dual.items():
+        (terms.teacher if name in TEACHER_TERMS else terms.student)[name] = values
 
     if row.matching is not None:
         assert queries is not None and keys is not None
@@ -188,14 +189,14 @@ def alignment_weights(
     queries: Tensor | None,
     keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The alignment of dual-space methods as weights: t2s `[B, R_s, R_t]` and s2t `[B, R_t, R_s]`."""
+    """An alignment through attention, chunks or places as weights: t2s `[B, R_s, R_t]` and s2t `[B, R_t, R_s]`."""
     if alignment == "identity":
         return mean_weights(identity_mask(student.mask, teacher.mask))
     pairs = None
     if alignment != "cross_model_attention":
         assert student.chunks is not None and teacher.chunks is not None
         pairs = chunk_mask(student.chunks, teacher.chunks)
-        if alignment == "chunk_mean":
+        if alignment in ("chunk_mean", "chunks"):
             return mean_weights(pairs)
         if alignment == "exact_tokens":
             return mean_weights(exact_pairs(pairs))

@@ -80,12 +80,13 @@ def least_squares(
     Returns:
         M of shape `[d_to, d_from]`, float64, and the relative residual ‖A M − B‖ / ‖B‖.
     """
-    device = to_head.weight.device
+    # Apple GPUs have no float64.
+    device = torch.device("cpu") if to_head.weight.device.type == "mps" else to_head.weight.device
     gram, cross, square = torch.zeros(0), torch.zeros(0), torch.zeros(())
     for start in range(0, len(to_ids), rows):
-        a = to_head.weight[to_ids[start : start + rows].to(device)].double() * to_head.scale
-        b = from_head.weight[from_ids[start : start + rows].to(from_head.weight.device)].double() * from_head.scale
-        b = b.to(device)
+        a = to_head.weight[to_ids[start : start + rows].to(to_head.weight.device)].to(device).double() * to_head.scale
+        b = from_head.weight[from_ids[start : start + rows].to(from_head.weight.device)].to(device).double()
+        b = b * from_head.scale
         if start == 0:
             gram, cross, square = a.T @ a, a.T @ b, b.square().sum()
         else:

@@ -172,9 +172,19 @@ def fastest_precision() -> list[str]:
 
 
 def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:
-    """The same configuration with some settings changed, checked anew."""
+    """
+    The same configuration with some settings changed, checked anew.
+
+    For a method without a teacher in its loss, the settings that it would refuse are left out.
+    """
+    from .config import PARTS
+    from .methods import METHODS
+
     own = {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.init}
-    return type(config)(**{**own, **changes})
+    changed = {**own, **changes}
+    if not METHODS[changed["method"]].needs_teacher:
+        changed |= {**dict.fromkeys(PARTS), "on_policy_fraction": 0.0}
+    return type(config)(**changed)
 
 
 def set_accumulation(run: Run) -> None:
@@ -469,7 +479,7 @@ def write_text(path: Path, text: str) -> None:
 def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     """Draws the loss curves and, where the method has one, the alignment of a held-out example. Returns the files."""
     from .analysis.curves import plot_curves
-    from .analysis.heatmap import cross_attention, plot_attention
+    from .analysis.heatmap import cross_attention, has_alignment, plot_attention
 
     pictures = []
     history = trainer.state.log_history
@@ -478,7 +488,7 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
         pictures.append(folder / "curves.png")
         plot_curves({trainer.args.method: history}, pictures[-1])
     rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if trainer.projectors is not None:
+    if has_alignment(trainer.args.method_row):
         pictures.append(folder / "alignment.png")
         plot_attention([cross_attention(trainer, rows[example])], pictures[-1])
     return pictures

@@ -358,6 +358,11 @@ class DSKDTrainer(Trainer):
                 f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
                 " already tokenized: pass the text"
             )
+        if not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"method={args.method!r} needs all prompts before training for the teacher to answer, and"
+                f" train_dataset is a {type(dataset).__name__}: pass a datasets.Dataset"
+            )
         with args.main_process_first(desc="teacher's responses"):
             return write_responses(
                 dataset,
@@ -442,7 +447,8 @@ class DSKDTrainer(Trainer):
             counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
             if self.teacher is not None:
                 counts[1] += (batch["teacher_labels"][:, 1:] != -100).sum().to(device)
-        self._items = self.accelerator.reduce(counts, reduction="sum")
+        # Without any, every sum is 0, and so is the loss.
+        self._items = self.accelerator.reduce(counts, reduction="sum").clamp_min(1)
         return self._items[0]
 
     # ---- Loss
@@ -469,7 +475,7 @@ class DSKDTrainer(Trainer):
                 terms.student_tokens,
                 terms.student_tokens if terms.teacher_tokens is None else terms.teacher_tokens,
             )
-            loss = total_loss(self.args, terms, counts[0].sum(), counts[1].sum())
+            loss = total_loss(self.args, terms, counts[0].sum().clamp_min(1), counts[1].sum().clamp_min(1))
         else:
             assert self._items is not None
             # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.

@@ -52,7 +52,7 @@ def demo(args, student, teacher, train, held_out) -> None:
     dtype = None if dtype == torch.float32 else dtype
     steps, name = args.config.max_steps, args.config.method
     # The demo evaluates before and after; in between it only trains.
-    args.config = run.variant(args.config, eval_strategy="no", save_strategy="no")
+    asked = run.variant(args.config, eval_strategy="no", save_strategy="no")
     scores, written, histories = {}, {}, {}
 
     def measure(title, model, tokenizer, side="student"):
@@ -63,7 +63,7 @@ def demo(args, student, teacher, train, held_out) -> None:
             written[title] = complete(model, tokenizer, prompt)
 
     for method in ("sft", name):
-        args.config = run.variant(args.config, method=method, output_dir=str(folder / method))
+        args.config = run.variant(asked, method=method, output_dir=str(folder / method))
         trainer = run.make_trainer(args, student, teacher, train, held_out)
         rows = trainer.eval_dataset
         # A short one, so that its picture can be read and its text fits a screen.
@@ -73,14 +73,18 @@ def demo(args, student, teacher, train, held_out) -> None:
             measure("before", trainer.model, trainer.processing_class)
         else:
             measure("teacher", trainer.teacher.model, trainer.teacher_processing_class, side="teacher")
-            alignments = [cross_attention(trainer, sample, caption="before training")]
+            # An alignment by chunks of the text isn't trained.
+            trained = trainer.args.method_row.has_queries
+            caption = "before training" if trained else "chunks of the same bytes"
+            alignments = [cross_attention(trainer, sample, caption=caption)]
         print(f"\n{method}: {steps} steps of {args.options.total_batch_size} functions")
         trainer.train()
         measure(method, trainer.model, trainer.processing_class)
         histories[method] = trainer.state.log_history
         if method != "sft":
             trainer.save_model()
-            alignments.append(cross_attention(trainer, sample, caption=f"after {steps} steps"))
+            if trained:
+                alignments.append(cross_attention(trainer, sample, caption=f"after {steps} steps"))
             plot_attention(alignments, folder / "alignment.png")
         tokenizer = trainer.processing_class
         del trainer

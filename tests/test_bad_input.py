@@ -11,12 +11,14 @@ import runs
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BitsAndBytesConfig,
     GPT2Model,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -24,6 +26,7 @@ from transformers import (
 
 from hf_dskd import DSKDConfig, DSKDTrainer
 from hf_dskd.checks import check_peft
+from hf_dskd.data.tokenization import response_tokens, tokenize_dataset
 from hf_dskd.errors import UserError
 
 
@@ -113,7 +116,7 @@ def test_good_input_gets_as_far_as_loading(make):
 # ---- Which two models
 
 
-@pytest.mark.parametrize("method", ["dskd_cma", "dskd_cma_ga"])
+@pytest.mark.parametrize("method", ["dskd_cma", "dskd_cma_ga", "kd", "uld", "alm", "seq_kd"])
 def test_no_teacher(make, method):
     refused(lambda: make(teacher_model=None, method=method), f"method={method!r}", "teacher_model", "'sft'")
 
@@ -266,6 +269,44 @@ def test_vocabulary_larger_than_the_embedding(make, saved, tmp_path, role):
     refused(lambda: make(**{option: loaded}, **tokenizers), *parts)
 
 
+# ---- Two vocabularies
+
+
+@pytest.mark.parametrize(
+    "settings, parts",
+    [
+        ({"method": "kd"}, ["method='kd'", "such as uld, min_edit or alm"]),
+        ({"method": "dskd"}, ["method='dskd'", "such as dskd_cma"]),
+        ({"method": "dskd", "t2s_label": "teacher"}, ["method='dskd'", "such as dskd_cma"]),
+        # Here it isn't the method that has to change.
+        ({"method": "dskd_cma", "alignment": "identity"}, ["alignment='identity'", "such as cross_model_attention"]),
+    ],
+)
+def test_same_vocabulary_methods_on_different_ones(make, saved, settings, parts):
+    refused(lambda: make(**settings), f"{str(saved / 'student')!r} and {str(saved / 'teacher')!r} differ", *parts)
+    with pytest.raises(Loaded):
+        make(teacher_processing_class=runs._STUDENT_TOKENIZER, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "dskd_eta"},
+        {"method": "min_edit"},
+        {"method": "dskd_cma", "projector_init": "pseudo_inverse"},
+        {"method": "dskd_cma", "alignment": "exact_tokens"},
+    ],
+)
+def test_vocabularies_without_a_common_token(make, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path / "cache"))
+    backend = Tokenizer(models.BPE(vocab={"</s>": 0, "ĠQQ": 1, "ĠZZ": 2}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    apart = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    refused(lambda: make(teacher_processing_class=apart, **settings), "'the teacher' share no token", "such as alm")
+    with pytest.raises(Loaded):
+        make(**settings)
+
+
 # ---- Data
 
 
@@ -311,6 +352,77 @@ def test_skip_long_prompts(tmp_path):
     run = runs.trainer(tmp_path, train_dataset=dataset, max_length=64, skip_long_prompts=True)
     report = run.tokenization_reports["train"]
     assert (report.rows, report.kept, report.long_prompts) == (2, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """As a user's own program may have made them: without what only hf_dskd needs."""
+    tokenized, _ = tokenize_dataset(tiny.dataset(4), runs._STUDENT_TOKENIZER, runs._TEACHER_TOKENIZER, max_length=256)
+    return tokenized, tokenized.remove_columns(["chunk_ids", "teacher_chunk_ids"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "dskd_clp"},
+        {"method": "dskd_cla"},
+        {"method": "dskd_eta"},
+        {"method": "alm"},
+        {"method": "dskd_cma", "alignment": "chunk_mean"},
+    ],
+)
+def test_tokens_without_chunks(make, tokens, settings):
+    whole, without = tokens
+    parts = f"method={settings['method']!r}", "no column chunk_ids", "pass the text", "hf_dskd.tokenize_dataset"
+    refused(lambda: make(train_dataset=without, **settings), "the train data", *parts)
+    refused(lambda: make(eval_dataset=without, **settings), "the eval data", *parts)
+    refused(lambda: make(eval_dataset={"held_out": without}, **settings), "the eval_held_out data", *parts)
+    with pytest.raises(Loaded):
+        make(train_dataset=whole, eval_dataset=whole, **settings)
+
+
+def test_tokens_without_chunks_serve_other_methods(make, tokens):
+    with pytest.raises(Loaded):
+        make(train_dataset=tokens[1], eval_dataset=tokens[1], method="dskd_cma")
+
+
+def test_chunks_are_asked_for_when_evaluating_later(tmp_path, tokens):
+    run = runs.trainer(tmp_path, method="alm")
+    refused(lambda: run.evaluate(tokens[1]), "the eval data", "no column chunk_ids")
+
+
+def test_teacher_can_not_answer_tokens(make, tokens):
+    refused(
+        lambda: make(train_dataset=tokens[0], method="seq_kd"), "method='seq_kd'", "already tokenized", "pass the text"
+    )
+
+
+def test_spans_that_do_not_cover_a_response(make, monkeypatch):
+    """Nothing that a user can mend: a mistake in the library, which names the example."""
+
+    def broken(tokenizer, text):
+        ids, byte_ends = response_tokens(tokenizer, text)
+        return ids, byte_ends if "moon" not in text else [*byte_ends[:-1], byte_ends[-1] + 1]
+
+    monkeypatch.setattr("hf_dskd.data.tokenization.response_tokens", broken)
+    rows = [{"prompt": "a", "completion": text} for text in ("yes", "no", "the moon")]
+    with pytest.raises(RuntimeError, match=r"student's tokens .* response of example 2: .* byte 9 of 8;"):
+        make(rows=rows)
+
+
+def test_on_policy_without_a_generation_config(make):
+    student = tiny.gpt2(len(runs._STUDENT_TOKENIZER))
+    options = {"model": student, "processing_class": runs._STUDENT_TOKENIZER}
+    with pytest.raises(Loaded):
+        make(**options, on_policy_fraction=0.5)
+    student.generation_config = None
+    refused(
+        lambda: make(**options, on_policy_fraction=0.5),
+        "generation_config of the student is None",
+        "set model.generation_config = GenerationConfig(",
+    )
+    with pytest.raises(Loaded):
+        make(**options)
 
 
 def test_training_without_data(tmp_path):
@@ -382,6 +494,9 @@ def test_lora_elsewhere_is_fine(adapter):
         ({"divergence": "rkl"}, ["divergence='rkl'", "reverse_kl"]),
         ({"method": "dskd-cma-ga"}, ["method='dskd-cma-ga'", "did you mean 'dskd_cma_ga'?"]),
         ({"method": "SFT"}, ["method='SFT'", "sft, seq_kd"]),
+        ({"method": "min_edits"}, ["method='min_edits'", "did you mean 'min_edit'?"]),
+        ({"method": "seqkd"}, ["method='seqkd'", "did you mean 'seq_kd'?"]),
+        ({"method": "dskd_etta"}, ["method='dskd_etta'", "did you mean 'dskd_eta'?"]),
         ({"adversarial_loss": "minmax"}, ["adversarial_loss='minmax'", "did you mean 'minimax'?"]),
         ({"discriminator_lr_scheduler_type": "cosin"}, ["='cosin'", "did you mean 'cosine'?"]),
         ({"prompt_style": "chatt"}, ["prompt_style='chatt'", "did you mean 'chat'?"]),

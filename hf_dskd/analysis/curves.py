@@ -19,13 +19,17 @@ PANELS: dict[str, dict[str, str]] = {
     "projected teacher's cross entropy (t2s_ce_loss)": {"": "t2s_ce_loss"},
     "divergence, student space (t2s_kd_loss)": {"": "t2s_kd_loss"},
     "divergence, teacher space (s2t_kd_loss)": {"": "s2t_kd_loss"},
+    "divergence of logits (kd_loss)": {"": "kd_loss"},
+    "divergence of chunk likelihoods (alm_loss)": {"": "alm_loss"},
     "key-query matching (kq_loss)": {"": "kq_loss"},
+    "transport cost under the critics": {"": "transport_cost"},
     "discriminator's loss": {"": "discriminator_loss"},
     "discriminator's accuracy": {
         "real (keys)": "discriminator_accuracy_real",
         "fake (queries)": "discriminator_accuracy_fake",
     },
     "projected teacher is right (mask rate)": {"": "correctness_mask_rate"},
+    "student tokens with a partner": {"": "aligned_rate"},
     # With several evaluation sets the key has the name of the set.
     "evaluation: bits per byte": {"": "eval_*bits_per_byte"},
     "gradient norms": {
@@ -40,7 +44,11 @@ PANELS: dict[str, dict[str, str]] = {
     },
 }
 LOGARITHMIC = ("gradient norms", "learning rates")
-SHARES = ("discriminator's accuracy", "projected teacher is right (mask rate)")
+SHARES = (
+    "discriminator's accuracy",
+    "projected teacher is right (mask rate)",
+    "student tokens with a partner",
+)
 
 _COLOURS = ("#1f5fa8", "#e4572e", "#3a9d5d", "#8e5bb5", "#d6a11b", "#4ab3c4", "#b3446c", "#7a7a7a")
 _STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (1, 1.2)), "^"), ("-.", "D"))

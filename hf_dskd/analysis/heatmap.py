@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from ..methods import Method
     from ..trainer import DSKDTrainer
 
 MOST_TOKENS = 60
@@ -69,6 +70,11 @@ class AlignmentExample:
     caption: str = ""
 
 
+def has_alignment(method: Method) -> bool:
+    """Whether [`cross_attention`] has something to show for a method."""
+    return method.dual_space or method.needs_chunks
+
+
 def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str = "") -> AlignmentExample:
     """
     The alignment that `trainer` computes for one tokenized row, in its present state and precision.
@@ -83,11 +89,14 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         caption (`str`, *optional*): For the picture.
 
     Raises:
-        UserError: If the trainer has no teacher, or the row isn't tokenized for both models.
+        UserError: If the method has no alignment, or the row isn't tokenized for both models.
     """
-    if trainer.teacher is None or trainer.projectors is None:
-        raise UserError(f"method={trainer.args.method!r} has no alignment to show: use a method in hidden spaces")
     method = trainer.args.method_row
+    if trainer.teacher is None or not has_alignment(method):
+        raise UserError(
+            f"method={trainer.args.method!r} has no alignment to show: use one in hidden spaces, such as dskd_cma,"
+            " or alm"
+        )
     needed = ("input_ids", "prompt_length", "byte_ends")
     columns = [*needed, *(f"teacher_{name}" for name in needed), "response_bytes", "cut"]
     missing = [name for name in columns if name not in row]
@@ -105,6 +114,7 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         teacher = states("teacher_", trainer.teacher.embedding)
         queries = keys = None
         if method.has_queries:
+            assert trainer.projectors is not None
             queries, keys = queries_and_keys(
                 student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
             )

@@ -37,8 +37,8 @@ def shared_tokens(
     if not pairs:
         raise UserError(
             f"the vocabularies of {student_tokenizer.name_or_path or 'the student'!r} and"
-            f" {teacher_tokenizer.name_or_path or 'the teacher'!r} share no token: use a method that compares neither"
-            " tokens nor heads, such as dskd_cma or alm"
+            f" {teacher_tokenizer.name_or_path or 'the teacher'!r} share no token: use what compares neither tokens"
+            " nor heads, such as alm, or dskd_cma with its own projector_init"
         )
     ends = student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
     pairs = {s: t for s, t in pairs.items() if s != ends[0] and t != ends[1]}
@@ -57,6 +57,7 @@ def same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenize
 
 def _ids_by_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[bytes, int]:
     special = set(tokenizer.all_special_ids)
+    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     found: dict[bytes, int] = {}
     for token, data in sorted(token_bytes(tokenizer).items()):
         if data and token not in special and token < size:

@@ -135,9 +135,10 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                     f" {', '.join(_PUBLISHED_METHODS)}"
                 )
             replaced = [name for name in (*PARTS, "student_temperature") if getattr(self, name) is not None]
-            if replaced or self.on_policy_fraction:
-                name = replaced[0] if replaced else "on_policy_fraction"
-                raise UserError(f"as_published=True: the released code has no {name}; leave it at its default")
+            replaced += ["on_policy_fraction"] if self.on_policy_fraction else []
+            replaced += ["adversarial_loss"] if self.adversarial_loss != "minimax" else []
+            if replaced:
+                raise UserError(f"as_published=True: the released code has no {replaced[0]}; leave it at its default")
         if self.on_policy_fraction and not row.needs_teacher:
             raise UserError(
                 f"on_policy_fraction={self.on_policy_fraction}: method={self.method!r} would learn the student's own"

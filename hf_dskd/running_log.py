@@ -79,7 +79,7 @@ class RunningLog:
             for name, (value, divisor) in RATIOS.items()
             if value in totals and totals.get(divisor)
         }
-        if "discriminator_query_loss" in totals:
+        if "discriminator_query_loss" in totals and totals["student_tokens"] and totals["teacher_tokens"]:
             logs["discriminator_loss"] = (
                 totals["discriminator_query_loss"] / totals["student_tokens"]
                 + totals["discriminator_key_loss"] / totals["teacher_tokens"]

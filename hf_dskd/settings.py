@@ -65,7 +65,7 @@ class DistillationSettings:
         temperature_scaling (`str`, *optional*, defaults to `"none"`):
             `"tau_squared"` multiplies a divergence by the product of its two temperatures.
         temperature_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"linear"` or `"cosine"` moves every temperature by one common factor over the run.
+            `"linear"` or `"cosine"` moves the temperatures above by one common factor over the run.
         final_kd_temperature (`float`, *optional*): Where `kd_temperature` ends with such a schedule.
         kd_rate (`float`, *optional*, defaults to `0.5`):
             Weight of the distillation terms; the student's own cross entropy has 1 − `kd_rate`.

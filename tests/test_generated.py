@@ -1,0 +1,499 @@
+"""Runs on text that a model writes: the student's own in on-policy steps, the teacher's with `seq_kd`."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import runs
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import GenerationConfig, TrainerCallback
+
+from hf_dskd import trainer as trainer_module
+from hf_dskd.data import on_policy
+from hf_dskd.data.on_policy import is_on_policy
+from hf_dskd.data.tokenization import tokenize_dataset
+from hf_dskd.errors import UserError
+from hf_dskd.evaluation.generation import response_text
+from hf_dskd.objective import weights
+from hf_dskd.running_log import LOG_NAMES
+from hf_dskd.teacher import responses
+
+
+STUDENT, TEACHER = runs._STUDENT_TOKENIZER, runs._TEACHER_TOKENIZER
+MAX_LENGTH = 96
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+WITH_TEACHER = [case for case in runs.CASES if case != "sft"]
+# A student that has learnt nothing writes broken characters or repeats white space, which is no answer.
+UNWANTED = [token for token in range(1, len(STUDENT)) if not response_text(STUDENT, [token]).isalnum()]
+SAMPLING = {"do_sample": True, "top_k": 50, "top_p": 0.95, "temperature": 1.3}
+GREEDY = {"do_sample": False}
+
+
+# ---- On-policy steps
+
+
+def student(dropout=0.0, **generation):
+    model = tiny.gpt2(len(STUDENT), dropout=dropout)
+    model.generation_config = GenerationConfig(
+        **{"max_new_tokens": 10, "suppress_tokens": UNWANTED, "bos_token_id": 0, "eos_token_id": 0, **generation}
+    )
+    return model
+
+
+def on_policy_run(folder, *, dropout=0.0, generation=SAMPLING, fraction=1.0, **settings):
+    settings = {"rows": 12, "max_length": MAX_LENGTH, "on_policy_fraction": fraction, **settings}
+    return runs.trainer(folder, student=student(dropout, **generation), **settings)
+
+
+class RandomStates(TrainerCallback):
+    """The state of the global random numbers after each step."""
+
+    def __init__(self, states):
+        self.states = states
+
+    def on_step_end(self, *args, **kwargs):
+        self.states.append(torch.get_rng_state())
+
+
+class Watch:
+    """What the batches of each step of a run are, and whether making them moves the global random numbers."""
+
+    def __init__(self, run):
+        self.on_policy, self.ids, self.texts, self.moved = [], [], [], []
+        self.run, self.batches = run, run.get_batch_samples
+        run.get_batch_samples = self
+
+    def __call__(self, iterator, *args, **kwargs):
+        fetched = []
+
+        def watched():
+            for batch in iterator:
+                fetched.append(torch.get_rng_state())
+                yield batch
+
+        batches, items = self.batches(watched(), *args, **kwargs)
+        if not batches:  # at the end of an epoch
+            return batches, items
+        self.on_policy.append(self.run._on_policy)
+        self.ids.append([batch["example_ids"].tolist() for batch in batches])
+        self.texts.append(
+            [response_text(STUDENT, row[row != -100].tolist()) for batch in batches for row in batch["labels"]]
+        )
+        self.moved.append(not torch.equal(torch.get_rng_state(), fetched[-1]))
+        return batches, items
+
+
+def loss_from_terms(run, log, on_policy):
+    student_weights, teacher_weights = weights(run.args)
+    student_weights["ce"] *= not on_policy
+    return sum(weight * log[LOG_NAMES[name]] for name, weight in (student_weights | teacher_weights).items())
+
+
+def training_logs(run):
+    return [log for log in run.state.log_history if "loss" in log]
+
+
+def data_texts(run):
+    return {
+        row["example_id"]: response_text(STUDENT, row["input_ids"][row["prompt_length"] :])
+        for row in run.train_dataset
+    }
+
+
+def assert_equal_weights(one, two):
+    assert [name for name, value in runs.weights(one).items() if not torch.equal(value, runs.weights(two)[name])] == []
+
+
+@pytest.mark.parametrize("case", WITH_TEACHER)
+def test_every_case_learns_the_students_own_text(case, tmp_path):
+    run = on_policy_run(tmp_path, max_steps=2, rows=8, **runs.CASES[case])
+    watch, original, before = Watch(run), data_texts(run), runs.weights(run)
+    run.train()
+    assert watch.on_policy == [True, True]
+    for ids, texts in zip(watch.ids, watch.texts):
+        assert len(texts) == 4 and all(text.isalnum() for text in texts)
+        assert not {original[example] for example in ids[0]} & set(texts)
+    for log in training_logs(run):
+        assert all(math.isfinite(value) for value in log.values())
+        assert log["loss"] == pytest.approx(loss_from_terms(run, log, True), rel=1e-5, abs=1e-4)
+        assert abs(log["loss"] - loss_from_terms(run, log, False)) > 1
+    for name, value in runs.weights(run).items():
+        assert torch.isfinite(value).all(), name
+    assert any(not torch.equal(before[name], value) for name, value in runs.weights(run).items() if "student" in name)
+
+
+def test_cross_entropy_teaches_nothing_on_policy(tmp_path):
+    """With matching and distillation off nothing is left of the loss."""
+    run = on_policy_run(tmp_path, method="uld", kd_rate=0.0, max_steps=2, weight_decay=0.0)
+    before = runs.weights(run)
+    run.train()
+    assert runs.history(run, "loss", "grad_norm") == [(0.0, 0.0)] * 2
+    assert all(torch.equal(before[name], value) for name, value in runs.weights(run).items())
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1 / 3, 0.75])
+def test_which_steps_are_on_policy(fraction, tmp_path):
+    run = on_policy_run(tmp_path, method="dskd_cma", fraction=fraction, max_steps=4)
+    watch, original = Watch(run), data_texts(run)
+    run.train()
+    expected = [is_on_policy(step, fraction) for step in range(4)]
+    assert watch.on_policy == expected and set(expected) == {True, False}
+    for on, ids, texts, log in zip(expected, watch.ids, watch.texts, training_logs(run)):
+        assert log["loss"] == pytest.approx(loss_from_terms(run, log, on), rel=1e-5, abs=1e-4)
+        assert (texts == [original[example] for example in ids[0]]) == (not on)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_resume_is_bit_exact(adapter, tmp_path):
+    def make(folder):
+        return on_policy_run(
+            folder,
+            dropout=0.1,
+            fraction=0.5,
+            peft_config=LORA if adapter else None,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=1,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,  # three steps an epoch: the run crosses one
+            discriminator_dropout=0.2,
+            lr_scheduler_type="cosine",
+        )
+
+    whole = make(tmp_path / "whole")
+    watch = Watch(whole)
+    whole.train()
+    for step in (2,) if adapter else (1, 2, 3):
+        resumed = make(tmp_path / "resumed")
+        again = Watch(resumed)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert again.on_policy == watch.on_policy[step:]
+        assert again.texts == watch.texts[step:]
+        assert_equal_weights(whole, resumed)
+        assert runs.history(resumed, "loss", "kq_loss") == runs.history(whole, "loss", "kq_loss")
+
+
+def test_sampling_leaves_the_global_random_numbers_alone(tmp_path):
+    watches = []
+    for fraction in (0.0, 0.5):
+        run = on_policy_run(tmp_path / str(fraction), dropout=0.1, fraction=fraction, max_steps=4)
+        watches.append(Watch(run))
+        run.train()
+        assert watches[-1].moved == [False] * 4
+    assert watches[1].on_policy == [False, True, False, True]
+    # The order of the data is the same, and the first steps are one step.
+    assert watches[0].ids == watches[1].ids
+    assert watches[0].texts[0] == watches[1].texts[0] and watches[0].texts[1] != watches[1].texts[1]
+
+
+def test_steps_on_the_data_are_those_of_a_run_without_samples(tmp_path):
+    """With weights that don't move, to the last bit; without dropout, which draws more for longer responses."""
+    logs = []
+    for fraction in (0.0, 0.5):
+        run = on_policy_run(
+            tmp_path / str(fraction),
+            fraction=fraction,
+            max_steps=4,
+            learning_rate=0.0,
+            projector_learning_rate=0.0,
+            discriminator_learning_rate=0.0,
+            discriminator_dropout=0.3,
+        )
+        states = []
+        run.add_callback(RandomStates(states))
+        run.train()
+        logs.append((runs.history(run, "loss", "kq_loss", "discriminator_loss"), states))
+    (off, states), (mixed, mixed_states) = logs
+    assert [one == other for one, other in zip(off, mixed)] == [True, False, True, False]
+    assert len(states) == 4 and all(torch.equal(one, other) for one, other in zip(states, mixed_states))
+
+
+def test_seeds_and_steps_sample_differently(tmp_path):
+    texts = []
+    for seed in (0, 0, 1):
+        run = on_policy_run(tmp_path, method="uld", seed=seed, data_seed=0, max_steps=2, rows=4, learning_rate=0.0)
+        watch = Watch(run)
+        run.train()
+        by_example = [dict(zip(ids[0], step)) for ids, step in zip(watch.ids, watch.texts)]
+        # The four prompts come again in the second step.
+        assert by_example[0].keys() == by_example[1].keys() and by_example[0] != by_example[1]
+        texts.append(by_example)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("case", ["dskd_cma_ga", "dskd_cla", "min_edit", "alm", "kd"])
+def test_gradient_accumulation(case, tmp_path):
+    logs, finals, texts = [], [], []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        run = on_policy_run(
+            tmp_path / str(batch_size),
+            generation=GREEDY,
+            fraction=0.5,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            **runs.CASES[case],
+        )
+        watch = Watch(run)
+        run.train()
+        texts.append(watch.texts)
+        names = [name for name in training_logs(run)[0] if name.endswith(("loss", "norm", "rate", "accuracy"))]
+        logs.append(torch.tensor(runs.history(run, *names)))
+        finals.append(runs.weights(run))
+    assert texts[0] == texts[1] and all(text.isalnum() for text in texts[0][1])
+    torch.testing.assert_close(logs[0], logs[1], rtol=1e-5, atol=1e-6)
+    for name in finals[0]:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_is_on_the_data(tmp_path, monkeypatch):
+    calls = []
+    sample = on_policy.sample
+    monkeypatch.setattr(on_policy, "sample", lambda *args, **kwargs: calls.append(1) or sample(*args, **kwargs))
+    metrics = []
+    for fraction in (0.0, 1.0):
+        run = on_policy_run(
+            tmp_path / str(fraction),
+            fraction=fraction,
+            max_steps=2,
+            eval_dataset=tiny.dataset(6),
+            eval_strategy="steps",
+            eval_steps=1,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=0.0,
+            projector_learning_rate=0.0,
+            discriminator_learning_rate=0.0,
+        )
+        run.train()
+        evaluations = [log for log in run.state.log_history if "eval_loss" in log] + [run.evaluate()]
+        assert len(calls) == 4 * fraction
+        metrics.append(
+            [{k: v for k, v in log.items() if k.endswith(("loss", "byte", "accuracy"))} for log in evaluations]
+        )
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 3
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing(peft_config, tmp_path):
+    finals, texts = [], []
+    for checkpointing in (False, True):
+        run = on_policy_run(
+            tmp_path / str(checkpointing),
+            dropout=0.1,
+            peft_config=peft_config,
+            max_steps=2,
+            gradient_checkpointing=checkpointing,
+        )
+        watch = Watch(run)
+        run.train()
+        assert run.model.training
+        finals.append(runs.weights(run))
+        texts.append(watch.texts)
+    assert texts[0] == texts[1]
+    for name in finals[0]:
+        torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-4, atol=1e-5)
+
+
+def logs_of_runs(folder, batch_size):
+    """What short runs log, on what the student writes greedily and on what the teacher wrote, and how they end."""
+    options = {"per_device_train_batch_size": batch_size, "optim": "sgd", "learning_rate": 0.1}
+    logs = {}
+    for case in ("dskd_cma_ga", "min_edit", "seq_kd"):
+        if case == "seq_kd":
+            run = seq_kd(folder, max_steps=1, **options)
+        else:
+            run = on_policy_run(folder, generation=GREEDY, fraction=0.5, rows=16, max_steps=2, method=case, **options)
+        watch = Watch(run)
+        run.train()
+        assert case == "seq_kd" or all(text.isalnum() for text in watch.texts[1])
+        ends = ("loss", "norm", "rate", "agreement", "accuracy", "real", "fake")
+        names = sorted(name for name in training_logs(run)[0] if name.endswith(ends))
+        logs[case] = [[log[name] for name in names] for log in training_logs(run)]
+        logs[case].append([value.double().sum().item() for value in runs.weights(run).values()])
+    return logs if run.accelerator.is_main_process else None
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Two gloo processes of half the batch, in which strings have different hashes, as they have on any two."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "if 'PYTHONHASHSEED' not in os.environ:\n"
+        "    os.environ['PYTHONHASHSEED'] = ('1', '4')[int(os.environ['RANK'])]\n"
+        "    os.execv(sys.executable, [sys.executable, *sys.argv])\n"
+        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
+        "import test_generated\n"
+        "logs = test_generated.logs_of_runs(sys.argv[1], 4)\n"
+        "if logs is not None:\n"
+        "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
+    )
+    one = logs_of_runs(str(tmp_path / "1"), 8)
+    (tmp_path / "2").mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "2" / "logs.json").read_text())
+    assert two.keys() == one.keys()
+    for case, expected in one.items():
+        assert two[case] == [pytest.approx(numbers, rel=1e-4, abs=1e-5) for numbers in expected], case
+
+
+# ---- What the teacher wrote
+
+
+def teacher():
+    """Ends some of its responses."""
+    model = tiny.qwen2(len(TEACHER))
+    model.generation_config.eos_token_id = list(range(100, 120))
+    return model
+
+
+def seq_kd(folder, **settings):
+    options = {"rows": 12, "max_length": MAX_LENGTH, "skip_long_prompts": True, "teacher": teacher(), **settings}
+    return runs.trainer(folder, method="seq_kd", **options)
+
+
+def written(folder):
+    return [json.loads(line) for line in (folder / "teacher_responses" / "responses.jsonl").read_text().splitlines()]
+
+
+def no_writing(*args, **kwargs):
+    raise AssertionError("the teacher is asked again")
+
+
+def test_seq_kd_is_sft_on_what_the_teacher_wrote(tmp_path):
+    evaluation = tiny.dataset(6)
+    run = seq_kd(tmp_path / "seq_kd", eval_dataset=evaluation)
+    assert run.teacher is None and run.projectors is None and run.adversary is None
+    rows = written(tmp_path / "seq_kd")
+    assert [row["prompt"] for row in rows] == tiny.dataset(12)["prompt"][:]
+    assert not {row["completion"] for row in rows} & set(tiny.dataset(12)["completion"])
+    options = {"max_length": MAX_LENGTH, "skip_long_prompts": True}
+    text = tokenize_dataset(Dataset.from_list(rows), STUDENT, TEACHER, finished_column="finished", **options)[0]
+    sft = runs.trainer(tmp_path / "sft", method="sft", train_dataset=text, eval_dataset=evaluation, **options)
+    assert run.train_dataset.to_list() == text.to_list()
+    # What it is evaluated on is the data itself.
+    assert run.eval_dataset.to_list() == sft.eval_dataset.to_list()
+    for row, source in zip(run.eval_dataset, evaluation):
+        response = response_text(STUDENT, row["input_ids"][row["prompt_length"] :])
+        assert source["completion"].startswith(response) and len(response.encode()) == row["response_bytes"]
+    run.train()
+    sft.train()
+    assert runs.history(run, "loss", "ce_loss") == runs.history(sft, "loss", "ce_loss")
+    assert_equal_weights(run, sft)
+    metrics = [
+        {k: v for k, v in one.evaluate().items() if k.endswith(("loss", "byte", "accuracy"))} for one in (run, sft)
+    ]
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 4
+
+
+def test_what_the_teacher_did_not_end_does_not_end_for_the_student(tmp_path):
+    run = seq_kd(tmp_path)
+    rows = written(tmp_path)
+    kept = {row["example_id"]: row for row in run.train_dataset}
+    unfinished = [row["example_id"] for row in rows if not row["finished"] and row["example_id"] in kept]
+    finished = [row["example_id"] for row in rows if row["finished"] and row["example_id"] in kept]
+    assert unfinished and finished
+    for example in unfinished:
+        assert kept[example]["cut"] and kept[example]["input_ids"][-1] != STUDENT.eos_token_id
+    assert any(kept[example]["input_ids"][-1] == STUDENT.eos_token_id for example in finished)
+    for example in finished:
+        assert (kept[example]["input_ids"][-1] == STUDENT.eos_token_id) == (not kept[example]["cut"])
+    # In the batch, too, the last label is a token of the text.
+    batch = run.data_collator([kept[example] for example in unfinished])
+    assert not (batch["labels"] == STUDENT.eos_token_id).any()
+
+
+def test_the_teacher_writes_once(tmp_path, monkeypatch):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    first = seq_kd(tmp_path, **options)
+    first.train()
+    before = (tmp_path / "teacher_responses" / "responses.jsonl").read_bytes()
+    monkeypatch.setattr(responses, "sample", no_writing)
+    monkeypatch.setattr(trainer_module, "_load_teacher", no_writing)
+    again = seq_kd(tmp_path, **options)
+    assert again.train_dataset.to_list() == first.train_dataset.to_list()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_equal_weights(first, again)
+    assert (tmp_path / "teacher_responses" / "responses.jsonl").read_bytes() == before
+
+
+def test_a_teacher_by_name_is_let_go(tmp_path, monkeypatch):
+    teacher().save_pretrained(tmp_path / "teacher")
+    TEACHER.save_pretrained(tmp_path / "teacher")
+    loaded, load = [], trainer_module.load_causal_lm
+
+    def watched(name, **options):
+        model = load(name, **options)
+        loaded.append((name, weakref.ref(model)))
+        return model
+
+    monkeypatch.setattr(trainer_module, "load_causal_lm", watched)
+    run = seq_kd(tmp_path / "run", teacher=str(tmp_path / "teacher"))
+    gc.collect()
+    assert [(name, reference()) for name, reference in loaded] == [(str(tmp_path / "teacher"), None)]
+    # It wrote what the same model writes that is passed as one.
+    seq_kd(tmp_path / "other")
+    assert written(tmp_path / "run") == written(tmp_path / "other")
+    run.train()
+    assert run.state.global_step == 3
+
+
+def test_interrupted_writing_goes_on(tmp_path, monkeypatch):
+    whole = seq_kd(tmp_path / "whole")
+    sample, prompts = responses.sample, []
+
+    def interrupted(model, batch, **options):
+        if prompts:
+            raise KeyboardInterrupt
+        prompts.append(len(batch))
+        return sample(model, batch, **options)
+
+    monkeypatch.setattr(responses, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        seq_kd(tmp_path / "run")
+    done = len(written(tmp_path / "run"))
+    assert done == prompts[0] < 12
+
+    def counted(model, batch, **options):
+        prompts.append(len(batch))
+        return sample(model, batch, **options)
+
+    monkeypatch.setattr(responses, "sample", counted)
+    resumed = seq_kd(tmp_path / "run")
+    assert sum(prompts) == 12
+    assert resumed.train_dataset.to_list() == whole.train_dataset.to_list()
+
+
+def test_responses_of_other_settings_are_refused(tmp_path):
+    seq_kd(tmp_path)
+    before = written(tmp_path)
+    with pytest.raises(UserError, match="max_length=96, which is now 64: choose another folder or delete") as error:
+        seq_kd(tmp_path, max_length=64)
+    assert str(tmp_path / "teacher_responses") in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="dtype='float32', which is now 'bfloat16'"):
+        seq_kd(tmp_path, bf16=True)
+    assert written(tmp_path) == before
+
+
+def test_a_stream_has_no_end_to_write_to(tmp_path):
+    rows = tiny.dataset(4).to_list()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(UserError, match=r"method='seq_kd'.*IterableDataset.*Dataset") as error:
+        seq_kd(tmp_path, train_dataset=stream)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "teacher_responses").exists()

@@ -52,11 +52,13 @@ class PairConstants:
         label_map: The student's token for the same bytes as each of the teacher's, `[V_t]`, -1 for none.
         vocabulary_map: The student's token nearest to each of the teacher's by edit distance, `[V_t]`, -1 for none.
         boundary_tokens: Which tokens begin with whitespace or end the text, `[V_s]` and `[V_t]`.
+        end_tokens: End-of-sequence token of student and teacher.
     """
 
     label_map: Tensor | None = None
     vocabulary_map: Tensor | None = None
     boundary_tokens: tuple[Tensor, Tensor] | None = None
+    end_tokens: tuple[int, int] | None = None
 
 
 def student_terms(states: ResponseStates, logits: Tensor) -> Terms:
@@ -133,7 +135,7 @@ def distillation_terms(
             teacher_logits = teacher_head(teacher.packed(teacher.hidden))
         if row.spaces == ("likelihood",):
             terms.teacher["alm"] = _likelihood_term(
-                config, student, teacher, student_logits, teacher_logits, constants.boundary_tokens
+                config, student, teacher, student_logits, teacher_logits, constants
             )
         else:
             divergence = space_divergence(config, "logits", progress)
@@ -236,20 +238,29 @@ def _likelihood_term(
     teacher: ResponseStates,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    boundary_tokens: tuple[Tensor, Tensor] | None,
+    constants: PairConstants,
 ) -> Tensor:
     assert student.chunks is not None and teacher.chunks is not None
+    chunks = [student.chunks, teacher.chunks]
+    if constants.end_tokens is not None:
+        # The end is no text, and a teacher that wasn't trained on this data may hardly expect it: matched, it would
+        # teach the student to go on. The cross entropy teaches the end.
+        chunks = [
+            states.chunks.masked_fill(states.targets == end, -1)  # type: ignore[union-attr]
+            for states, end in zip((student, teacher), constants.end_tokens)
+        ]
     boundaries: list[Tensor | None] = [None, None]
-    if boundary_tokens is not None:
+    if constants.boundary_tokens is not None:
         boundaries = [
             boundary_after(boundary_probability(logits, tokens), states.mask)
-            for logits, tokens, states in zip((student_logits, teacher_logits), boundary_tokens, (student, teacher))
+            for logits, tokens, states in zip(
+                (student_logits, teacher_logits), constants.boundary_tokens, (student, teacher)
+            )
         ]
     values = likelihood_matching(
         student.padded(-token_cross_entropy(student, student_logits)),
         teacher.padded(-token_cross_entropy(teacher, teacher_logits)),
-        student.chunks,
-        teacher.chunks,
+        *chunks,
         divergence=config.alm_divergence,
         temperature=config.alm_temperature,
         bias_threshold=config.alm_bias_threshold,

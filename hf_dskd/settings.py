@@ -74,7 +74,8 @@ class DistillationSettings:
         alm_divergence (`str`, *optional*, defaults to `"forward_kl"`):
             Of `alm`, between binary likelihoods: `"forward_kl"`, `"reverse_kl"`, `"total_variation"` or `"binary_ce"`.
         alm_temperature (`float`, *optional*, defaults to `100.0`):
-            Divides the log-likelihoods of `alm`, whose divergence is multiplied by it.
+            Divides the log-likelihoods of `alm`, whose divergence is multiplied by it. The end-of-sequence token is
+            not matched: the cross entropy teaches it, so that `kd_rate=1.0` teaches no end.
         alm_bias_threshold (`float`, *optional*):
             Of `alm`: a chunk goes on until the teacher gives at least this probability to whitespace or the end after
             it, which removes the bias of tokenizations that can't end there (the paper has 0.1). `None` merges none.

@@ -398,7 +398,8 @@ class DSKDTrainer(Trainer):
             )
         if vocabulary_map is not None:
             vocabulary_map = vocabulary_map.to(device)
-        return PairConstants(label_map, vocabulary_map, boundary)
+        ends = self._tokenize.student.eos_token_id, self._tokenize.teacher.eos_token_id
+        return PairConstants(label_map, vocabulary_map, boundary, ends)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""

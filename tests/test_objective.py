@@ -331,3 +331,26 @@ def test_alm_is_likelihood_matching_times_its_temperature(name, tau, threshold, 
     )
     torch.testing.assert_close(ours[0], plain[0])
     assert ours[1] is None
+
+
+def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
+    run = runs.trainer(tmp_path, method="alm", rows=4, max_length=256)
+    tokenizers = run.processing_class, run.teacher_processing_class
+    assert run._constants.end_tokens == tuple(tokenizer.eos_token_id for tokenizer in tokenizers)
+    rows = run.data_collator([run.train_dataset[i] for i in range(4)])
+    assert not any(run.train_dataset["cut"])
+    run.model.eval()
+    without = run._terms(run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"]), rows, False)[1]
+    # Chunks that end before the last token of each side: the same text without its end.
+    for side in ("", "teacher_"):
+        last = (rows[f"{side}chunk_ids"] == rows[f"{side}chunk_ids"].amax(1, keepdim=True)) & (
+            rows[f"{side}chunk_ids"] >= 0
+        )
+        assert (last.sum(1) == 1).all()
+        rows[f"{side}chunk_ids"] = rows[f"{side}chunk_ids"].masked_fill(last, -1)
+    run._constants = PairConstants()
+    expected = run._terms(run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"]), rows, False)[1]
+    torch.testing.assert_close(without.teacher["alm"], expected.teacher["alm"])
+    # The cross entropy has the end.
+    assert torch.equal(without.student["ce"], expected.student["ce"])
+    assert (without.student_tokens == rows["labels"].ne(-100).sum(1)).all()

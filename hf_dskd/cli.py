@@ -17,6 +17,8 @@ Distil a large language model into a small one whose tokenizer is different.
         one run: data, models, training, evaluation, OUTPUT_DIR/result.json
     hf-dskd compare --methods sft,dskd_cma --seeds 0,1,2 --config FILE.yaml --output_dir FOLDER
         methods and variants of settings over seeds, and one table
+    hf-dskd cache-teacher --config FILE.yaml --teacher_cache FOLDER
+        the teacher's hidden states on disk, for training without running the teacher
     hf-dskd methods
         which methods there are
 
@@ -28,6 +30,20 @@ hf-dskd train --config FILE.yaml [--any_setting VALUE ...]
 One run for any pair of models and any data. Several processes: accelerate launch --multi_gpu --num_processes 2
 -m hf_dskd.cli train ...; it stops with Ctrl-C and goes on with --resume_from_checkpoint last."""
 
+CACHE_TEACHER = """\
+hf-dskd cache-teacher --config FILE.yaml [--teacher_cache FOLDER] [--any_setting VALUE ...]
+
+Runs the teacher once over the training and the held-out examples and keeps its last hidden states at the response
+tokens, with its head and embedding, in FOLDER (OUTPUT_DIR/teacher_cache). Every run with the same teacher, data and
+tokenization, of whatever method, student and seed, can then train from them:
+
+    hf-dskd cache-teacher --config recipes/gpt2_qwen.yaml --teacher_cache runs/teacher_cache
+    hf-dskd train --config recipes/gpt2_qwen.yaml --teacher_cache runs/teacher_cache
+
+Takes 2 bytes x the teacher's hidden size per response token, and says so first. Interrupted, the same command goes
+on; examples that are there already are not computed again; --repair_teacher_cache makes damaged files anew. Several
+processes: accelerate launch --multi_gpu --num_processes 2 -m hf_dskd.cli cache-teacher ..."""
+
 METHODS = """\
 hf-dskd methods
 
@@ -38,6 +54,16 @@ keys, and where it comes from."""
 def train(arguments: list[str]) -> int:
     """`hf-dskd train`."""
     run.train(run.parse(TRAIN, None, arguments))
+    return 0
+
+
+def cache_teacher(arguments: list[str]) -> int:
+    """`hf-dskd cache-teacher`."""
+    try:
+        run.cache_teacher(run.parse(CACHE_TEACHER, None, arguments))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -84,7 +110,12 @@ def compare(arguments: list[str]) -> int:
     return compare.main(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "compare": compare, "methods": methods}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "compare": compare,
+    "cache-teacher": cache_teacher,
+    "methods": methods,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -139,6 +139,17 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             replaced += ["adversarial_loss"] if self.adversarial_loss != "minimax" else []
             if replaced:
                 raise UserError(f"as_published=True: the released code has no {replaced[0]}; leave it at its default")
+        if self.teacher_cache is not None and row.needs_teacher:
+            if self.as_published:
+                raise UserError(
+                    f"teacher_cache={self.teacher_cache!r}: as_published=True needs the states of prompts and padding"
+                    " too, and a cache holds those of responses; leave one of them out"
+                )
+            if self.on_policy_fraction:
+                raise UserError(
+                    f"teacher_cache={self.teacher_cache!r}: on_policy_fraction={self.on_policy_fraction} makes"
+                    " responses that no cache can hold; leave one of them out"
+                )
         if self.on_policy_fraction and not row.needs_teacher:
             raise UserError(
                 f"on_policy_fraction={self.on_policy_fraction}: method={self.method!r} would learn the student's own"

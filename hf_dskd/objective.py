@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from .adversary import Features, matching_term, published_matching_term
 from .alignment.chunked import chunk_mask, exact_pairs, identity_mask, mean_weights
 from .alignment.cross_model import cross_model_attention
+from .alignment.weights import AlignmentWeights, TiledAttention
+from .kernels.linear_divergence import linear_rows
 from .losses.divergences import DivergenceFunction, divergence_function
-from .losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, token_cross_entropy
+from .losses.dual_space import ResponseStates, dual_space_terms, own_rows, queries_and_keys, response_rows
 from .losses.likelihood import boundary_after, boundary_probability, likelihood_matching
 from .losses.logits import mapped_kd, packed_partners, paired_rows, shared_prefix_kd, uld
 from .losses.temperature import Temperatures, schedule_factor, with_temperature
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from .models import LMHead
     from .projectors import Projectors
 
+# Scores of a batch, of which a matrix and its copies take about 1.5 GB: one response of 8,192 tokens on both sides.
+TILED_ABOVE = 2**26
+
 
 @dataclass
 class Terms:
@@ -30,16 +36,22 @@ class Terms:
     What one batch contributes.
 
     Attributes:
-        student: Sums that are divided by student response tokens, `[B]` each. Those in the loss carry a gradient.
+        student: Sums that are divided by student response tokens, `[B]` each.
         teacher: Sums that are divided by teacher response tokens, `[B]` each.
         student_tokens, teacher_tokens: Response tokens per example, `[B]`.
+        student_loss, teacher_loss: The weighted terms of the batch, to be divided by the same; scalars that carry the
+            gradient. What the terms above carry is of no account.
+        ce_rows: The student's cross entropy at each response token, packed `[N_s]`.
         features: Detached queries and keys of the response tokens for the critic; `None` without one.
     """
 
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
     student_tokens: Tensor
+    student_loss: Tensor
+    teacher_loss: Tensor | None = None
     teacher_tokens: Tensor | None = None
+    ce_rows: Tensor | None = None
     features: Features | None = None
 
 
@@ -61,14 +73,23 @@ class PairConstants:
     end_tokens: tuple[int, int] | None = None
 
 
-def student_terms(states: ResponseStates, logits: Tensor) -> Terms:
-    """Cross entropy and accuracy of the student alone. `logits` are packed `[N_s, V_s]`."""
-    correct = logits.detach().argmax(-1) == states.packed(states.targets)
-    ce = token_cross_entropy(states, logits)
+def chunk_options(config: DSKDConfig, device: torch.device) -> dict[str, Any]:
+    """How [`~hf_dskd.kernels.linear_divergence.linear_rows`] is to work on `device`."""
+    # With a schedule the losses change in every step, and would be compiled again.
+    compiled = device.type == "cuda" and config.temperature_schedule == "constant"
+    return {"memory_mb": config.loss_memory_mb, "compiled": compiled}
+
+
+def student_terms(config: DSKDConfig, states: ResponseStates, head: LMHead) -> Terms:
+    """Cross entropy and accuracy of the student alone."""
+    loss, rows = own_rows(states, head, {"ce": 1.0}, **chunk_options(config, states.hidden.device))
+    assert loss is not None
     return Terms(
-        student={"ce": states.per_example(ce), "correct": states.per_example(correct.to(ce.dtype))},
+        student={name: states.per_example(values) for name, values in rows.items()},
         teacher={},
         student_tokens=states.counts,
+        student_loss=loss,
+        ce_rows=rows["ce"],
     )
 
 
@@ -117,71 +138,115 @@ def distillation_terms(
     seed: int = 0,
     constants: PairConstants | None = None,
     progress: float = 0.0,
+    on_policy: bool = False,
 ) -> Terms:
     """
     Every term of the configured method.
 
     The critic's dropout is a function of `example_ids` `[B]` (by default their places in the batch) and `seed`. Its
     own loss is not here: it has an optimizer of its own, and its parameters must not receive a gradient in the
-    student's backward pass. `progress` (0 to 1) is how much of the training is done.
+    student's backward pass. `progress` (0 to 1) is how much of the training is done; `on_policy` says that the
+    responses are the student's own.
     """
-    student_logits = student_head(student.packed(student.hidden))
-    terms = student_terms(student, student_logits)
-    terms.teacher_tokens = teacher.counts
     constants = constants or PairConstants()
-    row = config.method_row
+    row, chunks = config.method_row, chunk_options(config, student.hidden.device)
+    student_weights, teacher_weights = weights(config, on_policy)
+    counts: dict[str, Any] = {"student_tokens": student.counts, "teacher_tokens": teacher.counts}
+    if row.spaces == ("likelihood",):
+        sums, alm, ce_rows = _likelihood_terms(config, student, teacher, student_head, teacher_head, constants, chunks)
+        return Terms(
+            student=sums,
+            teacher={"alm": alm},
+            student_loss=student_weights["ce"] * sums["ce"].sum(),
+            teacher_loss=teacher_weights["alm"] * alm.sum(),
+            ce_rows=ce_rows,
+            **counts,
+        )
     if not row.dual_space:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher.packed(teacher.hidden))
-        if row.spaces == ("likelihood",):
-            terms.teacher["alm"] = _likelihood_term(
-                config, student, teacher, student_logits, teacher_logits, constants
-            )
-        else:
-            divergence = space_divergence(config, "logits", progress)
-            terms.student["kd"] = _logit_term(
-                row.spaces[0], student, teacher, student_logits, teacher_logits, divergence, constants.vocabulary_map
-            )
-        return terms
+        divergence = space_divergence(config, "logits", progress)
+        loss, rows = _logit_rows(
+            row.spaces[0],
+            student,
+            teacher,
+            student_head,
+            teacher_head,
+            divergence,
+            constants.vocabulary_map,
+            weights=student_weights,
+            **chunks,
+        )
+        assert loss is not None
+        return Terms(
+            student={name: student.per_example(values) for name, values in rows.items()},
+            teacher={},
+            student_loss=loss,
+            ce_rows=rows["ce"],
+            **counts,
+        )
 
     assert projectors is not None
     queries = keys = None
     if row.has_queries:
         queries, keys = queries_and_keys(student, teacher, projectors, scale_queries=config.scale_queries)
-    t2s_weights, s2t_weights = alignment_weights(row.alignment, student, teacher, queries, keys)
-    dual = dual_space_terms(
+    # The matching loss is not one of rows.
+    kq_rate = student_weights.pop("kq", 0.0)
+    rows, terms, student_loss, teacher_loss = dual_space_terms(
         student,
         teacher,
-        t2s_weights,
-        s2t_weights,
+        aligned(row.alignment, student, teacher, queries, keys),
         projectors,
         student_head,
         teacher_head,
-        student_logits=student_logits,
         student_space_divergence=space_divergence(config, "student", progress) if "student" in row.spaces else None,
         teacher_space_divergence=space_divergence(config, "teacher", progress) if "teacher" in row.spaces else None,
         teacher_value=row.teacher_value,
         label_map=constants.label_map if row.label == "teacher" else None,
         # The released code masks nothing where the vocabulary is one.
         correctness_mask=config.correctness_mask and not (config.as_published and row.same_vocabulary),
+        weights=(student_weights, teacher_weights),
+        **chunks,
     )
-    # In the order of `dual`: a set of strings has another one in each process, and ranks add their logs up by place.
-    for name, values in dual.items():
-        (terms.teacher if name in TEACHER_TERMS else terms.student)[name] = values
-
+    assert student_loss is not None
+    student_sums = {name: values for name, values in terms.items() if name not in TEACHER_TERMS}
+    features = None
     if row.matching is not None:
         assert queries is not None and keys is not None
         if config.as_published:
             loss = published_matching_term(row.matching, critic, queries, keys, seed)
             # One number for the batch, not a sum over tokens: that is the released code's scale.
-            terms.student["kq"] = (loss / len(queries)).expand(len(queries))
+            matching = (loss / len(queries)).expand(len(queries))
         else:
             if example_ids is None:
                 example_ids = torch.arange(len(queries), device=queries.device)
-            terms.student["kq"], terms.features = matching_term(
+            matching, features = matching_term(
                 row.matching, critic, config, student, teacher, queries, keys, example_ids, seed
             )
-    return terms
+        student_sums["kq"] = matching
+        student_loss = student_loss + kq_rate * matching.sum()
+    return Terms(
+        student=student_sums,
+        teacher={name: values for name, values in terms.items() if name in TEACHER_TERMS},
+        student_loss=student_loss,
+        teacher_loss=teacher_loss,
+        ce_rows=rows["ce"],
+        features=features,
+        **counts,
+    )
+
+
+def aligned(
+    alignment: str | None,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    queries: Tensor | None,
+    keys: Tensor | None,
+) -> AlignmentWeights | TiledAttention:
+    """An alignment through attention, chunks or places; attention over very long responses is computed in tiles."""
+    scores = student.mask.numel() * teacher.mask.shape[1]
+    if queries is None or keys is None or scores <= TILED_ABOVE:
+        return AlignmentWeights(*alignment_weights(alignment, student, teacher, queries, keys))
+    chunks = (student.chunks, teacher.chunks) if alignment == "chunk_attention" else (None, None)
+    return TiledAttention(queries, keys, student.mask, teacher.mask, *chunks)
 
 
 def alignment_weights(
@@ -206,40 +271,59 @@ def alignment_weights(
     return cross_model_attention(queries, keys, student.mask, teacher.mask, pairs)
 
 
-def _logit_term(
+def _logit_rows(
     space: str,
     student: ResponseStates,
     teacher: ResponseStates,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_head: LMHead,
+    teacher_head: LMHead,
     divergence: DivergenceFunction,
     vocabulary_map: Tensor | None,
-) -> Tensor:
+    **options: Any,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The student's own terms and `kd`, its divergence from the row of the teacher that stands for it."""
     if space == "mapped_logits":
-        assert student.partners is not None and vocabulary_map is not None
+        assert student.partners is not None
         partners = packed_partners(student.partners, student.mask, teacher.mask)
-        targets = student.packed(student.targets)
-        return student.per_example(
-            mapped_kd(student_logits, teacher_logits, partners, vocabulary_map, targets, divergence)
-        )
-    student_rows, teacher_rows = paired_rows(student.mask, teacher.mask)
-    student_logits, teacher_logits = student_logits[student_rows], teacher_logits[teacher_rows]
-    if space == "sorted_logits":
-        values = uld(student_logits, teacher_logits)
     else:
-        values = shared_prefix_kd(student_logits, teacher_logits, divergence)
-    example = student.mask.nonzero()[student_rows, 0]
-    return torch.zeros(len(student.mask), dtype=values.dtype, device=values.device).index_add(0, example, values)
+        student_rows, teacher_rows = paired_rows(student.mask, teacher.mask)
+        partners = torch.full_like(student.packed(student.targets), -1)
+        partners[student_rows] = teacher_rows
+    teacher_hidden = teacher.packed(teacher.hidden)
+    if len(teacher_hidden):
+        teacher_hidden = teacher_hidden[partners.clamp(min=0)]
+    else:
+        teacher_hidden = teacher_hidden.new_zeros(len(partners), teacher_hidden.shape[1])
+
+    def terms(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> dict[str, Tensor]:
+        if space == "mapped_logits":
+            assert vocabulary_map is not None
+            kd = mapped_kd(student_logits, teacher_logits, paired, vocabulary_map, targets, divergence)
+        elif space == "sorted_logits":
+            kd = uld(student_logits, teacher_logits) * paired
+        else:
+            kd = shared_prefix_kd(student_logits, teacher_logits, divergence) * paired
+        return {**response_rows(student_logits, targets), "kd": kd}
+
+    return linear_rows(
+        terms,
+        [student.packed(student.hidden), teacher_hidden],
+        [student_head, teacher_head.detach()],
+        [student.packed(student.targets), partners >= 0],
+        **options,
+    )
 
 
-def _likelihood_term(
+def _likelihood_terms(
     config: DSKDConfig,
     student: ResponseStates,
     teacher: ResponseStates,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_head: LMHead,
+    teacher_head: LMHead,
     constants: PairConstants,
-) -> Tensor:
+    options: dict[str, Any],
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The student's own terms per example, `alm` per example, and the student's cross entropy per row."""
     assert student.chunks is not None and teacher.chunks is not None
     chunks = [student.chunks, teacher.chunks]
     if constants.end_tokens is not None:
@@ -249,17 +333,19 @@ def _likelihood_term(
             states.chunks.masked_fill(states.targets == end, -1)  # type: ignore[union-attr]
             for states, end in zip((student, teacher), constants.end_tokens)
         ]
-    boundaries: list[Tensor | None] = [None, None]
-    if constants.boundary_tokens is not None:
-        boundaries = [
-            boundary_after(boundary_probability(logits, tokens), states.mask)
-            for logits, tokens, states in zip(
-                (student_logits, teacher_logits), constants.boundary_tokens, (student, teacher)
-            )
-        ]
+    own, theirs = (
+        likelihood_rows(
+            states, head, None if constants.boundary_tokens is None else constants.boundary_tokens[i], options
+        )
+        for i, (states, head) in enumerate(((student, student_head), (teacher, teacher_head.detach())))
+    )
+    boundaries = [
+        boundary_after(rows["boundary"], states.mask) if "boundary" in rows else None
+        for rows, states in ((own, student), (theirs, teacher))
+    ]
     values = likelihood_matching(
-        student.padded(-token_cross_entropy(student, student_logits)),
-        teacher.padded(-token_cross_entropy(teacher, teacher_logits)),
+        student.padded(-own["ce"]),
+        teacher.padded(-theirs["ce"]),
         *chunks,
         divergence=config.alm_divergence,
         temperature=config.alm_temperature,
@@ -269,18 +355,38 @@ def _likelihood_term(
     )
     # Binary divergences shrink as 1/τ. Times τ they stay nats, whose limit is a log(a/b) + b − a for the surprisals a
     # of the teacher and b of the student, so that `kd_rate` weighs them against the cross entropy at any τ.
-    return values * config.alm_temperature
+    alm = values * config.alm_temperature
+    return {name: student.per_example(own[name]) for name in ("ce", "correct")}, alm, own["ce"].detach()
+
+
+def likelihood_rows(
+    states: ResponseStates, head: LMHead, boundary_mask: Tensor | None, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Cross entropy per row and, with `boundary_mask` `[V]`, the probability of such a token (`boundary`)."""
+
+    def terms(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        rows = response_rows(logits, targets)
+        return rows if boundary_mask is None else {**rows, "boundary": boundary_probability(logits, boundary_mask)}
+
+    # A chunk's likelihood is not linear in those of its tokens: the gradient has to wait for the backward pass.
+    return linear_rows(
+        terms, [states.packed(states.hidden)], [head], [states.packed(states.targets)], weights=None, **options
+    )[1]
 
 
 TEACHER_TERMS = frozenset({"s2t_kd", "s2t_agree", "alm"})
 
 
-def weights(config: DSKDConfig) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights of the terms in the loss (paper A, Eqs. 9 and 16): of those per student token and per teacher token."""
+def weights(config: DSKDConfig, on_policy: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+    """
+    Weights of the terms in the loss (paper A, Eqs. 9 and 16): of those per student token and per teacher token.
+
+    On the student's own samples (`on_policy`) its cross entropy has no weight: it would learn them as they are.
+    """
     row = config.method_row
     if not row.needs_teacher:
         return {"ce": 1.0}, {}
-    student, teacher = {"ce": 1.0 - config.kd_rate}, {}
+    student, teacher = {"ce": 0.0 if on_policy else 1.0 - config.kd_rate}, {}
     if "student" in row.spaces:
         student |= {"t2s_ce": config.kd_rate, "t2s_kd": config.kd_rate}
     if "teacher" in row.spaces:
@@ -295,24 +401,25 @@ def weights(config: DSKDConfig) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def total_loss(
-    config: DSKDConfig,
-    terms: Terms,
-    student_tokens: Tensor | float,
-    teacher_tokens: Tensor | float,
-    on_policy: bool = False,
+    config: DSKDConfig, terms: Terms, student_tokens: Tensor | float, teacher_tokens: Tensor | float
 ) -> Tensor:
     """
     The training loss, a scalar: each term's sum divided by the response tokens of the *global* batch.
 
-    `teacher_tokens` divides the terms in teacher space; as published those are divided by `student_tokens` too. On the
-    student's own samples (`on_policy`) its cross entropy has no weight: it would learn them as they are.
+    `teacher_tokens` divides the terms in teacher space; as published those are divided by `student_tokens` too.
     """
-    student_weights, teacher_weights = weights(config)
-    if on_policy:
-        student_weights["ce"] = 0.0
-    loss = torch.stack([weight * terms.student[name].sum() for name, weight in student_weights.items()]).sum()
-    loss = loss / student_tokens
-    for name, weight in teacher_weights.items():
-        divisor = student_tokens if config.as_published else teacher_tokens
-        loss = loss + weight * terms.teacher[name].sum() / divisor
+    loss = terms.student_loss / student_tokens
+    if terms.teacher_loss is not None:
+        loss = loss + terms.teacher_loss / (student_tokens if config.as_published else teacher_tokens)
+    return loss
+
+
+def weighted_loss(
+    config: DSKDConfig, totals: Mapping[str, float], student_tokens: float, teacher_tokens: float
+) -> float:
+    """The loss of terms summed over many batches, by their names."""
+    loss = 0.0
+    for weighted, tokens in zip(weights(config), (student_tokens, teacher_tokens)):
+        for name, weight in weighted.items():
+            loss += weight * totals[name] / tokens
     return loss

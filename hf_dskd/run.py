@@ -379,15 +379,66 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     return str(folder)
 
 
+def chosen_teacher(run: Run, train: Dataset) -> str | None:
+    """The teacher's name or folder; with `sft_teacher` that of the one trained on the data."""
+    teacher = model_name(run.options.teacher_model_name_or_path)
+    if not run.options.sft_teacher:
+        return teacher
+    if teacher is None:
+        raise UserError("sft_teacher=True trains a teacher, but there is none: set teacher_model_name_or_path")
+    return train_teacher(run, teacher, train)
+
+
+def cache_teacher(run: Run) -> None:
+    """
+    Fills the cache of the teacher's hidden states with the training and the held-out examples, and prints what it has.
+
+    The data go through the checks and the tokenization of a training run; of the models only the teacher is loaded.
+    """
+    from accelerate import PartialState
+
+    from .checks import check_launch, check_pair, check_positions
+    from .models import check_config
+    from .teacher.cache import open_cache
+    from .teacher.load import check_four_bit_shapes
+    from .trainer import DSKDTrainer, _load_teacher, _name_and_config, _Tokenize, _tokenizer
+
+    config = run.config
+    if not config.method_row.needs_teacher:
+        raise UserError(
+            f"method={config.method!r} runs no teacher while it trains: name a method that does, such as dskd_cma"
+        )
+    examples, held_out = load_data(run)
+    student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
+    check_launch(config)
+    check_pair(config, student, teacher)
+    configs: dict[str, Any] = {}
+    tokenizers: dict[str, Any] = {}
+    for role, name, kwargs, parameter in (
+        ("student", str(student), config.model_init_kwargs, "processing_class"),
+        ("teacher", str(teacher), config.teacher_model_init_kwargs, "teacher_processing_class"),
+    ):
+        _, configs[role] = _name_and_config(name, kwargs, f"the {role}")
+        check_config(configs[role], name, f"the {role}")
+        check_positions(config, configs[role], name, f"the {role}")
+        tokenizers[role] = _tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
+        DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role)
+    if config.load_teacher_in_4bit and config.device.type == "cpu":
+        check_four_bit_shapes(configs["teacher"], str(teacher))
+    tokenize = _Tokenize(tokenizers["student"], tokenizers["teacher"], config, {})
+    with config.main_process_first(desc="tokenization"):
+        datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
+    folder = config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache"
+    cache = open_cache(folder, config, str(teacher), configs["teacher"], tokenizers["teacher"])
+    filled = cache.fill(datasets, lambda: _load_teacher(str(teacher), config, None))
+    if PartialState().is_main_process:
+        print(cache.summary(filled))
+
+
 def train(run: Run) -> None:
     """A whole run: data, models, training, evaluation, [`write_result`], pictures; prints the files to look at."""
     examples, held_out = load_data(run)
-    student = model_name(run.model.model_name_or_path)
-    teacher = model_name(run.options.teacher_model_name_or_path)
-    if run.options.sft_teacher:
-        if teacher is None:
-            raise UserError("sft_teacher=True trains a teacher, but there is none: set teacher_model_name_or_path")
-        teacher = train_teacher(run, teacher, examples)
+    student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     trainer = make_trainer(run, student, teacher, examples, held_out)
     folder = distil(run, trainer)
     if trainer.is_world_process_zero():

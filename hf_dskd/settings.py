@@ -106,7 +106,17 @@ class DistillationSettings:
             `"chat"`: each model sees the prompt in its own chat template where it has one. `"plain"`: plain text.
         prompt_column, response_column (`str`, *optional*): Columns of the dataset, where they have names of their own.
         dataset_num_proc (`int`, *optional*): Processes that tokenize.
+        teacher_cache (`str`, *optional*):
+            Folder of the teacher's last hidden states. It is filled on first use and whenever examples are missing;
+            from then on training needs the teacher's head and embedding alone. Of no account for methods without a
+            teacher in their loss.
+        repair_teacher_cache (`bool`, *optional*, defaults to `False`): Make damaged files of the cache anew.
+        loss_memory_mb (`float`, *optional*, defaults to `512`):
+            Budget for logits and the work on them, in MB; the losses are the same for any.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Run the student on the tokens of a micro-batch in one row, without padding.
         load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
+        teacher_device (`str`, *optional*): Where the teacher is, such as `"cuda:1"`; by default beside the student.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`):
             Of a teacher given by name: `"auto"` is the training precision (bf16, fp16, or else float32).
         model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a student given by name.
@@ -193,11 +203,22 @@ class DistillationSettings:
     response_column: str | None = field(default=None, metadata={"help": "column that holds the response"})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
 
+    # Memory and speed
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "folder of the teacher's hidden states, filled on first use"}
+    )
+    repair_teacher_cache: bool = field(default=False, metadata={"help": "make damaged files of the cache anew"})
+    loss_memory_mb: float = field(default=512.0, metadata={"help": "budget for logits and the work on them, in MB"})
+    padding_free: bool = field(default=False, metadata={"help": "run the student without padding"})
+
     # Logs
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
 
     # Models
     load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "where the teacher is, such as cuda:1; by default beside the student"}
+    )
     teacher_dtype: str = field(default="auto", metadata={"help": f"of the teacher: one of {', '.join(DTYPES)}"})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON for from_pretrained of the student"}

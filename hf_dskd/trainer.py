@@ -50,8 +50,9 @@ from .data.tokenization import TokenizationReport, set_pad_token, tokenize_datas
 from .data.vocabulary import shared_tokens
 from .errors import UserError
 from .evaluation.generation import check_generation_config
+from .kernels.linear_divergence import chunk_sizes
 from .losses.conditional_transport import TransportCritics
-from .losses.dual_space import ResponseStates, published_states, response_states, token_cross_entropy
+from .losses.dual_space import ResponseStates, published_states, response_states
 from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
 from .models import (
@@ -63,9 +64,18 @@ from .models import (
     input_embedding,
     lm_head,
 )
-from .objective import TEACHER_TERMS, PairConstants, Terms, distillation_terms, student_terms, total_loss
+from .objective import (
+    TEACHER_TERMS,
+    PairConstants,
+    Terms,
+    distillation_terms,
+    student_terms,
+    total_loss,
+    weighted_loss,
+)
 from .projectors import Projectors
 from .running_log import LOG_NAMES, RunningLog
+from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import Teacher, check_four_bit, check_four_bit_shapes, four_bit_config, load_causal_lm
 from .teacher.responses import write_responses
 
@@ -123,7 +133,7 @@ class DSKDTrainer(Trainer):
             For a student or teacher given by name.
 
     Attributes:
-        teacher ([`~hf_dskd.teacher.load.Teacher`] or `None`)
+        teacher ([`~hf_dskd.teacher.load.Teacher`], [`~hf_dskd.teacher.cache.CachedTeacher`] or `None`)
         projectors ([`~hf_dskd.projectors.Projectors`] or `None`): float32, outside the student.
         adversary ([`~hf_dskd.adversary.Adversary`] or `None`): The discriminator with its optimizer.
         tokenization_reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
@@ -211,6 +221,10 @@ class DSKDTrainer(Trainer):
             )
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher")
             check_vocabularies(args, tokenizer, teacher_tokenizer)
+        vocabularies = [student_config.get_text_config().vocab_size]
+        if row.needs_teacher:
+            vocabularies.append(teacher_config.get_text_config().vocab_size)
+        chunk_sizes([max(vocabularies)] * 2, [torch.float32] * 2, args.device.type, args.loss_memory_mb)
         if args.load_teacher_in_4bit:
             check_four_bit()
             if args.device.type == "cpu":
@@ -221,6 +235,13 @@ class DSKDTrainer(Trainer):
 
         def load_teacher() -> Any:
             return _load_teacher(teacher_model, args, teacher_quantization_config)
+
+        self._load_teacher = load_teacher
+        self._cache: TeacherCache | None = None
+        if args.teacher_cache is not None and row.needs_teacher:
+            self._cache = open_cache(
+                args.teacher_cache, args, teacher_model, teacher_config, teacher_tokenizer, teacher_quantization_config
+            )
 
         if row.text == "teacher":
             train_dataset = self._written_by_teacher(
@@ -241,6 +262,10 @@ class DSKDTrainer(Trainer):
             else:
                 eval_dataset = self._tokenize(eval_dataset, "eval")
 
+        if self._cache is not None:
+            splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+            self._cache.fill({"train": train_dataset, **splits}, load_teacher)
+
         # Trainer seeds in its own __init__, which is after an adapter has been initialised.
         set_seed(args.seed)
         student: Any = model
@@ -259,10 +284,11 @@ class DSKDTrainer(Trainer):
             # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
-        self.teacher: Teacher | None = None
-        if row.needs_teacher:
-            teacher_model = load_teacher()
-            self.teacher = Teacher(teacher_model)  # type: ignore[arg-type]
+        self.teacher: Teacher | CachedTeacher | None = None
+        if self._cache is not None:
+            self.teacher = CachedTeacher(*self._cache.load_head(args.device))
+        elif row.needs_teacher:
+            self.teacher = Teacher(load_teacher())
             check_head(self.teacher.model, self.teacher.head, "teacher")
         check_head(student, lm_head(student), "student")
 
@@ -273,6 +299,7 @@ class DSKDTrainer(Trainer):
                 # The released code pads every batch to the full length, and its losses depend on it. The last
                 # position has no next token, hence one more.
                 pad_to_length=args.max_length + 1 if args.as_published else None,
+                teacher_states=None if self._cache is None else self._cache.batch,
             )
         self._last_hidden_state = LastHiddenState(student)
         super().__init__(
@@ -299,7 +326,7 @@ class DSKDTrainer(Trainer):
         self.adversary: Adversary | None = None
         self._constants = PairConstants()
         if self.teacher is not None:
-            sizes = hidden_size(student_config), hidden_size(self.teacher.model.config)
+            sizes = hidden_size(student_config), hidden_size(teacher_config)
             self._constants = self._pair_constants(vocabulary_map)
         if self.teacher is not None and row.dual_space:
             self.projectors = Projectors(*sizes, seed=args.seed, has_query=row.has_queries)
@@ -405,6 +432,8 @@ class DSKDTrainer(Trainer):
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenize(eval_dataset, "eval")
+            if self._cache is not None:
+                self._cache.fill({"eval": eval_dataset}, self._load_teacher)
         return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
@@ -480,7 +509,7 @@ class DSKDTrainer(Trainer):
         else:
             assert self._items is not None
             # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.
-            loss = total_loss(self.args, terms, self._items[0], self._items[1], self._on_policy)
+            loss = total_loss(self.args, terms, self._items[0], self._items[1])
             loss = loss * self.accelerator.num_processes
 
         if model.training:
@@ -494,16 +523,20 @@ class DSKDTrainer(Trainer):
             if self.adversary is not None and terms.features is not None:
                 self.adversary.keep(terms.features)
         else:
-            self._note_evaluated(student, terms, hidden, inputs)
+            self._note_evaluated(student, terms, inputs)
         return (loss, outputs) if outputs is not None else loss
 
     def _terms(self, hidden: Tensor, inputs: dict[str, Any], training: bool) -> tuple[ResponseStates, Terms]:
         student_head = lm_head(self.model)
         student = self._states(hidden, inputs, "", input_embedding(self.model))
         if self.teacher is None:
-            return student, student_terms(student, student_head(student.packed(student.hidden)))
-        teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
-        teacher = self._states(teacher_hidden.to(hidden.device), inputs, "teacher_", self.teacher.embedding)
+            return student, student_terms(self.args, student, student_head)
+        cached = isinstance(self.teacher, CachedTeacher)
+        if isinstance(self.teacher, CachedTeacher):
+            teacher_hidden = inputs["teacher_states"]
+        else:
+            teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
+        teacher = self._states(teacher_hidden.to(hidden.device), inputs, "teacher_", self.teacher.embedding, cached)
         critic = None if self.adversary is None else self.adversary.critic.train(training)
         return student, distillation_terms(
             self.args,
@@ -517,14 +550,17 @@ class DSKDTrainer(Trainer):
             self._dropout_seed(),
             self._constants,
             self.state.global_step / max(self.state.max_steps, 1),
+            on_policy=training and self._on_policy,
         )
 
-    def _states(self, hidden: Tensor, inputs: dict[str, Any], side: str, embedding: Tensor) -> ResponseStates:
+    def _states(
+        self, hidden: Tensor, inputs: dict[str, Any], side: str, embedding: Tensor, gathered: bool = False
+    ) -> ResponseStates:
         ids, labels = inputs[f"{side}input_ids"], inputs[f"{side}labels"]
         chunks = inputs.get(f"{side}chunk_ids") if self.args.method_row.needs_chunks else None
         if not self.args.as_published:
             partners = inputs.get("partners") if side == "" else None
-            return response_states(hidden, ids, labels, embedding, chunks, partners)
+            return response_states(hidden, ids, labels, embedding, chunks, partners, gathered)
         if chunks is not None:
             chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)
         return published_states(hidden[:, :-1], ids[:, :-1], labels[:, 1:], embedding, chunks)
@@ -600,15 +636,15 @@ class DSKDTrainer(Trainer):
             return result[0].detach(), result[1]["logits"].float(), inputs["labels"]
         return result.detach(), None, None
 
-    def _note_evaluated(self, student: ResponseStates, terms: Terms, hidden: Tensor, inputs: dict[str, Any]) -> None:
+    def _note_evaluated(self, student: ResponseStates, terms: Terms, inputs: dict[str, Any]) -> None:
         """One row of sums per example: exact means need neither equal batches nor equal ranks."""
         if "example_ids" not in inputs or self.args.as_published:
             return
-        rows = token_cross_entropy(student, lm_head(self.model)(student.packed(student.hidden)))
+        assert terms.ce_rows is not None
         ends = inputs["byte_ends"]
         # The end-of-sequence token covers no byte: it is no text, and each tokenizer has its own.
         covers_text = ends[:, 1:] > ends[:, :-1].clamp_min(0)
-        text = student.per_example(rows * covers_text[inputs["labels"][:, 1:] != -100])
+        text = student.per_example(terms.ce_rows * covers_text[inputs["labels"][:, 1:] != -100])
         zeros = torch.zeros_like(text)
         columns = [inputs["example_ids"], terms.student_tokens, zeros, inputs["response_bytes"], text]
         if terms.teacher_tokens is not None:
@@ -648,13 +684,7 @@ class DSKDTrainer(Trainer):
         sums = torch.stack(list(unique.values())).sum(0).tolist()
         _, student_tokens, teacher_tokens, response_bytes, text, *values = sums
         totals = dict(zip(self._evaluated_names, values))
-        tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in totals.items()}
-        terms = Terms(
-            student={name: value for name, value in tensors.items() if name not in TEACHER_TERMS},
-            teacher={name: value for name, value in tensors.items() if name in TEACHER_TERMS},
-            student_tokens=torch.tensor([student_tokens]),
-        )
-        metrics = {"loss": float(total_loss(self.args, terms, student_tokens, teacher_tokens))}
+        metrics = {"loss": weighted_loss(self.args, totals, student_tokens, teacher_tokens)}
         for name, value in totals.items():
             shown = "t2s_accuracy" if name == "t2s_correct" else LOG_NAMES[name]
             metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)

@@ -52,7 +52,8 @@ def demo(args, student, teacher, train, held_out) -> None:
     dtype = None if dtype == torch.float32 else dtype
     steps, name = args.config.max_steps, args.config.method
     # The demo evaluates before and after; in between it only trains.
-    asked = run.variant(args.config, eval_strategy="no", save_strategy="no")
+    # The teacher itself is evaluated too, so that it is loaded anyway.
+    asked = run.variant(args.config, eval_strategy="no", save_strategy="no", teacher_cache=None)
     scores, written, histories = {}, {}, {}
 
     def measure(title, model, tokenizer, side="student"):

@@ -85,7 +85,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     if criterion == "cross_entropy":
         loss = nll
     elif criterion in CRITERIA:
-        loss = dual_space_loss(case, tensors, student, teacher, heads, student_logits, divergence, losses, parameters)
+        loss = dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, parameters)
         loss = loss + (1 - rate) * nll
     else:
         rows = paired_rows(student.mask, teacher.mask)
@@ -131,9 +131,10 @@ def states(tensors: dict, side: str, hidden=None):
     )
 
 
-def dual_space_loss(case, tensors, student, teacher, heads, student_logits, divergence, losses, parameters):
+def dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, parameters):
     """The weighted distillation and matching terms; fills `losses` and `parameters`."""
     from hf_dskd.adversary import published_matching_term
+    from hf_dskd.alignment.weights import AlignmentWeights
     from hf_dskd.losses.conditional_transport import TransportCritics
     from hf_dskd.losses.divergences import forward_kl
     from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys
@@ -156,13 +157,12 @@ def dual_space_loss(case, tensors, student, teacher, heads, student_logits, dive
     queries = keys = None
     if alignment in ("cross_model_attention", "chunk_attention"):
         queries, keys = queries_and_keys(student, teacher, projectors)
-    terms = dual_space_terms(
+    _, terms, *_ = dual_space_terms(
         student,
         teacher,
-        *alignment_weights(alignment, student, teacher, queries, keys),
+        AlignmentWeights(*alignment_weights(alignment, student, teacher, queries, keys)),
         projectors,
         *heads,
-        student_logits=student_logits,
         student_space_divergence=divergence,
         # The released code has forward KL in teacher space, whatever the divergence is called.
         teacher_space_divergence=with_temperature(forward_kl, Temperatures(tau, tau)),

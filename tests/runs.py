@@ -40,6 +40,8 @@ def config(folder: Path | str, **settings: Any) -> DSKDConfig:
         "max_length": 256,
         "discriminator_dropout": 0.0,
         "discriminator_hidden_size": 32,
+        # Small enough for several chunks and tiles of logits in a batch.
+        "loss_memory_mb": 1.0,
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,

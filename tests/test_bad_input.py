@@ -310,6 +310,10 @@ def test_vocabularies_without_a_common_token(make, settings, tmp_path, monkeypat
 # ---- Data
 
 
+def test_a_memory_budget_below_one_row(make):
+    refused(lambda: make(loss_memory_mb=0.01), "loss_memory_mb=0.01", "one row of logits", "set it to")
+
+
 def test_empty_dataset(make):
     empty = tiny.dataset(2).select([])
     refused(lambda: make(train_dataset=empty), "train data set", "no rows", "at least one")
@@ -506,6 +510,8 @@ def test_lora_elsewhere_is_fine(adapter):
         ({"discriminator_steps": 0}, ["discriminator_steps=0", "at least 1"]),
         ({"max_length": 1}, ["max_length=1", "room"]),
         ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "leave it at 0"]),
+        ({"teacher_cache": "states", "as_published": True}, ["teacher_cache='states'", "as_published=True"]),
+        ({"teacher_cache": "states", "on_policy_fraction": 0.5}, ["teacher_cache='states'", "on_policy_fraction=0.5"]),
     ],
 )
 def test_setting_out_of_range(tmp_path, settings, parts):

@@ -1,5 +1,6 @@
 """Puts tokenized rows into padded batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,16 @@ class DualCollator:
             Rounds both lengths up to a multiple of this.
         pad_to_length (`int`, *optional*):
             Pads both sides at least to this length, so that every batch has the same shape.
+        teacher_states (`Callable`, *optional*):
+            From rows to the teacher's last hidden states at their response tokens, `[B, R, d_t]`
+            ([`~hf_dskd.teacher.cache.TeacherCache.batch`]).
     """
 
     student_pad_token_id: int
     teacher_pad_token_id: int | None = None
     pad_to_multiple_of: int | None = None
     pad_to_length: int | None = None
+    teacher_states: Callable[[list[dict[str, Any]]], torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -39,11 +44,13 @@ class DualCollator:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` (not shifted; -100 on the prompt and the
             padding), `byte_ends` (in bytes) and, if the rows have them, `chunk_ids` and `partners` (all three -1 where
             there is no response token), all int64 of shape `(B, S)`; the same with the prefix `teacher_`, `(B, T)`;
-            `example_ids` and `response_bytes`, `(B,)`.
+            `example_ids` and `response_bytes`, `(B,)`; `teacher_states` `(B, R, d_t)` where there is a cache.
         """
         batch = self._padded(rows, "", self.student_pad_token_id)
         if self.teacher_pad_token_id is not None:
             batch |= self._padded(rows, "teacher_", self.teacher_pad_token_id)
+        if self.teacher_states is not None:
+            batch["teacher_states"] = self.teacher_states(rows)
         batch["example_ids"] = torch.tensor([row["example_id"] for row in rows])
         batch["response_bytes"] = torch.tensor([row["response_bytes"] for row in rows])
         return batch

@@ -9,13 +9,15 @@ Terms come back as *sums per example* `[B]`; only the trainer knows by how many 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..alignment.cross_model import unit_std
+from ..alignment.weights import AlignmentWeights, TiledAttention
+from ..kernels.linear_divergence import RowFunction, linear_rows
 from .divergences import DivergenceFunction
 
 
@@ -74,6 +76,11 @@ class ResponseStates:
         """Packed row values `[N]` as `[B, R]`, 0 where there is no row."""
         return torch.zeros(self.mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(self.mask, rows)
 
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """Packed rows `[N, d]` as `[B, R, d]`, 0 where there is no row."""
+        padded = rows.new_zeros(*self.mask.shape, rows.shape[-1])
+        return padded.index_put(self.mask.nonzero(as_tuple=True), rows)
+
 
 def sum_by_example(rows: Tensor, mask: Tensor) -> Tensor:
     """Sums values `[N]` of the rows that `mask` `[B, R]` marks by example, `[B]`."""
@@ -88,16 +95,19 @@ def response_states(
     embedding: Tensor,
     chunks: Tensor | None = None,
     partners: Tensor | None = None,
+    gathered: bool = False,
 ) -> ResponseStates:
     """
     Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
 
     Args:
-        hidden (`torch.Tensor` of shape `[B, S, d]`): Last hidden state.
+        hidden (`torch.Tensor` of shape `[B, S, d]`, or `[B, R, d]` with `gathered`): Last hidden state.
         input_ids (`torch.Tensor` of shape `[B, S]`): Tokens.
         labels (`torch.Tensor` of shape `[B, S]`): Tokens with -100 on prompt and padding, not shifted.
         embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
         chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
+        gathered (`bool`, *optional*, defaults to `False`):
+            `hidden` has only the rows that predict a response token, as those of a teacher cache.
     """
 
     def of_targets(values: Tensor | None) -> Tensor | None:
@@ -112,8 +122,10 @@ def response_states(
     inputs = input_ids.gather(1, rows)
     targets = targets.gather(1, rows).masked_fill(~mask, 0)
     embedding = embedding.detach()
+    if not gathered:
+        hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
     return ResponseStates(
-        hidden=hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),
+        hidden=hidden,
         input_embedding=F.embedding(inputs, embedding),
         target_embedding=F.embedding(targets, embedding),
         targets=targets,
@@ -158,7 +170,12 @@ def queries_and_keys(
     Keys have unit standard deviation. `scale_queries` gives queries the same, so that a discriminator can't tell them
     by scale alone.
     """
-    queries = projectors.query(_precise(torch.cat([student.input_embedding, student.target_embedding], -1)))
+    pairs = _precise(torch.cat([student.input_embedding, student.target_embedding], -1))
+    if student.statistics_mask is None:
+        # As released: every position has a query.
+        queries = projectors.query(pairs)
+    else:
+        queries = student.unpacked(projectors.query(student.packed(pairs)))
     keys = unit_std(
         _precise(torch.cat([teacher.input_embedding, teacher.target_embedding], -1)), teacher.statistics_mask
     )
@@ -172,49 +189,111 @@ def token_cross_entropy(states: ResponseStates, logits: Tensor) -> Tensor:
     return F.cross_entropy(_precise(logits), states.packed(states.targets), reduction="none")
 
 
-def teacher_labels(teacher: ResponseStates, teacher_logits: Tensor, t2s_weights: Tensor, label_map: Tensor) -> Tensor:
+def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, label_map: Tensor) -> Tensor:
     """
     The teacher's own prediction as a token of the student, `[B, R_s]`; -100 where the student has no such token.
 
     Args:
-        teacher ([`ResponseStates`]), teacher_logits (`[N_t, V_t]`): The teacher's rows and its packed logits.
-        t2s_weights (`[B, R_s, R_t]`): One teacher position for each student position, or none.
-        label_map (`[V_t]`): The student's token for each of the teacher's, -1 for none.
+        predictions (`torch.Tensor` of shape `[N_t]`): The teacher's likeliest token at each of its rows.
+        teacher ([`ResponseStates`]): Its view of the batch.
+        t2s (`torch.Tensor` of shape `[B, R_s, R_t]`): One teacher position for each student position, or none.
+        label_map (`torch.Tensor` of shape `[V_t]`): The student's token for each of the teacher's, -1 for none.
     """
-    predictions = label_map[teacher_logits.argmax(-1)]
-    labels = teacher.padded(predictions).gather(1, t2s_weights.argmax(-1))
-    return labels.masked_fill((labels < 0) | (t2s_weights.sum(-1) == 0), IGNORE)
+    labels = teacher.padded(label_map[predictions]).gather(1, t2s.argmax(-1))
+    return labels.masked_fill((labels < 0) | (t2s.sum(-1) == 0), IGNORE)
+
+
+def response_rows(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Cross entropy (`ce`) with `targets` `[n]`, and where the likeliest token is the target (`correct`)."""
+    return {
+        "ce": F.cross_entropy(logits, targets, reduction="none"),
+        "correct": (logits.argmax(-1) == targets).to(logits.dtype),
+    }
+
+
+def student_space_rows(divergence: DivergenceFunction, correctness_mask: bool = True) -> RowFunction:
+    """
+    Terms of student space per row (paper A, Eqs. 6 and 7), from the student's and the projected teacher's logits.
+
+    Args:
+        divergence: Of raw `(student_logits, teacher_logits)`, per row.
+        correctness_mask (`bool`, *optional*, defaults to `True`):
+            Count the divergence only where the projected teacher's argmax is its label.
+
+    Returns:
+        A function of both logits `[n, V_s]`, `targets` `[n]`, the projected teacher's `labels` `[n]`, and which rows
+        are `paired` `[n]` with one.
+    """
+
+    def terms(
+        student: Tensor, projected: Tensor, targets: Tensor, labels: Tensor, paired: Tensor
+    ) -> dict[str, Tensor]:
+        target = projected.detach()
+        correct = (target.argmax(-1) == labels) & paired
+        t2s_kd = divergence(student, target)
+        return {
+            **response_rows(student, targets),
+            "t2s_ce": F.cross_entropy(projected, labels, reduction="none") * paired,
+            "t2s_kd": t2s_kd * (correct if correctness_mask else paired),
+            "t2s_correct": correct.to(target.dtype),
+            "t2s_rows": paired.to(target.dtype),
+        }
+
+    return terms
+
+
+def teacher_space_rows(divergence: DivergenceFunction) -> RowFunction:
+    """
+    Terms of teacher space per row (paper A, Eq. 8), from the projected student's and the teacher's logits `[n, V_t]`
+    and which rows are `paired` `[n]` with a student position.
+    """
+
+    def terms(projected: Tensor, teacher: Tensor, paired: Tensor) -> dict[str, Tensor]:
+        teacher = teacher.detach()
+        predictions = teacher.argmax(-1)
+        agree = (projected.argmax(-1) == predictions) & paired
+        return {
+            "s2t_kd": divergence(projected, teacher) * paired,
+            "s2t_agree": agree.to(teacher.dtype),
+            "prediction": predictions,
+        }
+
+    return terms
+
+
+def prediction_rows(logits: Tensor) -> dict[str, Tensor]:
+    """The likeliest token of each row."""
+    return {"prediction": logits.argmax(-1)}
 
 
 def dual_space_terms(
     student: ResponseStates,
     teacher: ResponseStates,
-    t2s_weights: Tensor,
-    s2t_weights: Tensor,
+    alignment: AlignmentWeights | TiledAttention,
     projectors: Projectors,
     student_head: LMHead,
     teacher_head: LMHead,
     *,
-    student_logits: Tensor,
     student_space_divergence: DivergenceFunction | None,
     teacher_space_divergence: DivergenceFunction | None,
     teacher_value: str = "state_and_target",
     label_map: Tensor | None = None,
     correctness_mask: bool = True,
-) -> dict[str, Tensor]:
+    weights: tuple[dict[str, float], dict[str, float]] | None = None,
+    **chunks: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, Tensor | None]:
     """
-    The distillation terms of DSKD (paper A, Eqs. 4 to 9), as sums per example.
+    The student's own terms and the distillation terms of DSKD (paper A, Eqs. 4 to 9), as sums per example.
 
     Where gradients go: `t2s_ce` trains t2s and, through the attention, query; `t2s_kd` the student alone (its target
     is a constant); `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.
-    Positions that the alignment gives no partner count in no term.
+    Positions that the alignment gives no partner count in no distillation term.
 
     Args:
         student, teacher ([`ResponseStates`]): The two views of the batch.
-        t2s_weights (`[B, R_s, R_t]`), s2t_weights (`[B, R_t, R_s]`): The alignment; rows sum to 1, or to 0.
+        alignment ([`~hf_dskd.alignment.weights.AlignmentWeights`]): Of their positions.
         projectors ([`~hf_dskd.projectors.Projectors`]): s2t and t2s.
         student_head, teacher_head ([`~hf_dskd.models.LMHead`]): To logits.
-        student_logits (`[N_s, V_s]`): The student's own, packed, with their gradient.
         student_space_divergence, teacher_space_divergence:
             Of raw `(student_logits, teacher_logits)`, per row, temperature inside. `None` leaves that space out.
         teacher_value (`str`, *optional*, defaults to `"state_and_target"`):
@@ -224,53 +303,70 @@ def dual_space_terms(
             prediction (DSKDv2, arXiv 2504.11426) instead of the response.
         correctness_mask (`bool`, *optional*, defaults to `True`):
             Count `t2s_kd` only where the projected teacher's argmax is its label.
+        weights (two `dict[str, float]`, *optional*):
+            Of the terms of student rows and of teacher rows in the loss. With them the gradient is computed along the
+            way and terms carry none; without them each term carries its own
+            (see [`~hf_dskd.kernels.linear_divergence.linear_rows`], which takes the other arguments).
 
     Returns:
-        `dict[str, torch.Tensor]` of shape `[B]` each: `t2s_ce` and `t2s_kd` with the counts `t2s_correct` and
-        `t2s_rows` (student rows), `s2t_kd` with the count `s2t_agree` (teacher rows). Counts carry no gradient.
+        The terms of student rows, `[N_s]` each. All terms as sums, `[B]` each: `ce` with the count `correct`, `t2s_ce`
+        and `t2s_kd` with the counts `t2s_correct` and `t2s_rows` (student rows), `s2t_kd` with the count `s2t_agree`
+        (teacher rows). The weighted sums over student rows and over teacher rows, scalars; `None` without `weights`.
     """
+    student_weights, teacher_weights = (None, None) if weights is None else weights
     terms: dict[str, Tensor] = {}
-    teacher_logits = None
-    if teacher_space_divergence is not None or label_map is not None:
-        with torch.no_grad():
-            teacher_logits = teacher_head(teacher.packed(teacher.hidden))
+    teacher_total = predictions = None
+    teacher_hidden = teacher.packed(teacher.hidden)
+    if teacher_space_divergence is not None:
+        value = student.unpacked(projectors.s2t(_precise(student.packed(student.hidden))))
+        teacher_total, rows = linear_rows(
+            teacher_space_rows(teacher_space_divergence),
+            [teacher.packed(alignment.to_teacher(value)), teacher_hidden],
+            [teacher_head.detach()] * 2,
+            [teacher.packed(alignment.has_student)],
+            weights=teacher_weights,
+            **chunks,
+        )
+        predictions = rows.pop("prediction")
+        terms |= {name: teacher.per_example(values) for name, values in rows.items()}
 
-    if student_space_divergence is not None:
+    if student_space_divergence is None:
+        student_total, rows = own_rows(student, student_head, student_weights, **chunks)
+    else:
+        paired, labels = student.mask & alignment.has_teacher, student.targets
+        if label_map is not None:
+            if predictions is None:
+                rows = linear_rows(prediction_rows, [teacher_hidden], [teacher_head.detach()], weights={}, **chunks)[1]
+                predictions = rows["prediction"]
+            assert isinstance(alignment, AlignmentWeights)
+            labels = teacher_labels(predictions, teacher, alignment.t2s, label_map)
+            paired, labels = paired & (labels != IGNORE), labels.clamp(min=0)
         value = _precise(teacher.hidden)
         if teacher_value == "state_and_target":
             # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts.
             value = unit_std(value, teacher.statistics_mask) + unit_std(
                 _precise(teacher.target_embedding), teacher.statistics_mask
             )
-        value = projectors.t2s(value)
-        labels = student.targets
-        if label_map is not None:
-            assert teacher_logits is not None
-            labels = teacher_labels(teacher, teacher_logits, t2s_weights, label_map)
-        rows = student.mask & (t2s_weights.sum(-1) > 0) & (labels != IGNORE)
-        projected = student_head.detach()((t2s_weights.to(value.dtype) @ value)[rows])
-        t2s_ce = F.cross_entropy(_precise(projected), labels[rows], reduction="none")
-        target = projected.detach()
-        correct = target.argmax(-1) == labels[rows]
-        t2s_kd = student_space_divergence(student_logits[rows[student.mask]], target)
-        if correctness_mask:
-            t2s_kd = t2s_kd * correct
-        terms["t2s_ce"] = sum_by_example(t2s_ce, rows)
-        terms["t2s_kd"] = sum_by_example(t2s_kd, rows)
-        terms["t2s_correct"] = sum_by_example(correct.to(t2s_kd.dtype), rows)
-        terms["t2s_rows"] = rows.sum(1).to(t2s_kd.dtype)
+        value = teacher.unpacked(projectors.t2s(teacher.packed(value)))
+        student_total, rows = linear_rows(
+            student_space_rows(student_space_divergence, correctness_mask),
+            [student.packed(student.hidden), student.packed(alignment.to_student(value))],
+            [student_head, student_head.detach()],
+            [student.packed(values) for values in (student.targets, labels, paired)],
+            weights=student_weights,
+            **chunks,
+        )
+    # In one order on every process: ranks add their logs up by place.
+    own = {name: student.per_example(values) for name, values in rows.items()}
+    return rows, own | terms, student_total, teacher_total
 
-    if teacher_space_divergence is not None:
-        assert teacher_logits is not None
-        value = projectors.s2t(_precise(student.hidden))
-        rows = teacher.mask & (s2t_weights.sum(-1) > 0)
-        projected = teacher_head.detach()((s2t_weights.to(value.dtype) @ value)[rows])
-        teacher_logits = teacher_logits[rows[teacher.mask]]
-        s2t_kd = teacher_space_divergence(projected, teacher_logits)
-        agree = projected.detach().argmax(-1) == teacher_logits.argmax(-1)
-        terms["s2t_kd"] = sum_by_example(s2t_kd, rows)
-        terms["s2t_agree"] = sum_by_example(agree.to(s2t_kd.dtype), rows)
-    return terms
+
+def own_rows(
+    student: ResponseStates, head: LMHead, weights: dict[str, float] | None, **chunks: Any
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The student alone: see [`response_rows`] and [`~hf_dskd.kernels.linear_divergence.linear_rows`]."""
+    hidden, targets = student.packed(student.hidden), student.packed(student.targets)
+    return linear_rows(response_rows, [hidden], [head], [targets], weights=weights, **chunks)
 
 
 def _precise(values: Tensor) -> Tensor:

@@ -7,19 +7,14 @@ V_s and V_t vocabularies. Logits come already divided by their temperatures; val
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .divergences import DivergenceFunction
+from .divergences import DivergenceFunction, precise
 
 
 # With 150,000 tokens this much on each adds 1.5e-7, the rounding of float32; its logarithm is −27.6.
 TARGET_FLOOR = 1e-12
-# Probabilities sorted at a time, which bounds the memory of sorting to about 200 MB.
-SORTED_AT_ONCE = 2**23
 
 
 def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence: DivergenceFunction) -> Tensor:
@@ -63,44 +58,18 @@ def uld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     per row `[N]`, between 0 and 2.
 
     The smaller vocabulary is filled up with zeros. The paper and the released code have no temperature. Computed in
-    float32 (float64 stays float64); of the student's size, only the gradient is kept for the backward pass.
+    float32 (float64 stays float64).
 
     Args:
         student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
         teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Used as a constant; row i belongs to the student's row i.
     """
-    return _SortedDistance.apply(student_logits, teacher_logits.detach())
-
-
-class _SortedDistance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        shared = min(student_logits.shape[1], teacher_logits.shape[1])
-        rows = max(SORTED_AT_ONCE // max(student_logits.shape[1], teacher_logits.shape[1]), 1)
-        distance = student_logits.new_empty(len(student_logits), dtype=dtype)
-        gradient = torch.empty_like(student_logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(student_logits), rows):
-            part = slice(start, start + rows)
-            # Stable: 16-bit logits are often equal, and which of them gets which gradient must not vary.
-            q, order = torch.softmax(student_logits[part], -1, dtype=dtype).sort(dim=-1, descending=True, stable=True)
-            p = torch.softmax(teacher_logits[part], -1, dtype=dtype).sort(dim=-1, descending=True).values
-            gap = q[:, :shared] - p[:, :shared]
-            distance[part] = gap.abs().sum(-1) + q[:, shared:].sum(-1) + p[:, shared:].sum(-1)
-            if gradient is not None:
-                sign = torch.ones_like(q)
-                sign[:, :shared] = gap.sign()
-                sorted_gradient = q * (sign - (q * sign).sum(-1, keepdim=True))
-                gradient[part].scatter_(1, order, sorted_gradient)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = student_logits.dtype
-        return distance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * gradients[0].unsqueeze(-1)).to(ctx.dtype), None
+    # Stable: 16-bit logits are often equal, and which of them gets which gradient must not vary.
+    q = precise(student_logits).softmax(-1).sort(dim=-1, descending=True, stable=True).values
+    p = precise(teacher_logits.detach()).softmax(-1).sort(dim=-1, descending=True).values
+    shared = min(q.shape[-1], p.shape[-1])
+    # Of the two rests one is empty.
+    return (q[..., :shared] - p[..., :shared]).abs().sum(-1) + q[..., shared:].sum(-1) + p[..., shared:].sum(-1)
 
 
 def packed_partners(partner: Tensor, student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
@@ -120,7 +89,7 @@ def packed_partners(partner: Tensor, student_mask: Tensor, teacher_mask: Tensor)
 
 
 def mapped_target(
-    teacher_logits: Tensor, partner: Tensor, vocabulary_map: Tensor, targets: Tensor, student_vocabulary: int
+    teacher_logits: Tensor, paired: Tensor, vocabulary_map: Tensor, targets: Tensor, student_vocabulary: int
 ) -> Tensor:
     """
     What minimum-edit-distance distillation teaches, as log-probabilities `[N, V_s]` (FuseLLM, arXiv 2401.10491).
@@ -134,29 +103,24 @@ def mapped_target(
     by more than rounding. Reverse KL charges 27.6 nats for a token that the target rules out.
 
     Args:
-        teacher_logits (`torch.Tensor` of shape `[M, V_t]`): Packed.
-        partner (`torch.Tensor` of shape `[N]`, int64): Row of the packed teacher, or -1 for none.
+        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Of the partner's row; anything where there is none.
+        paired (`torch.Tensor` of shape `[N]`, bool): Which rows have a partner.
         vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
         targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
         student_vocabulary (`int`): V_s.
     """
-    with torch.no_grad():
-        dtype = torch.promote_types(teacher_logits.dtype, torch.float32)
-        paired, nothing = partner >= 0, vocabulary_map < 0
-        logits = teacher_logits[partner[paired]].masked_fill_(nothing, -torch.inf)
-        p = torch.softmax(logits, -1, dtype=dtype)
-        target = p.new_zeros(len(partner), student_vocabulary)
-        target[paired] = p.new_zeros(len(p), student_vocabulary).index_add_(
-            1, vocabulary_map.masked_fill(nothing, 0), p
-        )
-        target[~paired, targets[~paired]] = 1.0
-        return target.clamp_(min=TARGET_FLOOR).log_()
+    nothing = vocabulary_map < 0
+    p = precise(teacher_logits.detach()).masked_fill(nothing, -torch.inf).softmax(-1)
+    nowhere = p.new_zeros(len(p), student_vocabulary)
+    carried = nowhere.index_add(1, vocabulary_map.masked_fill(nothing, 0), p)
+    alone = nowhere.scatter(1, targets.unsqueeze(1), 1.0)
+    return torch.where(paired.unsqueeze(1), carried, alone).clamp(min=TARGET_FLOOR).log()
 
 
 def mapped_kd(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    partner: Tensor,
+    paired: Tensor,
     vocabulary_map: Tensor,
     targets: Tensor,
     divergence: DivergenceFunction,
@@ -166,12 +130,11 @@ def mapped_kd(
 
     Args:
         student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
-        teacher_logits (`torch.Tensor` of shape `[M, V_t]`): Used as a constant.
-        partner (`torch.Tensor` of shape `[N]`, int64): Row of the packed teacher, or -1 for none.
+        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Of the partner's row; used as a constant.
+        paired (`torch.Tensor` of shape `[N]`, bool): Which rows have a partner.
         vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
         targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
         divergence: Of `(student_logits, teacher_logits)`, per row.
     """
-    return divergence(
-        student_logits, mapped_target(teacher_logits, partner, vocabulary_map, targets, student_logits.shape[-1])
-    )
+    target = mapped_target(teacher_logits, paired, vocabulary_map, targets, student_logits.shape[-1])
+    return divergence(student_logits, target)

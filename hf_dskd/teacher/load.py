@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,25 +22,51 @@ class Teacher:
     A frozen model as a source of last hidden states.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Set to eval mode, its parameters frozen.
+        model ([`~transformers.PreTrainedModel`]): Set to eval mode, its parameters frozen. It stays where it is.
+        device (`torch.device` or `str`, *optional*):
+            Where the losses run, which may be another device than the model's; `None` is the model's.
 
     Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits, dequantised.
-        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
+        head ([`~hf_dskd.models.LMHead`]): To logits, dequantised, on `device`.
+        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding, on `device`.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, device: torch.device | str | None = None):
         model.eval()
         model.requires_grad_(False)
         self.model = model
-        self.head: LMHead = lm_head(model)
-        self.embedding: Tensor = input_embedding(model)
         self._backbone = backbone(model)
+        embedding, head = input_embedding(model), lm_head(model)
+        self._entrance = embedding.device
+        self.device = torch.device(self._entrance if device is None else device)
+        bias = None if head.bias is None else head.bias.to(self.device)
+        self.head: LMHead = replace(head, weight=head.weight.to(self.device), bias=bias)
+        # One matrix that is both stays one: it can take a gigabyte.
+        self.embedding: Tensor = self.head.weight if embedding is head.weight else embedding.to(self.device)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden state `[B, T, d_t]`. No layer but the last is kept, and no logits are computed."""
-        with torch.no_grad():
-            return self._backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        """Last hidden state `[B, T, d_t]` on `device`. No layer but the last is kept, and no logits are computed."""
+        with torch.inference_mode():
+            hidden = self._backbone(
+                input_ids=input_ids.to(self._entrance),
+                attention_mask=attention_mask.to(self._entrance),
+                use_cache=False,
+            )[0]
+        hidden = hidden.to(self.device)
+        # A loss may save it for its backward pass, which is refused to a tensor made in inference mode.
+        return hidden.clone() if hidden.is_inference() else hidden
+
+
+def named_device(name: str) -> torch.device:
+    """The device called `name`; a [`UserError`] where this machine has none of that name."""
+    accelerator = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    known = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
+    # Without a number it is this process's own.
+    known += [str(accelerator)] if count else []
+    if name not in known:
+        raise UserError(f"teacher_device={name!r} is no device of this machine: set it to one of {', '.join(known)}")
+    return torch.device(name)
 
 
 def four_bit_config(compute_dtype: torch.dtype) -> Any:
@@ -84,9 +111,11 @@ def check_four_bit_shapes(config: PretrainedConfig, name: str) -> None:
                 )
 
 
-def load_causal_lm(name: str, *, quantization_config: Any = None, **options: Any) -> Any:
+def load_causal_lm(
+    name: str, *, quantization_config: Any = None, device: torch.device | None = None, **options: Any
+) -> Any:
     """
-    `AutoModelForCausalLM.from_pretrained` on this process's own device where the model is quantized.
+    `AutoModelForCausalLM.from_pretrained`; a quantized model goes to `device` at once, by default this process's own.
 
     `device_map="auto"` would spread one rank's model over the other ranks' devices.
     """
@@ -94,5 +123,6 @@ def load_causal_lm(name: str, *, quantization_config: Any = None, **options: Any
     from transformers import AutoModelForCausalLM
 
     if quantization_config is not None:
-        options = {"quantization_config": quantization_config, "device_map": {"": PartialState().device}, **options}
+        place = PartialState().device if device is None else device
+        options = {"quantization_config": quantization_config, "device_map": {"": place}, **options}
     return AutoModelForCausalLM.from_pretrained(name, **options)

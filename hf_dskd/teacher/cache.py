@@ -1,0 +1,840 @@
+"""
+The teacher's last hidden states on disk, computed once per example.
+
+    index.json                 what the states depend on; every file with its size and checksum
+    head.safetensors           the teacher's head and input embedding
+    states-DIGEST.safetensors  states of some examples, one after another
+
+Training from it runs no teacher and loads none of its weights but the head and the embedding. An example is known by
+its tokens, so that a part of the data, or another order of it, fits as well.
+
+Nothing in a file depends on time, host, number of processes or what was there before: a fill that was interrupted and
+then goes on leaves the same bytes (on the same hardware, libraries and number of threads) as one that wasn't.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models import LMHead, base_causal_lm, check_head, hidden_size
+from .load import Teacher
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config import DSKDConfig
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+INDEX_NAME = "index.json"
+HEAD_NAME = "head.safetensors"
+SHARD_BYTES = 64 * 2**20
+# Padded tokens that the teacher runs on at a time. Fixed, because a matrix product's last bits depend on its shape.
+BATCH_TOKENS = 4096
+# Values of a parameter, or blocks of a file, that identify the teacher.
+SAMPLES = 1000
+BLOCK = 4096
+REPAIR = "repair_teacher_cache=True (--repair_teacher_cache) computes it again"
+# Facts that are settings, which can be set to what they were.
+SETTINGS = ("teacher_dtype", "load_teacher_in_4bit", "prompt_style", "max_length")
+
+
+# ---- What the states depend on
+
+
+def open_cache(
+    folder: str | Path,
+    config: DSKDConfig,
+    teacher_model: Any,
+    teacher_config: PretrainedConfig,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    quantization_config: Any = None,
+) -> TeacherCache:
+    """[`TeacherCache.open`] with the [`cache_facts`] of a run; a new cache fetches a teacher that isn't here yet."""
+    facts = cache_facts(
+        config,
+        teacher_model,
+        teacher_config,
+        teacher_tokenizer,
+        quantization_config,
+        download=not (Path(folder) / INDEX_NAME).is_file(),
+    )
+    return TeacherCache.open(folder, facts, repair=config.repair_teacher_cache)
+
+
+def cache_facts(
+    config: DSKDConfig,
+    teacher_model: Any,
+    teacher_config: PretrainedConfig,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    quantization_config: Any = None,
+    *,
+    download: bool = False,
+) -> dict[str, Any]:
+    """
+    What the teacher's hidden states depend on beside the tokens, in values of JSON.
+
+    Args:
+        config ([`DSKDConfig`]): Of the run.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]): A name or folder, or a loaded model.
+        teacher_config ([`~transformers.PretrainedConfig`]), teacher_tokenizer: The teacher's.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): For a teacher given by name.
+        download (`bool`, *optional*, defaults to `False`):
+            Fetch the weights where they aren't on this machine. Without, `teacher` is then `None`.
+    """
+    dtype: Any
+    if isinstance(teacher_model, str):
+        options: dict[str, Any] = dict(config.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
+        dtype = config.training_dtype if config.teacher_dtype == "auto" else config.teacher_dtype
+        dtype = options.get("dtype", options.get("torch_dtype", dtype))
+        teacher, name = files_digest(teacher_model, options, download=download), teacher_model
+    else:
+        plain = base_causal_lm(teacher_model)
+        teacher, dtype = parameters_digest(teacher_model), plain.dtype
+        name = plain.name_or_path or type(plain).__name__
+    return {
+        "format": FORMAT,
+        "teacher": teacher,
+        # Without the folder that it happens to lie in: a run may move to another machine.
+        "teacher_name": Path(name).resolve().name if os.path.isdir(name) else name,
+        "hidden_size": hidden_size(teacher_config),
+        "teacher_dtype": str(dtype).removeprefix("torch."),
+        "load_teacher_in_4bit": config.load_teacher_in_4bit,
+        # What a 4-bit teacher computes in.
+        "training_dtype": config.training_dtype if config.load_teacher_in_4bit else None,
+        "teacher_quantization_config": None
+        if quantization_config is None
+        else json.loads(json.dumps(quantization_config.to_dict(), default=str)),
+        "teacher_tokenizer": tokenizer_digest(teacher_tokenizer),
+        "teacher_chat_template": _digest(json.dumps(teacher_tokenizer.chat_template, sort_keys=True)),
+        "prompt_style": config.prompt_style,
+        "max_length": config.max_length,
+    }
+
+
+def files_digest(name: str, options: Mapping[str, Any], *, download: bool) -> str | None:
+    """
+    Identifies the weights of a name or folder without loading them, as `"files:…"`.
+
+    Hashed are config.json and, of every weight file, its name, its size, the safetensors header (names, types, shapes)
+    and 1,000 blocks of 4 KiB at evenly spaced places. That tells any other model, and any training of the same one; it
+    misses an edit of a few bytes between the blocks. The same weights cut into other files are taken for others.
+
+    Args:
+        name (`str`): A folder, or a model's name on the hub.
+        options (`dict`): For `from_pretrained`; `revision`, `cache_dir`, `token` and `subfolder` say where it looks.
+        download (`bool`): Fetch what isn't on this machine; otherwise `None` is returned for it.
+    """
+    from ..checks import loading
+
+    with loading("the teacher", name, ("config.json",), "check the name, the network and your access to it"):
+        files = _weight_files(name, options, download)
+    if not files:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
+        for block in _blocks(path):
+            digest.update(block)
+    return f"files:{digest.hexdigest()}"
+
+
+def _weight_files(name: str, options: Mapping[str, Any], download: bool) -> list[Path]:
+    """config.json and the files that `from_pretrained` reads weights from; none unless all of them are here."""
+    from transformers.utils import (
+        SAFE_WEIGHTS_INDEX_NAME,
+        SAFE_WEIGHTS_NAME,
+        WEIGHTS_INDEX_NAME,
+        WEIGHTS_NAME,
+        cached_file,
+    )
+
+    where = {key: options[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in options}
+
+    def find(file: str) -> Path | None:
+        found = cached_file(
+            name,
+            file,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=download,
+            **where,
+        )
+        return None if found is None else Path(found)
+
+    files: list[Path | None] = []
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        files = [find(single)]
+        if files == [None] and (listing := find(index)) is not None:
+            weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+            files = [find(file) for file in sorted(set(weight_map.values()))]
+        if files != [None]:
+            break
+    files.insert(0, find("config.json"))
+    return [] if None in files else [file for file in files if file is not None]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            yield file.read(int.from_bytes(file.read(8), "little"))
+            file.seek(0)
+        if size <= SAMPLES * BLOCK:
+            yield file.read()
+            return
+        for sample in range(SAMPLES):
+            file.seek((size - BLOCK) * sample // (SAMPLES - 1))
+            yield file.read(BLOCK)
+
+
+def parameters_digest(model: nn.Module) -> str:
+    """
+    Identifies a loaded model, as `"parameters:…"`: name, shape, type and up to 1,000 evenly spaced values of every
+    parameter.
+
+    It says nothing about the files that the model came from: a cache is either of the one kind or of the other.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        values = parameter.detach().flatten()
+        samples = min(SAMPLES, len(values))
+        places = torch.arange(samples, device=values.device) * len(values) // max(samples, 1)
+        digest.update(values[places].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return f"parameters:{digest.hexdigest()}"
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of how a tokenizer cuts text: vocabulary, normalization, merges, special tokens."""
+    if not tokenizer.is_fast:
+        return _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
+    content = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    # Left there by the last call.
+    content |= {"truncation": None, "padding": None}
+    return _digest(json.dumps(content, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_facts(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    # The weights decide whose states they are. A name does where there are no weights to compare.
+    ignored = ("teacher_name", "hidden_size") if now["teacher"] is not None else ("teacher",)
+    differing = [name for name in now if name not in ignored and then.get(name) != now[name]]
+    if not differing:
+        if now["teacher"] is None:
+            logger.warning(
+                "teacher_cache=%r: the weights of %r aren't on this machine, so only its name was compared",
+                str(folder),
+                now["teacher_name"],
+            )
+        return
+    written, here = (", ".join(_shown(facts, name) for name in differing) for facts in (then, now))
+    remedies = [f"set {name}={then[name]}" for name in differing if name in SETTINGS]
+    kinds = [str(facts["teacher"]).partition(":")[0] for facts in (then, now)]
+    if "teacher" in differing and kinds[0] != kinds[1]:
+        given = "by name" if kinds[0] == "files" else "as a loaded model"
+        remedies.append(f"give the teacher {given} (the weights of the two kinds can't be compared)")
+    elif {"teacher", "teacher_name"} & {*differing}:
+        remedies.append("give that teacher")
+    if {"teacher_tokenizer", "teacher_chat_template"} & {*differing}:
+        remedies.append("give the teacher's tokenizer as it was")
+    raise UserError(
+        f"teacher_cache={str(folder)!r} was written with {written}, this run has {here}: use another folder"
+        + (f", or {' and '.join(remedies)}" if remedies else "")
+    )
+
+
+def _shown(facts: Mapping[str, Any], name: str) -> str:
+    value = facts.get(name)
+    if name == "teacher":
+        # Trained again, a teacher may have the name that it had.
+        kind, _, digest = str(value).partition(":")
+        return f"teacher={facts['teacher_name']!r} ({kind} {digest[:8]})"
+    if name in ("teacher_tokenizer", "teacher_chat_template"):
+        return f"{name} {str(value)[:8]}"
+    return f"{name}={value!r}"
+
+
+# ---- Examples
+
+
+@dataclass(frozen=True, slots=True)
+class _Example:
+    key: str
+    split: str
+    index: int
+    length: int  # tokens
+    count: int  # states
+
+
+def _count(examples: Iterable[_Example]) -> int:
+    return sum(example.count for example in examples)
+
+
+def example_key(row: Mapping[str, Any]) -> str:
+    """What an example is known by: hash of the teacher's tokens and of where the response begins, 32 hex digits."""
+    return _key(np.asarray(row["teacher_input_ids"]), int(row["teacher_prompt_length"]))
+
+
+def _key(ids: np.ndarray, prompt_length: int) -> str:
+    digest = hashlib.blake2b(prompt_length.to_bytes(8, "little"), digest_size=16)
+    digest.update(ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _predicting(length: int, prompt_length: int) -> slice:
+    """Positions whose next token belongs to the response. Nothing predicts the first token of a sequence."""
+    return slice(max(prompt_length - 1, 0), length - 1)
+
+
+def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[str, _Example]:
+    """The examples of tokenized datasets by key, in order; one that occurs again is the one that was there."""
+    examples: dict[str, _Example] = {}
+    for split, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if not hasattr(dataset, "__len__"):
+            raise UserError(
+                f"teacher_cache needs a dataset with a length: the {split} data is a {type(dataset).__name__}; pass a"
+                " datasets.Dataset, or leave teacher_cache out"
+            )
+        columns: Any = dataset.select_columns(["teacher_input_ids", "teacher_prompt_length"])
+        index = 0
+        for table in columns.with_format("arrow").iter(batch_size=1000):
+            for tokens, prompt_length in zip(table["teacher_input_ids"], table["teacher_prompt_length"]):
+                ids, start = tokens.values.to_numpy(), prompt_length.as_py()
+                rows = _predicting(len(ids), start)
+                example = _Example(_key(ids, start), split, index, len(ids), rows.stop - rows.start)
+                examples.setdefault(example.key, example)
+                index += 1
+    return examples
+
+
+# ---- Shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """
+    A file of states.
+
+    Attributes:
+        file (`str`): Its name.
+        keys (`list[str]`): Its examples.
+        counts (`list[int]`): How many states each of them has.
+        size (`int`, *optional*), sha256 (`str`, *optional*): Of the file, once it is in the index.
+    """
+
+    file: str
+    keys: list[str]
+    counts: list[int]
+    size: int | None = None
+    sha256: str | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        # In one entry: safetensors writes several in an order that changes from run to run.
+        return {"examples": json.dumps({"keys": self.keys, "counts": self.counts})}
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the file is there, as long as its header says and with these examples."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(folder / self.file, "pt") as file:
+                return file.metadata() == self.metadata
+        except (OSError, SafetensorError):
+            return False
+
+
+def _cut(examples: Iterable[_Example], width: int) -> Iterator[Shard]:
+    """Shards of up to `SHARD_BYTES` of states, in order."""
+    part: list[_Example] = []
+    size = 0
+    for example in examples:
+        added = 2 * width * example.count
+        if part and size + added > SHARD_BYTES:
+            yield _shard(part)
+            part, size = [], 0
+        part.append(example)
+        size += added
+    if part:
+        yield _shard(part)
+
+
+def _shard(examples: list[_Example]) -> Shard:
+    keys = [example.key for example in examples]
+    return Shard(f"states-{_digest(' '.join(keys))}.safetensors", keys, [example.count for example in examples])
+
+
+def _batches(examples: list[_Example]) -> Iterator[list[int]]:
+    """Places of examples of similar length, the longest first: memory that doesn't suffice shows at once."""
+    batch: list[int] = []
+    for place in sorted(range(len(examples)), key=lambda place: (-examples[place].length, place)):
+        if batch and (len(batch) + 1) * examples[batch[0]].length > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    yield batch
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside and renames: a file under its name is complete."""
+    beside = path.with_name(f"{path.name}.tmp")
+    write(beside)
+    with beside.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    def write(beside: Path) -> None:
+        save_file(tensors, beside, metadata)
+        # safetensors lets nobody but the owner read its file, and a cache can be shared.
+        shutil.copymode(path.with_name(INDEX_NAME), beside)
+
+    _write(path, write)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """A file as the index lists it."""
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "size": path.stat().st_size, "sha256": checksum}
+
+
+def _fault(path: Path, listed: dict[str, Any]) -> str | None:
+    """What is wrong with a file of the index, if anything."""
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != listed["size"]:
+        return f"has {path.stat().st_size:,} bytes instead of {listed['size']:,}"
+    return None if _described(path) == listed else "has another checksum"
+
+
+def _shown_size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+# ---- The cache
+
+
+class Filled(NamedTuple):
+    """What a fill computed: examples and states of all processes, and seconds without loading the teacher."""
+
+    examples: int
+    states: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """
+    What the losses need of a teacher beside its states: it stands in for a [`~hf_dskd.teacher.load.Teacher`].
+
+    Attributes:
+        head ([`~hf_dskd.models.LMHead`]): To logits.
+        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
+    """
+
+    head: LMHead
+    embedding: Tensor
+
+
+class TeacherCache:
+    """
+    A folder with the teacher's last hidden states; made by [`TeacherCache.open`].
+
+    Can be pickled and used in the workers of a `DataLoader`: every process maps the files into memory by itself.
+
+    Attributes:
+        folder (`Path`): Where it is.
+        facts (`dict[str, Any]`): What the states depend on (see [`cache_facts`]).
+        shards (`list[Shard]`): The files of states.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]):
+        self.folder, self.facts = folder, facts
+        self.shards: list[Shard] = []
+        self._head: dict[str, Any] | None = None
+        self._places: dict[str, tuple[str, int, int]] = {}
+        self._mapped: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}
+
+    def __len__(self) -> int:
+        """Examples whose states are there."""
+        return len(self._places)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a state, d_t."""
+        return self.facts["hidden_size"]
+
+    def summary(self, filled: Filled) -> str:
+        """One line for people: what is there, and what a fill has added."""
+        states = sum(count for _, _, count in self._places.values())
+        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        speed = f" ({filled.states / filled.seconds:,.0f} states/s)" if filled.seconds else ""
+        return (
+            f"{self.folder}: {len(self):,} examples, {states:,} states, {_shown_size(size)}; computed"
+            f" {filled.examples:,} examples, {filled.states:,} states in {filled.seconds:.1f} s{speed}"
+        )
+
+    @classmethod
+    def open(cls, folder: str | Path, facts: dict[str, Any], *, repair: bool = False) -> TeacherCache:
+        """
+        Opens a cache, or a new one where the folder has none, and compares every file with its checksum.
+
+        Of several processes, all must call it; each reads a share of the files.
+
+        Args:
+            folder (`str` or `Path`): Where it is, or will be.
+            facts (`dict[str, Any]`): Those of this run, from [`cache_facts`].
+            repair (`bool`, *optional*, defaults to `False`):
+                Delete files that are damaged, so that [`~TeacherCache.fill`] makes them again.
+
+        Raises:
+            UserError: If the cache was written with other facts, or a file is damaged and `repair` is false.
+        """
+        cache = cls(Path(folder), facts)
+        cache._read_index(repair)
+        cache._verify(repair)
+        cache._locate()
+        return cache
+
+    def missing(self, dataset: Dataset) -> list[str]:
+        """Keys of the examples of a tokenized dataset that have no states yet, in order, each once."""
+        return [key for key in _examples({"given": dataset}) if key not in self._places]
+
+    def states(self, key: str) -> Tensor:
+        """
+        The states of an example, `[r, d_t]` in bfloat16, one per response token: those that predict it.
+
+        They are read from the file as they are used, without a copy of their own.
+        """
+        from safetensors import safe_open
+
+        file, start, count = self._places[key]
+        if file not in self._mapped:
+            with safe_open(self.folder / file, "pt") as opened:
+                self._mapped[file] = opened.get_tensor("states")
+        return self._mapped[file][start : start + count]
+
+    def batch(self, rows: list[dict[str, Any]]) -> Tensor:
+        """
+        The states of tokenized rows, `[B, R, d_t]` in bfloat16, padded with 0 to the longest response.
+
+        Raises:
+            UserError: If an example has none.
+        """
+        keys = [example_key(row) for row in rows]
+        for key, row in zip(keys, rows):
+            if key not in self._places:
+                raise UserError(
+                    f"teacher_cache={str(self.folder)!r} has no states of example {row.get('example_id')}: fill it"
+                    " with the same data first (hf-dskd cache-teacher)"
+                )
+        states = [self.states(key) for key in keys]
+        longest = max(1, *(len(part) for part in states))
+        padded = torch.zeros(len(rows), longest, self.hidden_size, dtype=torch.bfloat16)
+        for place, part in zip(padded, states):
+            place[: len(part)] = part
+        return padded
+
+    def load_head(self, device: torch.device | str = "cpu") -> tuple[LMHead, Tensor]:
+        """The teacher's head and input embedding `[V_t, d_t]`, in its own dtype; one tensor where they are tied."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / HEAD_NAME, "pt") as file:
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
+            about = json.loads(file.metadata()["head"])
+        head = LMHead(tensors["weight"], tensors.get("bias"), about["softcap"], about["scale"])
+        return head, head.weight if about["tied"] else tensors["embedding"]
+
+    def fill(
+        self,
+        datasets: Mapping[str, Dataset | IterableDataset | None],
+        load_teacher: Callable[[], PreTrainedModel],
+    ) -> Filled:
+        """
+        Computes the states of the examples that have none.
+
+        The shards that are missing are shared out among the processes, all of which must call it. Those that an
+        interrupted fill left are used.
+
+        Args:
+            datasets (`dict[str, Dataset]`): Tokenized datasets by the name that messages give them; `None` is none.
+            load_teacher (`Callable`): Returns the teacher on its device; called only where something is missing.
+
+        Raises:
+            UserError:
+                For a dataset without a length, too little space on the disk, a folder that can't be written or that
+                another process fills now, or weights that can't be compared with those of the cache.
+        """
+        from accelerate import PartialState
+
+        examples = _examples(datasets)
+        if self._is_whole(self._plan(examples)):
+            return Filled(0, 0, 0.0)
+        if self.facts["teacher"] is None:
+            raise UserError(
+                f"teacher_cache={str(self.folder)!r} lacks states, and the weights of {self.facts['teacher_name']!r}"
+                " weren't found on this machine: download them first, or give a loaded model"
+            )
+        ranks = PartialState()
+        seconds = 0.0
+        with self._locked() if ranks.is_main_process else nullcontext():
+            ranks.wait_for_everyone()
+            # Another run may have filled it since it was opened.
+            self._read_index(repair=False)
+            self._locate()
+            shards = self._plan(examples)
+            todo = [shard for shard in shards if shard.size is None and not shard.is_in(self.folder)]
+            states = sum(sum(shard.counts) for shard in todo)
+            mine = todo[ranks.process_index :: ranks.num_processes]
+            has_head = self._head is not None or _is_head(self.folder / HEAD_NAME)
+            if ranks.is_main_process:
+                self._prepare(shards, states)
+            ranks.wait_for_everyone()
+            if mine or (ranks.is_main_process and not has_head):
+                teacher = Teacher(load_teacher())
+                check_head(teacher.model, teacher.head, "teacher")
+                start = time.perf_counter()
+                if ranks.is_main_process and not has_head:
+                    self._write_head(teacher, states)
+                self._write_shards(mine, examples, datasets, teacher, ranks.is_main_process)
+                seconds = time.perf_counter() - start
+                del teacher
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            ranks.wait_for_everyone()
+            if ranks.is_main_process:
+                self._write_index(self._head or _described(self.folder / HEAD_NAME), shards)
+            ranks.wait_for_everyone()
+        self._read_index(repair=False)
+        self._locate()
+        return Filled(sum(len(shard.keys) for shard in todo), states, seconds)
+
+    # ---- The index
+
+    def _read_index(self, repair: bool) -> None:
+        from accelerate import PartialState
+
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            return
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            facts, head, shards = index["facts"], index["head"], [Shard(**shard) for shard in index["shards"]]
+        except (ValueError, KeyError, TypeError):
+            if not repair:
+                raise UserError(
+                    f"teacher_cache={str(self.folder)!r} is damaged: {INDEX_NAME} can't be read; {REPAIR}"
+                ) from None
+            # Not before every process has read it.
+            PartialState().wait_for_everyone()
+            # Without checksums, nothing vouches for the other files.
+            for file in [path, self.folder / HEAD_NAME, *self.folder.glob("states-*")]:
+                file.unlink(missing_ok=True)
+            return
+        _check_facts(self.folder, facts, self.facts)
+        self.shards, self._head = shards, head
+
+    def _verify(self, repair: bool) -> None:
+        from accelerate import PartialState
+        from tqdm.auto import tqdm
+
+        ranks = PartialState()
+        files: list[dict[str, Any]] = [
+            {"file": shard.file, "size": shard.size, "sha256": shard.sha256} for shard in self.shards
+        ]
+        files = [*files, *([] if self._head is None else [self._head])]
+        files = files[ranks.process_index :: ranks.num_processes]
+        size: int = sum(listed["size"] for listed in files)
+        silent = not ranks.is_main_process or size < 1e9
+        with tqdm(total=size, unit="B", unit_scale=True, desc="Checking teacher_cache", disable=silent) as bar:
+            for listed in files:
+                path = self.folder / listed["file"]
+                fault = _fault(path, listed)
+                if fault is not None and not repair:
+                    raise UserError(f"teacher_cache={str(self.folder)!r} is damaged: {path.name} {fault}; {REPAIR}")
+                if fault is not None:
+                    logger.warning("teacher_cache=%r: %s %s and is made again", str(self.folder), path.name, fault)
+                    path.unlink(missing_ok=True)
+                bar.update(listed["size"])
+        ranks.wait_for_everyone()
+
+    def _locate(self) -> None:
+        """Notes where each example's states are. Only a repair can have left a shard of the index without its file."""
+        if self._head is not None and not (self.folder / HEAD_NAME).is_file():
+            self._head = None
+        self.shards = [
+            shard if (self.folder / shard.file).is_file() else Shard(shard.file, shard.keys, shard.counts)
+            for shard in self.shards
+        ]
+        self._mapped = {}
+        self._places = {
+            key: (shard.file, start, count)
+            for shard in self.shards
+            if shard.size is not None
+            for key, start, count in zip(shard.keys, accumulate(shard.counts, initial=0), shard.counts)
+        }
+
+    def _write_index(self, head: dict[str, Any] | None, shards: list[Shard]) -> None:
+        listed = [asdict(shard) | ({} if shard.size else _described(self.folder / shard.file)) for shard in shards]
+        index = {"facts": self.facts, "dtype": "bfloat16", "head": head, "shards": listed}
+        text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
+        _write(self.folder / INDEX_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+    # ---- A fill
+
+    def _plan(self, examples: dict[str, _Example]) -> list[Shard]:
+        """All shards after a fill: those of the index in their order, then new ones."""
+        kept = [shard for shard in self.shards if shard.size is not None or all(key in examples for key in shard.keys)]
+        lost = sum(len(shard.keys) for shard in self.shards) - sum(len(shard.keys) for shard in kept)
+        if lost:
+            logger.warning(
+                "teacher_cache=%r: %d examples of damaged files aren't all in this run's data; they are left out",
+                str(self.folder),
+                lost,
+            )
+        known = {key for shard in kept for key in shard.keys}
+        new = [example for key, example in examples.items() if key not in known]
+        return [*kept, *_cut(new, self.hidden_size)]
+
+    def _is_whole(self, shards: list[Shard]) -> bool:
+        return self._head is not None and shards == self.shards and all(shard.size is not None for shard in shards)
+
+    def _locked(self) -> Any:
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"teacher_cache={str(self.folder)!r} is being filled by another process: wait for its end, or use"
+                " another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"teacher_cache={str(self.folder)!r} is not writable ({error.strerror}): choose another folder"
+            ) from None
+
+    def _prepare(self, shards: list[Shard], states: int) -> None:
+        self._check_space(states)
+        logger.warning(
+            "teacher_cache=%r: the teacher's states of %d response tokens are computed, %s",
+            str(self.folder),
+            states,
+            _shown_size(states * self.hidden_size * 2),
+        )
+        # Of an interrupted fill, of the same or of other data.
+        planned = {shard.file for shard in shards}
+        for path in [*self.folder.glob("*.tmp"), *self.folder.glob("states-*.safetensors")]:
+            if path.name not in planned:
+                path.unlink()
+        if not (self.folder / INDEX_NAME).is_file():
+            # An interrupted fill must be gone on with under the same facts.
+            self._write_index(None, [])
+
+    def _check_space(self, count: int, more: int = 0) -> None:
+        needed, free = count * self.hidden_size * 2 + more, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"teacher_cache={str(self.folder)!r} needs {_shown_size(needed)} and its disk has {_shown_size(free)}"
+                " left: free space, or choose a folder on another disk"
+            )
+
+    def _write_head(self, teacher: Teacher, count: int) -> None:
+        head, embedding = teacher.head, teacher.embedding
+        tied = head.weight.data_ptr() == embedding.data_ptr() and head.weight.shape == embedding.shape
+        named = {"weight": head.weight, "bias": head.bias, "embedding": None if tied else embedding}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in named.items() if value is not None}
+        self._check_space(count, sum(value.nbytes for value in tensors.values()))
+        about = json.dumps({"scale": head.scale, "softcap": head.softcap, "tied": tied})
+        _save(tensors, self.folder / HEAD_NAME, {"head": about})
+
+    def _write_shards(
+        self,
+        shards: list[Shard],
+        examples: dict[str, _Example],
+        datasets: Mapping[str, Any],
+        teacher: Teacher,
+        shown: bool,
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        parts = [[examples[key] for key in shard.keys] for shard in shards]
+        tokens = sum(example.length for part in parts for example in part)
+        timed = not shown
+        total = sum(_count(part) for part in parts)
+        with tqdm(total=total, unit=" states", desc="The teacher's states", disable=not shown) as bar:
+            for shard, part in zip(shards, parts):
+                states = torch.empty(sum(shard.counts), self.hidden_size, dtype=torch.bfloat16)
+                places = states.split(shard.counts)
+                for batch in _batches(part):
+                    start = time.perf_counter()
+                    chosen = [part[place] for place in batch]
+                    for place, rows in zip(batch, _run(teacher, chosen, datasets)):
+                        places[place].copy_(rows)
+                    bar.update(_count(chosen))
+                    if not timed:
+                        seconds = (time.perf_counter() - start) * tokens / sum(e.length for e in chosen)
+                        duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+                        logger.warning("teacher_cache=%r: that takes about %s", str(self.folder), duration)
+                        timed = True
+                _save({"states": states}, self.folder / shard.file, shard.metadata)
+
+
+def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]) -> list[Tensor]:
+    """The teacher's states `[r, d_t]` in bfloat16 of each example of a batch, on the CPU."""
+    rows = [datasets[example.split][example.index] for example in examples]
+    longest = max(example.length for example in examples)
+    # A causal model's states don't depend on what comes after them: any token can be padding.
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for place, (row, example) in enumerate(zip(rows, examples)):
+        input_ids[place, : example.length] = torch.as_tensor(row["teacher_input_ids"])
+        attention_mask[place, : example.length] = 1
+    with torch.inference_mode():
+        hidden = teacher(input_ids, attention_mask)
+        predicting = [_predicting(e.length, int(row["teacher_prompt_length"])) for e, row in zip(examples, rows)]
+        states = torch.cat([part[where] for part, where in zip(hidden, predicting)]).to(torch.bfloat16).cpu()
+    return list(states.split([example.count for example in examples]))
+
+
+def _is_head(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return "head" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False

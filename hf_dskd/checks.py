@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def check_launch(config: DSKDConfig) -> None:
-    """Refuses a way of running that would give wrong numbers silently."""
+    """Refuses a way of running that would give wrong numbers silently, and a device that isn't there."""
+    from .teacher.load import named_device
+
+    if config.teacher_device is not None and named_device(config.teacher_device).type != "cpu" and config.n_gpu == 2:
+        # The second is the teacher's. Trainer would spread the student's batches over both.
+        config._n_gpu = 1
     if config.n_gpu > 1:
         raise UserError(
             f"{config.n_gpu} GPUs are visible to one process, which means nn.DataParallel:"

@@ -139,6 +139,10 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             replaced += ["adversarial_loss"] if self.adversarial_loss != "minimax" else []
             if replaced:
                 raise UserError(f"as_published=True: the released code has no {replaced[0]}; leave it at its default")
+            if self.padding_free:
+                raise UserError(
+                    "padding_free=True: as_published=True needs the states of padding too; leave one of them out"
+                )
         if self.teacher_cache is not None and row.needs_teacher:
             if self.as_published:
                 raise UserError(
@@ -189,6 +193,12 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             if getattr(self, setting) is not None:
                 changes[part] = getattr(self, setting)
         return replace(row, **changes)
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether batches hold examples of similar length: one setting in transformers 4, another in 5."""
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        return bool(getattr(self, "group_by_length", strategy == "group_by_length"))
 
     @property
     def training_dtype(self) -> str:

@@ -61,7 +61,10 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a causal language model that returns the last hidden state (after the final norm)."""
     plain = base_causal_lm(model)
-    body = plain.base_model
+    # OPT calls a part of its base itself, and in transformers 4 Gemma 3 doesn't know its base by its name.
+    body = plain.get_decoder()
+    if body is plain:
+        body = plain.base_model
     if body is plain:
         raise UserError(f"{type(plain).__name__} has no backbone apart from its head: use a causal language model")
     return body
@@ -115,8 +118,26 @@ def check_head(model: nn.Module, head: LMHead, name: str) -> None:
     if not difference <= 0.05:
         raise UserError(
             f"{name} {type(plain).__name__}: logits from its last hidden state differ from its own by"
-            f" {difference:.1%}; its head has a transform that is not supported"
+            f" {difference:.1%}; {_suspects(plain)} not supported: distil with another model"
         )
+
+
+def _suspects(model: PreTrainedModel) -> str:
+    """What may stand between the last hidden state and the logits, by name."""
+    read = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    settings = model.config.get_text_config().to_dict()
+    found = [
+        f"{name}={value!r}"
+        for name, value in settings.items()
+        if any(part in name for part in ("logit", "lm_head", "output_multiplier"))
+        and isinstance(value, (int, float))
+        and value not in (0, 1)
+        and name not in read
+    ]
+    if found:
+        return f"{' and '.join(found)} in its config {'is' if len(found) == 1 else 'are'}"
+    head = type(model.get_output_embeddings()).__name__
+    return f"a transform of the logits in its forward pass, or its head ({head}), is"
 
 
 class LastHiddenState:
@@ -202,7 +223,7 @@ class LastHiddenState:
             scale = padded[mask.bool()].abs().max()
             leak = (packed - beside_others)[1].abs().max() / scale
             difference = (packed - padded)[mask.bool()].abs().max() / scale
-            problem = "lets an example see the one before it" if not leak <= 1e-3 else ""
+            problem = "lets an example see the one before it" if not leak <= 1e-5 else ""
             if not problem and not difference <= 0.05:
                 problem = f"gives other states for packed examples than for padded ones (by {difference:.1%})"
         plain.train(was_training)

@@ -45,7 +45,7 @@ from .checks import (
 from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.on_policy import is_on_policy, on_policy_batch
-from .data.sampler import EpochSampler
+from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
 from .data.vocabulary import shared_tokens
 from .errors import UserError
@@ -76,7 +76,14 @@ from .objective import (
 from .projectors import Projectors
 from .running_log import LOG_NAMES, RunningLog
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
-from .teacher.load import Teacher, check_four_bit, check_four_bit_shapes, four_bit_config, load_causal_lm
+from .teacher.load import (
+    Teacher,
+    check_four_bit,
+    check_four_bit_shapes,
+    four_bit_config,
+    load_causal_lm,
+    named_device,
+)
 from .teacher.responses import write_responses
 
 
@@ -227,7 +234,7 @@ class DSKDTrainer(Trainer):
         chunk_sizes([max(vocabularies)] * 2, [torch.float32] * 2, args.device.type, args.loss_memory_mb)
         if args.load_teacher_in_4bit:
             check_four_bit()
-            if args.device.type == "cpu":
+            if _teacher_place(args).type == "cpu":
                 check_four_bit_shapes(teacher_config, str(teacher_name))
         for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
             if adapter is not None:
@@ -288,9 +295,8 @@ class DSKDTrainer(Trainer):
         if self._cache is not None:
             self.teacher = CachedTeacher(*self._cache.load_head(args.device))
         elif row.needs_teacher:
-            self.teacher = Teacher(load_teacher())
+            self.teacher = Teacher(load_teacher(), args.device)
             check_head(self.teacher.model, self.teacher.head, "teacher")
-        check_head(student, lm_head(student), "student")
 
         if data_collator is None:
             data_collator = DualCollator(
@@ -301,7 +307,6 @@ class DSKDTrainer(Trainer):
                 pad_to_length=args.max_length + 1 if args.as_published else None,
                 teacher_states=None if self._cache is None else self._cache.batch,
             )
-        self._last_hidden_state = LastHiddenState(student)
         super().__init__(
             model=student,
             args=args,
@@ -320,6 +325,10 @@ class DSKDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = teacher_tokenizer
+        # On its device and in the training precision: without them flash attention doesn't run.
+        with self.accelerator.autocast():
+            check_head(student, lm_head(student), "student")
+            self._last_hidden_state = LastHiddenState(student, args.padding_free)
 
         device = self.accelerator.device
         self.projectors: Projectors | None = None
@@ -436,12 +445,18 @@ class DSKDTrainer(Trainer):
                 self._cache.fill({"eval": eval_dataset}, self._load_teacher)
         return super().get_eval_dataloader(eval_dataset)
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        if not isinstance(sampler, RandomSampler):
-            return sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(sampler), seed, lambda: int(self.state.epoch or 0))
+
+        def epoch() -> int:
+            return int(self.state.epoch or 0)
+
+        if self.args.groups_by_length and hasattr(dataset, "__len__"):
+            group_size = self._train_batch_size * self.args.world_size
+            return LengthGroupedEpochSampler(example_lengths(dataset), group_size, seed, epoch)
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(len(sampler), seed, epoch) if isinstance(sampler, RandomSampler) else sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in [`~transformers.Trainer`]; in an on-policy step the student answers the prompts of the batches now."""
@@ -536,7 +551,7 @@ class DSKDTrainer(Trainer):
             teacher_hidden = inputs["teacher_states"]
         else:
             teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
-        teacher = self._states(teacher_hidden.to(hidden.device), inputs, "teacher_", self.teacher.embedding, cached)
+        teacher = self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, cached)
         critic = None if self.adversary is None else self.adversary.critic.train(training)
         return student, distillation_terms(
             self.args,
@@ -886,6 +901,7 @@ class _Partners:
 
 def _load_teacher(teacher_model: Any, args: DSKDConfig, quantization_config: Any) -> Any:
     """The teacher on its device, in the dtype or quantization that the settings ask for where it is a name."""
+    place = _teacher_place(args)
     if isinstance(teacher_model, str):
         training_dtype = getattr(torch, args.training_dtype)
         if args.load_teacher_in_4bit:
@@ -895,11 +911,21 @@ def _load_teacher(teacher_model: Any, args: DSKDConfig, quantization_config: Any
             teacher_model = load_causal_lm(
                 teacher_model,
                 quantization_config=quantization_config,
+                device=place,
                 **{"dtype": dtype, **_options(args.teacher_model_init_kwargs)},
             )
     if getattr(teacher_model, "hf_device_map", None) is None:
-        teacher_model.to(args.device)
+        teacher_model.to(place)
+    elif args.teacher_device is not None and teacher_model.get_input_embeddings().weight.device != place:
+        raise UserError(
+            f"teacher_device={args.teacher_device!r}: the teacher was given a device_map, which puts it elsewhere;"
+            " leave one of them out"
+        )
     return teacher_model
+
+
+def _teacher_place(args: DSKDConfig) -> torch.device:
+    return args.device if args.teacher_device is None else named_device(args.teacher_device)
 
 
 def _rows(model: Any, config: Any) -> int:

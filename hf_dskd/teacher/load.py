@@ -58,12 +58,16 @@ class Teacher:
 
 
 def named_device(name: str) -> torch.device:
-    """The device called `name`; a [`UserError`] where this machine has none of that name."""
+    """
+    The device called `name`; a [`UserError`] where this machine has none of that name.
+
+    Without a number (`"cuda"`) it is the one that this process uses.
+    """
     accelerator = torch.accelerator.current_accelerator()
     count = torch.accelerator.device_count() if accelerator is not None else 0
     known = ["cpu", *(f"{accelerator}:{index}" for index in range(count))]
-    # Without a number it is this process's own.
-    known += [str(accelerator)] if count else []
+    if count and name == str(accelerator):
+        name = known[1 + torch.accelerator.current_device_index()]
     if name not in known:
         raise UserError(f"teacher_device={name!r} is no device of this machine: set it to one of {', '.join(known)}")
     return torch.device(name)

@@ -27,13 +27,14 @@ def padded(values, indices, batch_size):
 
 @pytest.mark.parametrize("make", [lambda n, *rest: EpochSampler(n, *rest), lambda n, *rest: grouped(n, *rest)])
 def test_order_is_a_function_of_seed_and_epoch_alone(make):
-    epoch = 0
-    sampler = make(103, 5, lambda: epoch)
+    epochs = [0]
+    sampler = make(103, 5, lambda: epochs[-1])
     assert len(sampler) == 103
     torch.manual_seed(1)
     state = torch.get_rng_state()
     orders = []
     for epoch in (0, 1, 1, 0):
+        epochs.append(epoch)
         orders.append(list(sampler))
         assert sorted(orders[-1]) == list(range(103))
         torch.rand(7)

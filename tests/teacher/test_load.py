@@ -63,8 +63,8 @@ def test_one_matrix_for_both_stays_one():
         assert (moved.head.weight is moved.embedding) == same
 
 
-# ---- Devices: where the model is and where the losses run. A tensor on "meta" has a device and a shape, but no values,
-# so that each of the two ways is checked from the side that has them.
+# ---- Devices: where the model is and where the losses run. A tensor on "meta" has a device and a shape but no values,
+# so each of the two ways is checked from the side that has them.
 
 
 @pytest.mark.parametrize("make", [tied, tiny.qwen2, tiny.llama])
@@ -118,13 +118,15 @@ def test_teacher_beside_the_gpu_gives_what_it_gives_on_it():
 def test_device_that_isnt_there_is_named(name):
     with pytest.raises(UserError) as error:
         named_device(name)
-    assert f"teacher_device={name!r}" in str(error.value) and "cpu" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        f"teacher_device={name!r}" in str(error.value) and "cpu" in str(error.value) and "\n" not in str(error.value)
+    )
 
 
 def test_devices_by_name():
     assert named_device("cpu") == torch.device("cpu")
     if torch.cuda.is_available():
-        assert named_device("cuda:0") == torch.device("cuda:0") and named_device("cuda").type == "cuda"
+        assert named_device("cuda:0") == named_device("cuda") == torch.device("cuda:0")
 
 
 # ---- 4 bits

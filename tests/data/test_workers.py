@@ -1,0 +1,63 @@
+"""Batches made in processes of their own are the same batches."""
+
+import pickle
+
+import pytest
+import runs
+import torch
+
+
+def run_with(folder, **settings):
+    run = runs.trainer(
+        folder,
+        max_steps=-1,
+        num_train_epochs=2,
+        save_strategy="no",
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        rows=12,
+        **settings,
+    )
+    run.train()
+    return run
+
+
+WORKERS = {
+    "dataloader_num_workers": 2,
+    "dataloader_pin_memory": True,
+    "dataloader_persistent_workers": True,
+    "dataloader_prefetch_factor": 3,
+}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_workers_change_nothing(cached, tmp_path):
+    """Two epochs: a worker that lives on, and one that is made anew, must both see the order of the second."""
+    cache = {"teacher_cache": str(tmp_path / "cache")} if cached else {}
+    reference = run_with(tmp_path / "none", **cache)
+    for name, settings in (("living", WORKERS), ("new", {"dataloader_num_workers": 2})):
+        run = run_with(tmp_path / name, **settings, **cache)
+        assert runs.history(run, "loss", "kq_loss") == runs.history(reference, "loss", "kq_loss")
+        expected = runs.weights(reference)
+        assert all(torch.equal(value, expected[name]) for name, value in runs.weights(run).items())
+
+
+def test_workers_evaluate_the_same(tmp_path):
+    data = runs.tiny.dataset(9)
+    metrics = []
+    for name, settings in (("none", {}), ("workers", WORKERS)):
+        run = runs.trainer(tmp_path / name, eval_dataset=data, **settings)
+        values = [run.evaluate() for _ in range(2)]
+        metrics.append(
+            [{k: v for k, v in value.items() if "per_second" not in k and "time" not in k} for value in values]
+        )
+    assert metrics[0] == metrics[1] and metrics[0][0] == metrics[0][1]
+
+
+def test_collator_and_rows_go_to_another_process(tmp_path):
+    """As they must where workers are started and not forked."""
+    run = runs.trainer(tmp_path, teacher_cache=str(tmp_path / "cache"))
+    collator, dataset = pickle.loads(pickle.dumps((run.data_collator, run.train_dataset)))
+    batch, expected = collator([dataset[i] for i in range(4)]), runs.first_batch(run)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -243,6 +243,11 @@ class DSKDTrainer(Trainer):
         def load_teacher() -> Any:
             return _load_teacher(teacher_model, args, teacher_quantization_config)
 
+        if args.teacher_cache is not None and row.needs_teacher and data_collator is not None:
+            raise UserError(
+                f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached states,"
+                " which DualCollator adds; leave one of them out"
+            )
         self._load_teacher = load_teacher
         self._cache: TeacherCache | None = None
         if args.teacher_cache is not None and row.needs_teacher:
@@ -270,7 +275,9 @@ class DSKDTrainer(Trainer):
                 eval_dataset = self._tokenize(eval_dataset, "eval")
 
         if self._cache is not None:
-            splits = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+            splits: dict[str, Any] = {"eval": eval_dataset}
+            if isinstance(eval_dataset, dict):
+                splits = {f"eval_{name}": split for name, split in eval_dataset.items()}
             self._cache.fill({"train": train_dataset, **splits}, load_teacher)
 
         # Trainer seeds in its own __init__, which is after an adapter has been initialised.

@@ -22,6 +22,7 @@ def hf_dskd(*arguments):
         ([], "hf-dskd compare"),
         (["--help"], "hf-dskd compare"),
         (["train", "--help"], "--kd_temperature"),
+        (["cache-teacher", "--help"], "--teacher_cache"),
         (["compare", "--help"], "--variants"),
         (["methods", "--help"], "aligned"),
         (["methods"], "dskd_cma_ga"),

@@ -353,21 +353,6 @@ class Shard:
     size: int | None = None
     sha256: str | None = None
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        # In one entry: safetensors writes several in an order that changes from run to run.
-        return {"examples": json.dumps({"keys": self.keys, "counts": self.counts})}
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the file is there, as long as its header says and with these examples."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(folder / self.file, "pt") as file:
-                return file.metadata() == self.metadata
-        except (OSError, SafetensorError):
-            return False
-
 
 def _cut(examples: Iterable[_Example], width: int) -> Iterator[Shard]:
     """Shards of up to `SHARD_BYTES` of states, in order."""
@@ -409,15 +394,27 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(beside, path)
 
 
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     def write(beside: Path) -> None:
-        save_file(tensors, beside, metadata)
+        # In one entry: safetensors writes several in an order that changes from run to run.
+        save_file(tensors, beside, {"about": json.dumps(about)})
         # safetensors lets nobody but the owner read its file, and a cache can be shared.
         shutil.copymode(path.with_name(INDEX_NAME), beside)
 
     _write(path, write)
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a file of tensors is there, as long as its header says. A shard's name says of which examples it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -573,7 +570,7 @@ class TeacherCache:
 
         with safe_open(self.folder / HEAD_NAME, "pt") as file:
             tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}
-            about = json.loads(file.metadata()["head"])
+            about = json.loads(file.metadata()["about"])
         head = LMHead(tensors["weight"], tensors.get("bias"), about["softcap"], about["scale"])
         return head, head.weight if about["tied"] else tensors["embedding"]
 
@@ -615,10 +612,10 @@ class TeacherCache:
             self._read_index(repair=False)
             self._locate()
             shards = self._plan(examples)
-            todo = [shard for shard in shards if shard.size is None and not shard.is_in(self.folder)]
+            todo = [shard for shard in shards if shard.size is None and not _is_complete(self.folder / shard.file)]
             states = sum(sum(shard.counts) for shard in todo)
             mine = todo[ranks.process_index :: ranks.num_processes]
-            has_head = self._head is not None or _is_head(self.folder / HEAD_NAME)
+            has_head = self._head is not None or _is_complete(self.folder / HEAD_NAME)
             if ranks.is_main_process:
                 self._prepare(shards, states)
             ranks.wait_for_everyone()
@@ -778,8 +775,8 @@ class TeacherCache:
         named = {"weight": head.weight, "bias": head.bias, "embedding": None if tied else embedding}
         tensors = {name: value.detach().cpu().contiguous() for name, value in named.items() if value is not None}
         self._check_space(count, sum(value.nbytes for value in tensors.values()))
-        about = json.dumps({"scale": head.scale, "softcap": head.softcap, "tied": tied})
-        _save(tensors, self.folder / HEAD_NAME, {"head": about})
+        about = {"scale": head.scale, "softcap": head.softcap, "tied": tied}
+        _save(tensors, self.folder / HEAD_NAME, about)
 
     def _write_shards(
         self,
@@ -810,7 +807,8 @@ class TeacherCache:
                         duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
                         logger.warning("teacher_cache=%r: that takes about %s", str(self.folder), duration)
                         timed = True
-                _save({"states": states}, self.folder / shard.file, shard.metadata)
+                about = {"keys": shard.keys, "counts": shard.counts}
+                _save({"states": states}, self.folder / shard.file, about)
 
 
 def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]) -> list[Tensor]:
@@ -828,13 +826,3 @@ def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]
         predicting = [_predicting(e.length, int(row["teacher_prompt_length"])) for e, row in zip(examples, rows)]
         states = torch.cat([part[where] for part, where in zip(hidden, predicting)]).to(torch.bfloat16).cpu()
     return list(states.split([example.count for example in examples]))
-
-
-def _is_head(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return "head" in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False

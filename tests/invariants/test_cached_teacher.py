@@ -4,6 +4,7 @@ import pytest
 import runs
 import torch
 
+from hf_dskd import UserError
 from hf_dskd import trainer as trainer_module
 from hf_dskd.teacher.cache import CachedTeacher
 from hf_dskd.teacher.load import Teacher
@@ -89,3 +90,16 @@ def test_workers_read_the_cache(workers, folder, tmp_path):
     batch = next(iter(run.get_train_dataloader()))
     expected = run._cache.batch([run.train_dataset[int(i)] for i in batch["example_ids"]])
     assert torch.equal(batch["teacher_states"], expected) and expected.abs().sum() > 0
+
+
+def test_a_collator_of_ones_own_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"teacher_cache='.*' and a data_collator of your own"):
+        runs.trainer(tmp_path, method="dskd_cma", teacher_cache=str(tmp_path / "cache"), data_collator=list)
+
+
+def test_an_evaluation_split_may_be_called_train(tmp_path):
+    held_out = {"train": runs.tiny.dataset(20).select(range(16, 20))}
+    run = runs.trainer(
+        tmp_path / "run", method="dskd_cma", teacher_cache=str(tmp_path / "cache"), eval_dataset=held_out
+    )
+    assert not run._cache.missing(run.train_dataset) and not run._cache.missing(run.eval_dataset["train"])

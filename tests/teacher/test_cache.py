@@ -1,10 +1,8 @@
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -14,7 +12,6 @@ import pytest
 import runs
 import tiny
 import torch
-from accelerate import PartialState
 from datasets import concatenate_datasets
 from filelock import FileLock
 from torch import nn
@@ -250,49 +247,96 @@ def test_interrupted_fill_of_other_data_leaves_nothing(whole, tmp_path):
     assert content(folder) == content(whole.folder)
 
 
-def in_process(folder, facts, stop_at=None, **environment):
-    """A process of its own that fills a cache, and is killed when so many shards are there."""
+# Forks before anything has started threads, which a fork of pytest itself couldn't promise.
+SCRIPT = """
+import json, os, signal, socket, sys, traceback
+import torch
+torch.set_num_threads(1)
+import tiny
+from accelerate import PartialState
+from datasets import load_from_disk
+from pathlib import Path
+from hf_dskd.teacher import cache
+
+root, rows, cache.SHARD_BYTES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+facts = json.loads((root / "facts.json").read_text())
+
+def fill(folder, stop_at=None):
+    save = cache._save
 
     def load():
-        model = make_teacher()
-        if stop_at is not None:
-            model.model.register_forward_pre_hook(kill)
+        model = tiny.qwen2(rows)
+        model.model.register_forward_pre_hook(kill)
         return model
 
     def kill(*args):
         if len(list(folder.glob("states-*"))) == stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def fill():
-        os.environ |= environment
-        PartialState._reset_state()
-        PartialState(cpu=True)
-        assert TeacherCache.open(folder, facts).fill({"train": DATA}, load).examples == 16
+    def noted(tensors, path, about):
+        with (root / "saved").open("a") as file:
+            file.write(f"{os.environ.get('RANK')} {path.name}\\n")
+        save(tensors, path, about)
 
-    process = multiprocessing.get_context("fork").Process(target=fill)
-    process.start()
+    cache._save = noted
+    PartialState(cpu=True)
+    data = load_from_disk(str(root / "data"))
+    assert cache.TeacherCache.open(folder, facts).fill({"train": data}, load).examples == 16
+
+def forked(*arguments, **environment):
+    process = os.fork()
+    if process == 0:
+        os.environ.update(environment)
+        try:
+            fill(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return process
 
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+processes = [forked(root / "two", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+processes.append(forked(root / "killed", 2))
+print([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
+"""
 
-def test_killed_process_goes_on_to_the_same_bytes(whole, tmp_path):
-    process = in_process(tmp_path / "cache", whole.facts, stop_at=2)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert len(list((tmp_path / "cache").glob("states-*.safetensors"))) == 2
-    filled(tmp_path / "cache", tmp_path)
-    assert content(tmp_path / "cache") == content(whole.folder)
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """A folder with the cache `two`, which two processes filled, and `killed`, whose process was killed."""
+    folder = tmp_path_factory.mktemp("processes")
+    DATA.save_to_disk(str(folder / "data"))
+    (folder / "facts.json").write_text(json.dumps(facts_of(folder)))
+    path = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), str(len(TOKENIZER)), str(module.SHARD_BYTES)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.splitlines()[-1:] == [str([0, 0, -signal.SIGKILL])], done.stderr
+    return folder
 
 
-def test_two_processes_write_the_same_bytes_as_one(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [in_process(tmp_path / "cache", whole.facts, RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert content(tmp_path / "cache") == content(whole.folder)
+def test_killed_process_goes_on_to_the_same_bytes(whole, processes, tmp_path):
+    folder = processes / "killed"
+    assert len(list(folder.glob("states-*.safetensors"))) == 2
+    filled(folder, tmp_path)
+    assert content(folder) == content(whole.folder)
+
+
+def test_two_processes_write_the_same_bytes_as_one(whole, processes):
+    assert content(processes / "two") == content(whole.folder)
+    saved = [line.split() for line in (processes / "saved").read_text().splitlines()]
+    # Each file once, every other shard by the second process.
+    files = ["head.safetensors", *(shard.file for shard in whole.shards)]
+    assert sorted(name for rank, name in saved if rank != "None") == sorted(files)
+    assert [name for rank, name in saved if rank == "1"] == [shard.file for shard in whole.shards[1::2]]
 
 
 def test_one_fill_at_a_time(tmp_path):

@@ -245,8 +245,8 @@ class DSKDTrainer(Trainer):
 
         if args.teacher_cache is not None and row.needs_teacher and data_collator is not None:
             raise UserError(
-                f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached states,"
-                " which DualCollator adds; leave one of them out"
+                f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached"
+                " states, which DualCollator adds; leave one of them out"
             )
         self._load_teacher = load_teacher
         self._cache: TeacherCache | None = None

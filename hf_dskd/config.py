@@ -93,6 +93,11 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"
                 " (distillation already softens the labels)"
             )
+        if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
+            raise UserError(
+                "train_sampling_strategy='batch_rebalance' knows the student's lengths only, and has a seed of its"
+                " own: use 'group_by_length'"
+            )
         check_sharding(self)
         # The batch carries the teacher's columns, which no student's forward names.
         self.remove_unused_columns = False

@@ -114,7 +114,8 @@ class DistillationSettings:
         loss_memory_mb (`float`, *optional*, defaults to `512`):
             Budget for logits and the work on them, in MB; the losses are the same for any.
         padding_free (`bool`, *optional*, defaults to `False`):
-            Run the student on the tokens of a micro-batch in one row, without padding.
+            Run the student on the tokens of a micro-batch in one row, without padding. Without flash attention that
+            pays for small batches of uneven lengths alone, since attention then runs over the whole row.
         load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
         teacher_device (`str`, *optional*): Where the teacher is, such as `"cuda:1"`; by default beside the student.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`):

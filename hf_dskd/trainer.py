@@ -7,11 +7,13 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import (
@@ -333,7 +335,7 @@ class DSKDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = teacher_tokenizer
         # On its device and in the training precision: without them flash attention doesn't run.
-        with self.accelerator.autocast():
+        with self._autocast():
             check_head(student, lm_head(student), "student")
             self._last_hidden_state = LastHiddenState(student, args.padding_free)
 
@@ -486,7 +488,7 @@ class DSKDTrainer(Trainer):
             max_length=self.args.max_length,
             generation_config=model.generation_config,
             seed=(seed + place) * 64 + self.accelerator.process_index,
-            autocast=self.accelerator.autocast(),
+            autocast=self._autocast(),
             align=self._tokenize.partners,
         )
 
@@ -505,6 +507,10 @@ class DSKDTrainer(Trainer):
 
     # ---- Loss
 
+    def _autocast(self) -> AbstractContextManager:
+        """As `accelerator.autocast`, which in accelerate 1.10 stays on for good after an error inside it."""
+        return get_mixed_precision_context_manager(self.accelerator.native_amp, self.accelerator.autocast_handler)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -518,7 +524,7 @@ class DSKDTrainer(Trainer):
         With `return_outputs` also `{"logits": [B, S, V_s]}`, the student's.
         """
         hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
-        with self.accelerator.autocast():
+        with self._autocast():
             student, terms = self._terms(hidden, inputs, model.training)
             outputs = {"logits": lm_head(self.model)(hidden)} if return_outputs else None
 

@@ -109,3 +109,9 @@ def test_two_gpus_in_one_process(tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match="2 GPUs are visible"):
                 check_launch(config)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has no such strategy")
+def test_a_strategy_of_student_lengths_alone_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"train_sampling_strategy='batch_rebalance' .*use 'group_by_length'"):
+        runs.config(tmp_path, train_sampling_strategy="batch_rebalance")

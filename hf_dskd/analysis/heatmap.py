@@ -109,7 +109,7 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         no_hidden = embedding.new_zeros((*batch[f"{prefix}input_ids"].shape, 0))
         return trainer._states(no_hidden, batch, prefix, embedding)
 
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad(), trainer._autocast():
         student = states("", input_embedding(trainer.model))
         teacher = states("teacher_", trainer.teacher.embedding)
         queries = keys = None

@@ -41,6 +41,7 @@ def test_real_tokenizers_both_ways(student, teacher, tmp_path):
         teacher_processing_class=teacher_tokenizer,
         learning_rate=5e-3,
         max_steps=4,
+        loss_memory_mb=512,
     )
     run.train()
     losses = runs.history(run, "ce_loss", "t2s_ce_loss", "s2t_kd_loss", "kq_loss")

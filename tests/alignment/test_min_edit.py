@@ -87,7 +87,7 @@ def test_special_tokens_and_padding_rows(tmp_path):
     # "<end>a" is an ordinary text, to which no special token is compared.
     assert found.tolist() == [0, 1, 2, 3, 4, 4, -1, -1]
     assert vocabulary_map(student, teacher, tmp_path).tolist() == [0, 1, 2, 3, 4, 4]
-    target = mapped_target(torch.zeros(1, 8), torch.tensor([0]), found, torch.tensor([0]), 5)
+    target = mapped_target(torch.zeros(1, 8), torch.tensor([True]), found, torch.tensor([0]), 5)
     torch.testing.assert_close(target.exp(), torch.tensor([[1, 1, 1, 1, 2]]) / 6)
 
 

@@ -193,7 +193,8 @@ def _sweep(
         else None
         for i, (tensor, need) in enumerate(zip(tensors, wanted))
     ]
-    collected: dict[str, list[Tensor]] = {}
+    # Filled and not gathered: a small tensor kept from every tile breaks up the heap that tiles use again and again.
+    collected: dict[str, Tensor] = {}
     run = _compiled_tile() if plan.compiled else _tile
 
     def slices(start: int, stop: int) -> tuple[list[Tensor], dict[str, Any]]:
@@ -229,7 +230,9 @@ def _sweep(
                 rows, scales = slices(start + first, start + last)
                 terms, slopes = run(plan.function, plan.transforms, needs, scales, raws, rows)
                 for name, values in terms.items():
-                    collected.setdefault(name, []).append(values[: last - first])
+                    if name not in collected:
+                        collected[name] = values.new_empty(count)
+                    collected[name][start + first : start + last] = values[: last - first]
                 for raw, slope in zip((raw for raw, need in zip(raws, needs) if need), slopes):
                     raw.copy_(slope)
             for k, need in enumerate(needs):
@@ -245,7 +248,7 @@ def _sweep(
                 if to_bias is not None:
                     to_bias += slope.sum(0, dtype=to_bias.dtype)
     results = [gradient if gradient is None else gradient.to(t.dtype) for gradient, t in zip(gradients, tensors)]
-    return {name: torch.cat(values) for name, values in collected.items()}, results
+    return collected, results
 
 
 def _tile(

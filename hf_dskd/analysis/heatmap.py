@@ -58,6 +58,8 @@ class AlignmentExample:
         t2s (`torch.Tensor` of shape `[n_s, n_t]`): Of student positions over teacher positions; rows sum to 1.
         s2t (`torch.Tensor` of shape `[n_t, n_s]`): Of teacher positions over student positions; rows sum to 1.
         caption (`str`, *optional*): Stands above the picture.
+        student_chunks, teacher_chunks (`tuple[int, ...]`, *optional*):
+            Chunk of each token (see [`~hf_dskd.alignment.spans.chunk_ids`]).
     """
 
     student_tokens: tuple[str, ...]
@@ -68,6 +70,8 @@ class AlignmentExample:
     t2s: Tensor
     s2t: Tensor
     caption: str = ""
+    student_chunks: tuple[int, ...] | None = None
+    teacher_chunks: tuple[int, ...] | None = None
 
 
 def has_alignment(method: Method) -> bool:
@@ -134,6 +138,8 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         t2s=t2s[0][rows][:, others].float().cpu(),
         s2t=s2t[0][others][:, rows].float().cpu(),
         caption=caption,
+        student_chunks=_chunks(row, ""),
+        teacher_chunks=_chunks(row, "teacher_"),
     )
 
 
@@ -338,6 +344,11 @@ def _outline(cells: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]
 def _label(token: str) -> str:
     text = drawable(token)
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+
+
+def _chunks(row: Mapping[str, Any], prefix: str) -> tuple[int, ...] | None:
+    ids = row.get(f"{prefix}chunk_ids")
+    return None if ids is None else tuple(int(chunk) for chunk in ids)
 
 
 def _response_bytes(row: Mapping[str, Any], *tokenizers: PreTrainedTokenizerBase) -> bytes | None:

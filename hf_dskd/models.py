@@ -86,11 +86,17 @@ def lm_head(model: nn.Module) -> LMHead:
     layer = plain.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise UserError(f"{type(plain).__name__} has no language-model head: use a causal language model")
+    weight = dense_weight(layer.weight)
+    if not weight.is_floating_point():
+        raise UserError(
+            f"{type(plain).__name__}: its language-model head is quantized to {str(weight.dtype)[6:]}, from which no"
+            " loss can be computed: load it with 'lm_head' in llm_int8_skip_modules, or without that setting"
+        )
     config = plain.config.get_text_config()
     # Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`.
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LMHead(dense_weight(layer.weight), getattr(layer, "bias", None), softcap, scale)
+    return LMHead(weight, getattr(layer, "bias", None), softcap, scale)
 
 
 def input_embedding(model: nn.Module) -> Tensor:
@@ -119,6 +125,17 @@ def check_head(model: nn.Module, head: LMHead, name: str) -> None:
         raise UserError(
             f"{name} {type(plain).__name__}: logits from its last hidden state differ from its own by"
             f" {difference:.1%}; {_suspects(plain)} not supported: distil with another model"
+        )
+
+
+def check_student_head(model: nn.Module) -> None:
+    """Raises for a quantized head: a student's is read in every step, and would be dequantized in every step."""
+    layer = base_causal_lm(model).get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    if weight is not None and not weight.is_floating_point():
+        raise UserError(
+            f"the student's language-model head is quantized ({type(layer).__name__}): leave llm_int8_skip_modules of"
+            " its quantization_config unset, or put 'lm_head' into it"
         )
 
 

@@ -61,6 +61,7 @@ from .models import (
     LastHiddenState,
     check_config,
     check_head,
+    check_student_head,
     check_vocabulary,
     hidden_size,
     input_embedding,
@@ -335,6 +336,7 @@ class DSKDTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = teacher_tokenizer
         # On its device and in the training precision: without them flash attention doesn't run.
+        check_student_head(student)
         with self._autocast():
             check_head(student, lm_head(student), "student")
             self._last_hidden_state = LastHiddenState(student, args.padding_free)

@@ -4,7 +4,7 @@ import torch
 
 from hf_dskd.errors import UserError
 from hf_dskd.losses.dual_space import published_states, response_states
-from hf_dskd.models import check_head, input_embedding, lm_head
+from hf_dskd.models import check_head, check_student_head, input_embedding, lm_head
 from hf_dskd.teacher.load import Teacher, load_causal_lm, named_device
 
 
@@ -173,6 +173,20 @@ def test_by_default_head_and_embedding_arent_quantised(four_bit_teacher):
     assert type(model.model.layers[0].mlp.gate_proj).__name__ == "Linear4bit"
     assert lm_head(model).weight is model.lm_head.weight
     assert input_embedding(model) is model.model.embed_tokens.weight
+
+
+def test_a_students_quantised_head_is_refused(four_bit_teacher):
+    """It would be dequantised in every step."""
+    check_student_head(four_bit_teacher())
+    with pytest.raises(UserError, match=r"head is quantized .*llm_int8_skip_modules"):
+        check_student_head(four_bit_teacher(llm_int8_skip_modules=[]))
+
+
+def test_a_head_of_integers_is_refused():
+    model = tiny.qwen2(448)
+    model.lm_head.weight = torch.nn.Parameter(torch.ones(448, 128, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="quantized to int8"):
+        lm_head(model)
 
 
 def test_four_bit_states_in_inference_mode_are_the_models(four_bit_teacher):

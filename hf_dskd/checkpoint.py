@@ -75,13 +75,34 @@ def check_checkpoint(folder: str | Path, facts: dict[str, Any]) -> None:
             inside = checkpoints(folder)
             hint = f": did you mean {str(inside[-1])!r}?" if inside else ": name a checkpoint-N folder of a run"
             raise UserError(f"resume_from_checkpoint={str(folder)!r} is not a checkpoint, it has no {name}{hint}")
-    saved = json.loads((folder / AUXILIARY_NAME).read_text())
+    check_facts(folder, facts, "resume_from_checkpoint=")
+
+
+def check_facts(folder: str | Path, facts: dict[str, Any], name: str) -> None:
+    """Raises a [`UserError`] unless what is saved in `folder` (called `name` in messages) is of a run with `facts`."""
+    saved = json.loads((Path(folder) / AUXILIARY_NAME).read_text())
     for key, value in facts.items():
         if saved.get(key) != value:
             raise UserError(
-                f"resume_from_checkpoint={str(folder)!r} is of another run: its {key} is {saved.get(key)!r}, this"
-                f" run's is {value!r}; resume with the settings it was made with, or start in a new output_dir"
+                f"{name}{str(folder)!r} is of another run: its {key} is {saved.get(key)!r}, this run's is {value!r};"
+                " use the settings it was made with, or start in a new output_dir"
             )
+
+
+def check_analysed(folder: str | Path) -> None:
+    """Raises a [`UserError`] unless `folder` is of a run whose alignment can be analysed."""
+    path = Path(folder) / AUXILIARY_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{str(folder)!r} has no {AUXILIARY_NAME}: name the output folder of a run of hf_dskd, or a checkpoint-N"
+            " in it"
+        )
+    saved = json.loads(path.read_text())
+    if not saved["modules"] and saved["alignment"] not in ("chunks",):
+        raise UserError(
+            f"{str(folder)!r} was trained with method={saved['method']!r}, which has no projectors and no alignment to"
+            " analyse: choose a run with one in hidden spaces, such as dskd_cma, or with alm"
+        )
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:

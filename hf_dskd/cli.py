@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from . import run
 from .errors import UserError, check_name
@@ -19,6 +22,12 @@ Distil a large language model into a small one whose tokenizer is different.
         methods and variants of settings over seeds, and one table
     hf-dskd cache-teacher --config FILE.yaml --teacher_cache FOLDER
         the teacher's hidden states on disk, for training without running the teacher
+    hf-dskd evaluate --model FOLDER --sets dolly=test.jsonl --output_dir FOLDER
+        the papers' evaluation: ROUGE-L over decoding seeds, bits per byte
+    hf-dskd analyse RUN
+        what the alignment of a run attends to, and whether queries match keys
+    hf-dskd report RUN [RUN ...]
+        one page about a run, or about several side by side
     hf-dskd methods
         which methods there are
 
@@ -44,6 +53,22 @@ Takes 2 bytes x the teacher's hidden size per response token, and says so first.
 on; examples that are there already are not computed again; --repair_teacher_cache makes damaged files anew. Several
 processes: accelerate launch --multi_gpu --num_processes 2 -m hf_dskd.cli cache-teacher ..."""
 
+ANALYSE = """\
+hf-dskd analyse RUN [--examples N] [--config FILE.yaml] [--output_dir FOLDER]
+
+How the tokens of student and teacher are aligned in a run: share of the attention on the right text, monotonicity,
+entropy, distance; how far queries are from keys; pictures, and a page to point at, token by token.
+
+  RUN           the output folder of a run, or a checkpoint in it
+  --examples    of the held-out examples, or else of the training examples (24)
+  --config      the run's configuration (settings.yaml or config.yaml in its folder)
+  --output_dir  for numbers.jsonl and the pictures (RUN/analysis)
+
+    hf-dskd analyse runs/gpt2_qwen
+    hf-dskd analyse runs/gpt2_qwen/checkpoint-500 --examples 60 --output_dir runs/gpt2_qwen/analysis-500
+
+In training, --analysis_steps N does the same on the way."""
+
 METHODS = """\
 hf-dskd methods
 
@@ -65,6 +90,51 @@ def cache_teacher(arguments: list[str]) -> int:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`hf-dskd evaluate`."""
+    from .evaluation import command
+
+    return command.main(arguments)
+
+
+def analyse(arguments: list[str]) -> int:
+    """`hf-dskd analyse`."""
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(ANALYSE)
+        return 0
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--examples", type=int, default=24)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--output_dir", type=Path)
+    given = parser.parse_args(arguments)
+    if given.examples < 1:
+        raise UserError(f"--examples {given.examples} must be at least 1")
+    if not given.run.is_dir():
+        raise UserError(f"{str(given.run)!r} isn't a folder: name the output folder of a run, or a checkpoint in it")
+    home = given.run.parent if given.run.name.startswith("checkpoint-") else given.run
+    places = [home / run.SETTINGS_NAME, home / "config.yaml"]
+    config = given.config or next((path for path in places if path.is_file()), None)
+    if config is None:
+        raise UserError(f"{str(home)!r} has no {run.SETTINGS_NAME}: name the run's configuration file with --config")
+    run.analyse(given.run, config, given.examples, given.output_dir or home / "analysis")
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """`hf-dskd report`."""
+    from .analysis import report
+
+    return report.main(arguments)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def methods(arguments: list[str]) -> int:
@@ -114,6 +184,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "compare": compare,
     "cache-teacher": cache_teacher,
+    "evaluate": evaluate,
+    "analyse": analyse,
+    "report": report,
     "methods": methods,
 }
 

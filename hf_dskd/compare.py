@@ -566,7 +566,7 @@ def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .analysis.heatmap import drawable
+    from .analysis.glyphs import drawable
 
     numbers = {label: metric_values(results, label, MAIN) for label in labels(results)}
     means = {label: statistics.fmean(found) for label, found in numbers.items() if found}

@@ -88,6 +88,10 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             raise UserError(f"discriminator_steps={self.discriminator_steps} must be at least 1")
         if self.max_length < 2:
             raise UserError(f"max_length={self.max_length} leaves no room for a prompt and a response")
+        for name, least in (("analysis_steps", 0), ("analysis_examples", 1), ("eval_generation_samples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"

@@ -139,6 +139,7 @@ def distillation_terms(
     constants: PairConstants | None = None,
     progress: float = 0.0,
     on_policy: bool = False,
+    only: str | None = None,
 ) -> Terms:
     """
     Every term of the configured method.
@@ -146,11 +147,11 @@ def distillation_terms(
     The critic's dropout is a function of `example_ids` `[B]` (by default their places in the batch) and `seed`. Its
     own loss is not here: it has an optimizer of its own, and its parameters must not receive a gradient in the
     student's backward pass. `progress` (0 to 1) is how much of the training is done; `on_policy` says that the
-    responses are the student's own.
+    responses are the student's own. With `only`, no other term has a weight in the loss.
     """
     constants = constants or PairConstants()
     row, chunks = config.method_row, chunk_options(config, student.hidden.device)
-    student_weights, teacher_weights = weights(config, on_policy)
+    student_weights, teacher_weights = weights(config, on_policy, only)
     counts: dict[str, Any] = {"student_tokens": student.counts, "teacher_tokens": teacher.counts}
     if row.spaces == ("likelihood",):
         sums, alm, ce_rows = _likelihood_terms(config, student, teacher, student_head, teacher_head, constants, chunks)
@@ -377,15 +378,20 @@ def likelihood_rows(
 TEACHER_TERMS = frozenset({"s2t_kd", "s2t_agree", "alm"})
 
 
-def weights(config: DSKDConfig, on_policy: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+def weights(
+    config: DSKDConfig, on_policy: bool = False, only: str | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """
     Weights of the terms in the loss (paper A, Eqs. 9 and 16): of those per student token and per teacher token.
 
-    On the student's own samples (`on_policy`) its cross entropy has no weight: it would learn them as they are.
+    On the student's own samples (`on_policy`) its cross entropy has no weight: it would learn them as they are. With
+    `only`, the name of a term, all others have none.
     """
     row = config.method_row
     if not row.needs_teacher:
         return {"ce": 1.0}, {}
+    student: dict[str, float]
+    teacher: dict[str, float]
     student, teacher = {"ce": 0.0 if on_policy else 1.0 - config.kd_rate}, {}
     if "student" in row.spaces:
         student |= {"t2s_ce": config.kd_rate, "t2s_kd": config.kd_rate}
@@ -397,6 +403,10 @@ def weights(config: DSKDConfig, on_policy: bool = False) -> tuple[dict[str, floa
         student["kd"] = config.kd_rate
     if row.matching is not None:
         student["kq"] = config.kq_rate
+    if only is not None:
+        student, teacher = (
+            {name: weight * (name == only) for name, weight in side.items()} for side in (student, teacher)
+        )
     return student, teacher
 
 

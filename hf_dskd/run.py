@@ -8,7 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 PYTHON_FUNCTIONS = "python_functions"
 RESULT_NAME = "result.json"
+SETTINGS_NAME = "settings.yaml"
+# Settings that DSKDConfig makes itself.
+DECIDED = ("remove_unused_columns", "logging_nan_inf_filter")
 
 
 @dataclass
@@ -436,10 +441,13 @@ def cache_teacher(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """A whole run: data, models, training, evaluation, [`write_result`], pictures; prints the files to look at."""
+    """A whole run: data, models, training, evaluation, [`write_result`], the report; prints the files to look at."""
     examples, held_out = load_data(run)
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
+    settings = changed_settings(run)
     trainer = make_trainer(run, student, teacher, examples, held_out)
+    if trainer.is_world_process_zero():
+        write_settings(Path(str(run.config.output_dir)) / SETTINGS_NAME, settings)
     folder = distil(run, trainer)
     if trainer.is_world_process_zero():
         for path in [folder, folder / RESULT_NAME, *show(trainer, folder)]:
@@ -455,18 +463,71 @@ def distil(run: Run, trainer: DSKDTrainer) -> Path:
     resume: Any = run.config.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
     trainer.save_model()
-    trainer.save_state()
     metrics: dict[str, float] = {}
     # Before the evaluation below, whose model may be the best of the run, not the last one.
     history = evaluations(trainer.state.log_history)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
+    trainer.save_state()
     if run.config.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
     if trainer.is_world_process_zero():
-        write_result(folder / RESULT_NAME, trainer, metrics, history, output.metrics.get("train_runtime"))
+        if trainer.samples:
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in trainer.samples)
+            write_text(trainer.analysis_folder / "samples.jsonl", lines)
+        runtime = output.metrics.get("train_runtime")
+        write_result(folder / RESULT_NAME, trainer, metrics, history, runtime, run.script.dataset_name)
     return folder
+
+
+def changed_settings(run: Run) -> dict[str, Any]:
+    """Everything about a run that isn't at its default: as a configuration file it makes the same run."""
+    changed: dict[str, Any] = {}
+    for part in (run.script, run.model, run.options, run.config):
+        changed |= {name: value for name, (_, value) in differences(part).items()}
+    return changed
+
+
+def differences(settings: Any) -> dict[str, list[Any]]:
+    """
+    `[default, value]` of the settings of a dataclass that are not at their default, as plain as YAML and JSON need.
+
+    Left out are those that [`DSKDConfig`] sets itself.
+    """
+    found = {}
+    for setting in fields(settings):
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        value = _plain(getattr(settings, setting.name))
+        default = None if default is MISSING else _plain(default)
+        # Objects that a setting was parsed into.
+        known = value is None or isinstance(value, (str, bool, int, float, list, dict))
+        same = value == default or all(_is_nothing(part) for part in (value, default))
+        if setting.init and known and not same and setting.name not in DECIDED:
+            found[setting.name] = [default, value]
+    return found
+
+
+def _is_nothing(value: Any) -> bool:
+    """Some settings make one of these of another."""
+    return value is None or value is False or value in ([], {}, "", "none", ["none"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes a configuration file for `--config`."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
 
 
 def evaluations(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
@@ -484,9 +545,10 @@ def write_result(
     metrics: dict[str, float],
     history: dict[int, dict[str, float]],
     train_runtime: float | None,
+    source: str | None = None,
 ) -> None:
     """
-    Writes what a run came to, as JSON.
+    Writes what a run came to and what it was made of, as JSON.
 
     Args:
         path (`Path`): File to write.
@@ -495,15 +557,14 @@ def write_result(
         history (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
         train_runtime (`float`, *optional*):
             Seconds of training since the start or the last resume; `None` if there was nothing left to train.
+        source (`str`, *optional*): Name of the dataset.
     """
-    import torch
-    import transformers
-
-    from . import __version__
+    from .environment import command_line, hardware, versions
     from .settings import DistillationSettings
 
     config, state = trainer.args, trainer.state
     best = state.best_model_checkpoint if config.load_best_model_at_end else None
+    teacher = getattr(trainer.teacher, "model", None)
     result = {
         "method": config.method,
         "seed": config.seed,
@@ -513,8 +574,21 @@ def write_result(
         "metrics": metrics,
         "evaluations": history,
         "train_runtime": train_runtime,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_dskd": __version__},
+        "command": command_line(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(trainer.accelerator.num_processes),
+        "models": {
+            "student": trainer._facts["student"],
+            "teacher": trainer._facts["teacher"],
+            "student_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "teacher_parameters": None if teacher is None else teacher.num_parameters(),
+            "adapter": trainer._facts["adapter"],
+        },
+        "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
         "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
+        "changed_settings": differences(config),
     }
     write_text(path, json.dumps(result, indent=2, default=str) + "\n")
 
@@ -528,18 +602,51 @@ def write_text(path: Path, text: str) -> None:
 
 
 def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
-    """Draws the loss curves and, where the method has one, the alignment of a held-out example. Returns the files."""
-    from .analysis.curves import plot_curves
+    """
+    Writes the report and, where the run made no analyses, a picture of the alignment of a held-out example. Returns
+    the files.
+    """
     from .analysis.heatmap import cross_attention, has_alignment, plot_attention
+    from .analysis.report import write_report
 
     pictures = []
-    history = trainer.state.log_history
-    # A run shorter than logging_steps has logged nothing.
-    if any("loss" in entry or "eval_loss" in entry for entry in history):
-        pictures.append(folder / "curves.png")
-        plot_curves({trainer.args.method: history}, pictures[-1])
     rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if has_alignment(trainer.args.method_row):
+    if has_alignment(trainer.args.method_row) and trainer.args.analysis_steps is None:
         pictures.append(folder / "alignment.png")
         plot_attention([cross_attention(trainer, rows[example])], pictures[-1])
-    return pictures
+    return [*pictures, write_report(folder)]
+
+
+def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> None:
+    """
+    Analyses the alignment of a run or of a checkpoint of it, and prints the numbers and the files.
+
+    Args:
+        folder (`Path`): A run's output folder or one of its checkpoints.
+        settings (`Path`): The run's configuration file.
+        examples (`int`): How many, of the held-out examples or else of the training examples.
+        output_dir (`Path`): For numbers and pictures (see [`hf_dskd.analysis.record`]).
+    """
+    from .analysis.record import probe_rows, record
+    from .checkpoint import check_analysed
+
+    check_analysed(folder)
+    run = parse(None, None, ["--config", str(settings), "--output_dir", str(output_dir)])
+    train_data, held_out = load_data(run)
+    rows = train_data if held_out is None else held_out
+    few = probe_rows(rows, examples)
+    run.config = variant(run.config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    if run.options.sft_teacher:
+        teacher: str | None = str(Path(read_yaml("--config", settings)["output_dir"]) / "teacher")
+    else:
+        teacher = model_name(run.options.teacher_model_name_or_path)
+    from datasets import Dataset
+
+    data = Dataset.from_list(few)
+    trainer: Any = make_trainer(run, model_name(run.model.model_name_or_path), teacher, data, None)
+    trainer.load_trained(folder)
+    numbers = record(trainer, [dict(row) for row in trainer.train_dataset], output_dir, pictures=True)
+    width = max(map(len, numbers))
+    for name, value in numbers.items():
+        print(f"{name:{width}}  {value:.6g}")
+    print(output_dir / f"step-{trainer.state.global_step}")

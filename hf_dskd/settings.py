@@ -116,6 +116,14 @@ class DistillationSettings:
         padding_free (`bool`, *optional*, defaults to `False`):
             Run the student on the tokens of a micro-batch in one row, without padding. Without flash attention that
             pays for small batches of uneven lengths alone, since attention then runs over the whole row.
+        analysis_steps (`int`, *optional*):
+            Optimizer steps between two analyses of the alignment, beside those before and after training; `0` for
+            these two alone. Numbers and pictures go to `analysis` in the output folder. `None` analyses nothing.
+        analysis_examples (`int`, *optional*, defaults to `12`):
+            Examples that every analysis takes, the same ones: of the evaluation data, or else of the training data.
+        eval_generation_samples (`int`, *optional*, defaults to `0`):
+            Prompts of the evaluation data that the student answers greedily in every evaluation, which adds
+            `eval_rouge_l`, `eval_exact_match` (percent) and `eval_unfinished` (share that ran into `max_length`).
         load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
         teacher_device (`str`, *optional*): Where the teacher is, such as `"cuda:1"`; by default beside the student.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`):
@@ -212,8 +220,15 @@ class DistillationSettings:
     loss_memory_mb: float = field(default=512.0, metadata={"help": "budget for logits and the work on them, in MB"})
     padding_free: bool = field(default=False, metadata={"help": "run the student without padding"})
 
-    # Logs
+    # Logs and evaluation
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
+    analysis_steps: int | None = field(
+        default=None, metadata={"help": "between two analyses of the alignment; 0: before and after training only"}
+    )
+    analysis_examples: int = field(default=12, metadata={"help": "examples that every analysis takes"})
+    eval_generation_samples: int = field(
+        default=0, metadata={"help": "prompts that the student answers in every evaluation, for ROUGE-L"}
+    )
 
     # Models
     load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})

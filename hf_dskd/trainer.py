@@ -51,7 +51,7 @@ from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengt
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
 from .data.vocabulary import shared_tokens
 from .errors import UserError
-from .evaluation.generation import check_generation_config
+from .evaluation.generation import check_generation_config, response_text, score_generation
 from .kernels.linear_divergence import chunk_sizes
 from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import ResponseStates, published_states, response_states
@@ -113,6 +113,20 @@ class _StepCallback(TrainerCallback):
         for parameter in self.trainer._projector_parameters():
             parameter.grad = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin_analyses()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (
+            args.analysis_steps
+            and state.global_step % args.analysis_steps == 0
+            and state.global_step < state.max_steps
+        ):
+            self.trainer._analyse(pictures=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._analyse(pictures=True)
+
 
 class DSKDTrainer(Trainer):
     """
@@ -147,6 +161,7 @@ class DSKDTrainer(Trainer):
         projectors ([`~hf_dskd.projectors.Projectors`] or `None`): float32, outside the student.
         adversary ([`~hf_dskd.adversary.Adversary`] or `None`): The discriminator with its optimizer.
         tokenization_reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
+        samples (`list[dict[str, Any]]`): What the student answered in the last evaluation, on this process.
 
     Raises:
         UserError: For input that can't work, before models are loaded.
@@ -376,6 +391,7 @@ class DSKDTrainer(Trainer):
         self._on_policy = False
         self._learning_rates: dict[str, float] = {}
         self._evaluated: list[Tensor] = []
+        self.samples: list[dict[str, Any]] = []
         self._staging: Path | None = None
         self._deferred_push: str | None = None
         self.add_callback(_StepCallback(self))
@@ -527,7 +543,8 @@ class DSKDTrainer(Trainer):
         """
         hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
         with self._autocast():
-            student, terms = self._terms(hidden, inputs, model.training)
+            student, teacher = self._both_states(hidden, inputs)
+            terms = self._terms(student, teacher, inputs, model.training)
             outputs = {"logits": lm_head(self.model)(hidden)} if return_outputs else None
 
         if num_items_in_batch is None:
@@ -556,19 +573,32 @@ class DSKDTrainer(Trainer):
             self._note_evaluated(student, terms, inputs)
         return (loss, outputs) if outputs is not None else loss
 
-    def _terms(self, hidden: Tensor, inputs: dict[str, Any], training: bool) -> tuple[ResponseStates, Terms]:
-        student_head = lm_head(self.model)
+    def _both_states(self, hidden: Tensor, inputs: dict[str, Any]) -> tuple[ResponseStates, ResponseStates | None]:
+        """The student's response rows out of its last hidden states, and the teacher's, who is run or looked up."""
         student = self._states(hidden, inputs, "", input_embedding(self.model))
         if self.teacher is None:
-            return student, student_terms(self.args, student, student_head)
+            return student, None
         cached = isinstance(self.teacher, CachedTeacher)
         if isinstance(self.teacher, CachedTeacher):
             teacher_hidden = inputs["teacher_states"]
         else:
             teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
-        teacher = self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, cached)
+        return student, self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, cached)
+
+    def _terms(
+        self,
+        student: ResponseStates,
+        teacher: ResponseStates | None,
+        inputs: dict[str, Any],
+        training: bool,
+        only: str | None = None,
+    ) -> Terms:
+        student_head = lm_head(self.model)
+        if teacher is None:
+            return student_terms(self.args, student, student_head)
+        assert self.teacher is not None
         critic = None if self.adversary is None else self.adversary.critic.train(training)
-        return student, distillation_terms(
+        return distillation_terms(
             self.args,
             student,
             teacher,
@@ -581,6 +611,7 @@ class DSKDTrainer(Trainer):
             self._constants,
             self.state.global_step / max(self.state.max_steps, 1),
             on_policy=training and self._on_policy,
+            only=only,
         )
 
     def _states(
@@ -689,12 +720,16 @@ class DSKDTrainer(Trainer):
         As in [`~transformers.Trainer`], with exact means: each term per response token over the whole dataset.
 
         Adds `{prefix}_ce_loss` and the other terms, and `{prefix}_bits_per_byte`: bits that the student spends on
-        the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers.
+        the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers. With
+        `eval_generation_samples` also ROUGE-L and exact match of what it answers.
         """
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
         metrics = self._exact_metrics()
+        if self.args.eval_generation_samples:
+            dataloader = args[0] if args else kwargs["dataloader"]
+            metrics |= self._answer(dataloader.dataset)
         output = output._replace(
             metrics={**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in metrics.items()}}
         )
@@ -720,6 +755,78 @@ class DSKDTrainer(Trainer):
             metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)
         metrics["bits_per_byte"] = text / math.log(2) / response_bytes
         return metrics
+
+    def _answer(self, dataset: Any) -> dict[str, float]:
+        """Scores of greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
+        tokenizer, rank, ranks = self._tokenize.student, self.accelerator.process_index, self.accelerator.num_processes
+        count = self.args.eval_generation_samples
+        if hasattr(dataset, "__len__"):
+            rows = [dataset[place] for place in range(min(count, len(dataset)))]
+        else:
+            rows = list(dataset.take(count))
+        rows = rows[rank::ranks]
+        lengths = [row["prompt_length"] for row in rows]
+        prompts = [list(row["input_ids"][:length]) for row, length in zip(rows, lengths)]
+        references = [response_text(tokenizer, row["input_ids"][length:]) for row, length in zip(rows, lengths)]
+        names = ("rouge_l", "exact_match", "unfinished")
+        sums = torch.zeros(len(names) + 1, dtype=torch.float32, device=self.accelerator.device)
+        self.samples = []
+        if rows:
+            with self._autocast():
+                scores = score_generation(
+                    self.accelerator.unwrap_model(self.model),
+                    tokenizer,
+                    [(prompt, [reference]) for prompt, reference in zip(prompts, references)],
+                    max_length=self.args.max_length,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    description="answering" if rank == 0 and not self.args.disable_tqdm else None,
+                )
+            sums += torch.tensor([*(scores.metrics[name] * len(rows) for name in names), len(rows)]).to(sums)
+            self.samples = [
+                {
+                    "step": self.state.global_step,
+                    "prompt": response_text(tokenizer, prompt),
+                    "reference": reference,
+                    "response": text,
+                }
+                for prompt, reference, text in zip(prompts, references, scores.responses)
+            ]
+        *totals, answered = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return {name: total / answered for name, total in zip(names, totals)}
+
+    # ---- Analysis
+
+    @property
+    def analysis_folder(self) -> Path:
+        """Where the analyses of the run are written (see [`hf_dskd.analysis.record`])."""
+        return Path(str(self.args.output_dir)) / "analysis"
+
+    def _begin_analyses(self) -> None:
+        if self.args.analysis_steps is None or not self.is_world_process_zero():
+            return
+        from .analysis.record import forget, read_numbers
+
+        forget(self.analysis_folder, self.state.global_step if self.state.global_step else -1)
+        if not read_numbers(self.analysis_folder):
+            self._analyse(pictures=True)
+
+    def _analyse(self, pictures: bool) -> None:
+        """On one process: the others wait for it at the next step."""
+        if self.args.analysis_steps is None or self.teacher is None or not self.is_world_process_zero():
+            return
+        from .analysis.record import probe_rows, record
+
+        dataset: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        numbers = record(self, probe_rows(dataset, self.args.analysis_examples), self.analysis_folder, pictures)
+        # All of them are in the file; a log of fifty numbers hides the rest.
+        shown = [name for name in numbers if name == "s2t_accuracy" or not name.startswith(("s2t_", "probe_"))]
+        should_log = self.control.should_log
+        self.log({f"analysis_{name}": numbers[name] for name in shown})
+        # A callback of transformers takes any log for that of the step, which would be left out.
+        self.control.should_log = should_log
+        self._running.restart_clock()
 
     # ---- Checkpoints
 
@@ -799,6 +906,19 @@ class DSKDTrainer(Trainer):
             path = os.path.join(checkpoint, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self.adversary.load_state_dict(state)
+
+    def load_trained(self, folder: str | Path) -> None:
+        """
+        Takes student, projectors and discriminator as a run saved them, to look at; to go on training, resume instead.
+
+        Args:
+            folder (`str` or `Path`): The output folder of a run with the same settings, or a checkpoint in it.
+        """
+        checkpoint_files.check_facts(folder, self._facts, "folder=")
+        self._load_from_checkpoint(str(folder))
+        state = Path(folder) / "trainer_state.json"
+        if state.is_file():
+            self.state = TrainerState.load_from_json(str(state))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -14,16 +14,7 @@ from hf_dskd import run
 
 
 def main() -> None:
-    args = run.parse(__doc__, Path(__file__).with_suffix(".yaml"))
-    train, held_out = run.load_data(args)
-    teacher = args.options.teacher_model_name_or_path
-    if args.options.sft_teacher:
-        teacher = run.train_teacher(args, teacher, train)
-    trainer = run.make_trainer(args, args.model.model_name_or_path, teacher, train, held_out)
-    folder = run.distil(args, trainer)
-    if trainer.is_world_process_zero():
-        for path in [folder, *run.show(trainer, folder)]:
-            print(path)
+    run.train(run.parse(__doc__, Path(__file__).with_suffix(".yaml")))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ SmolLM2-135M from Qwen2.5-Coder-0.5B on Python functions: real models and real t
 
 Both models come from pinned packages and are converted once. The text is the standard library's own source: signature
 and docstring are the prompt, the body is the response. `--demo` trains twice, on the text alone and with
-distillation, and compares: bits per byte of held-out functions, one generated function, and two pictures.
+distillation, and compares: bits per byte of held-out functions, one generated function, and a report of each run.
 """
 
 import gc
@@ -38,8 +38,7 @@ def demo(args, student, teacher, train, held_out) -> None:
     import torch
 
     from hf_dskd import run
-    from hf_dskd.analysis.curves import plot_curves
-    from hf_dskd.analysis.heatmap import cross_attention, plot_attention
+    from hf_dskd.analysis.report import compare_runs
     from hf_dskd.evaluation.generation import complete
     from hf_dskd.evaluation.likelihood import bits_per_byte
 
@@ -54,43 +53,39 @@ def demo(args, student, teacher, train, held_out) -> None:
     # The demo evaluates before and after; in between it only trains.
     # The teacher itself is evaluated too, so that it is loaded anyway.
     asked = run.variant(args.config, eval_strategy="no", save_strategy="no", teacher_cache=None)
-    scores, written, histories = {}, {}, {}
+    scores, written = {}, {}
 
     def measure(title, model, tokenizer, side="student"):
         scores[title] = bits_per_byte(model, rows, side=side, dtype=dtype, description=f"evaluating: {title}")
-        prefix = "" if side == "student" else "teacher_"
+        write(title, model, tokenizer, "" if side == "student" else "teacher_")
+
+    def write(title, model, tokenizer, prefix=""):
         prompt = sample[f"{prefix}input_ids"][: sample[f"{prefix}prompt_length"]]
         with torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype is not None):
             written[title] = complete(model, tokenizer, prompt)
 
     for method in ("sft", name):
         args.config = run.variant(asked, method=method, output_dir=str(folder / method))
+        settings = run.changed_settings(args)
         trainer = run.make_trainer(args, student, teacher, train, held_out)
+        run.write_settings(folder / method / run.SETTINGS_NAME, settings)
         rows = trainer.eval_dataset
-        # A short one, so that its picture can be read and its text fits a screen.
+        # A short one, so that its text fits a screen.
         shortest = sorted(range(len(rows)), key=lambda index: len(rows[index]["byte_ends"]))
         sample = rows[shortest[len(shortest) // 4]]
         if method == "sft":
             measure("before", trainer.model, trainer.processing_class)
         else:
             measure("teacher", trainer.teacher.model, trainer.teacher_processing_class, side="teacher")
-            # An alignment by chunks of the text isn't trained.
-            trained = trainer.args.method_row.has_queries
-            caption = "before training" if trained else "chunks of the same bytes"
-            alignments = [cross_attention(trainer, sample, caption=caption)]
         print(f"\n{method}: {steps} steps of {args.options.total_batch_size} functions")
-        trainer.train()
-        measure(method, trainer.model, trainer.processing_class)
-        histories[method] = trainer.state.log_history
-        if method != "sft":
-            trainer.save_model()
-            if trained:
-                alignments.append(cross_attention(trainer, sample, caption=f"after {steps} steps"))
-            plot_attention(alignments, folder / "alignment.png")
+        run.distil(args, trainer)
+        scores[method] = trainer.state.log_history[-1]["eval_bits_per_byte"]
+        write(method, trainer.model, trainer.processing_class)
+        report = run.show(trainer, folder / method)[-1]
         tokenizer = trainer.processing_class
         del trainer
         gc.collect()
-    plot_curves(histories, folder / "curves.png")
+    together = compare_runs([folder / "sft", folder / name], folder / "report")
 
     titles = ["before", "sft", name, "teacher"]
     print(f"\n{len(held_out)} held-out functions, {steps} steps, seed {args.config.seed}")
@@ -104,7 +99,7 @@ def demo(args, student, teacher, train, held_out) -> None:
     print("more than training on the text alone." if beyond > 0 else "less than training on the text alone.")
     if beyond <= 0:
         print("Why, and what was tried: recipes/README.md.")
-    print(f"\nstudent    {folder / name}\nalignment  {folder / 'alignment.png'}\ncurves     {folder / 'curves.png'}")
+    print(f"\nstudent    {folder / name}\nreport     {report}\nboth runs  {together}")
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
 
 

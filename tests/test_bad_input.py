@@ -653,4 +653,4 @@ def test_resume_from_another_run(saved, tmp_path, finished, settings, parts):
     if settings.get("student") == "teacher":
         tokenizers["processing_class"] = runs._TEACHER_TOKENIZER
     run = resume(tmp_path, finished / "checkpoint-10", **{**settings, **models, **tokenizers})
-    refused(run, repr(str(finished / "checkpoint-10")), *parts, "resume with the settings it was made with")
+    refused(run, repr(str(finished / "checkpoint-10")), *parts, "use the settings it was made with")

@@ -31,7 +31,7 @@ def assert_finite(run):
 
 def terms_of(run, batch):
     hidden = run._last_hidden_state(run.model, batch["input_ids"], batch["attention_mask"])
-    return run._terms(hidden, batch, True)[1]
+    return run._terms(*run._both_states(hidden, batch), batch, True)
 
 
 def without_response(batch, indices):

@@ -11,6 +11,7 @@ import pytest
 import runs
 import tiny
 from transformers import AutoModelForCausalLM
+from trl import ScriptArguments
 
 from hf_dskd import UserError, run
 
@@ -51,11 +52,17 @@ def gpt2_qwen(pair, output, *arguments, check=True):
     return done
 
 
+def hf_dskd(*arguments):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "hf_dskd.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
 def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path):
     out = tmp_path / "out"
     done = gpt2_qwen(pair, out, "--sft_teacher", "--sft_teacher_epochs", "1", "--sft_teacher_lora_r", "4")
     printed = [Path(line) for line in done.stdout.splitlines() if line.startswith(str(out))]
-    assert {path.name for path in printed} >= {"out", "curves.png", "alignment.png"}
+    assert {path.name for path in printed} >= {"out", "alignment.png", "report.html"}
     assert all(path.exists() for path in printed)
     AutoModelForCausalLM.from_pretrained(out)
     # The teacher was trained: it is another model than the one given.
@@ -67,12 +74,25 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
 
     result = json.loads((out / "result.json").read_text())
     assert (result["method"], result["seed"], result["steps"]) == ("dskd_cma_ga", 10, 3)
-    assert result["settings"]["kd_temperature"] == 2.0 and set(result["versions"]) == {
-        "torch",
-        "transformers",
-        "hf_dskd",
-    }
+    assert result["settings"]["kd_temperature"] == 2.0
+    assert set(result["versions"]) >= {"python", "torch", "transformers", "hf_dskd"}
     assert list(result["evaluations"]) == ["3"] and result["train_runtime"] > 0
+    assert result["command"].startswith("gpt2_qwen.py ") and result["hardware"]["cores"] > 0
+    assert result["models"]["trained_parameters"] == result["models"]["student_parameters"] > 0
+    assert result["data"]["train"] == {"rows": 12, "kept": 12, "cut": 0, "empty_responses": 0, "long_prompts": 0}
+    assert result["changed_settings"]["max_length"] == [512, 256]
+    assert (out / "report" / "report.md").is_file()
+
+    # The run again, to look at its alignment.
+    done = hf_dskd("analyse", out, "--examples", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = dict(line.split() for line in done.stdout.splitlines()[:-1])
+    assert 0 < float(numbers["chunk_mass"]) < 1 and float(numbers["gradient_norm_kq"]) > 0
+    (line,) = (out / "analysis" / "numbers.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 3
+    done = hf_dskd("report", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "chunk_mass" in (out / "report" / "report.md").read_text()
     # load_best_model_at_end is in the recipe's YAML.
     assert result["best_checkpoint"] == "checkpoint-3"
     assert (
@@ -206,6 +226,20 @@ def test_precision_that_is_said_anywhere_is_not_overridden(tmp_path, monkeypatch
     assert run.parse(None, file, ["--bf16"]).config.bf16
 
 
+def test_the_settings_of_a_run_make_the_same_run(tmp_path):
+    recipe = ROOT / "recipes" / "smollm2_qwen_coder.yaml"
+    given = run.parse(None, recipe, ["--analysis_steps", "0", "--seed", "3", "--kd_rate", "0.0"])
+    settings = run.changed_settings(given)
+    assert (settings["analysis_steps"], settings["seed"], settings["kd_rate"]) == (0, 3, 0.0)
+    assert settings["use_peft"] is True and settings["train_size"] == 320 and settings["lr_scheduler_type"] == "cosine"
+    assert not {"remove_unused_columns", "skew_lambda"} & settings.keys()
+    run.write_settings(tmp_path / "settings.yaml", settings)
+    again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])
+    assert run.changed_settings(again) == settings
+    for name in ("config", "options", "script"):
+        assert str(getattr(again, name)) == str(getattr(given, name))
+
+
 def test_evaluations_are_metrics_by_step():
     history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0, "epoch": 0.5}, {"step": 2, "eval_loss": 1.0}]
     assert run.evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
@@ -213,7 +247,7 @@ def test_evaluations_are_metrics_by_step():
 
 def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
     trainer = runs.trainer(tmp_path, method="sft", max_steps=1, logging_steps=10)
-    args = run.Run(None, trainer.args, None, run.RunArguments())
-    assert run.show(trainer, run.distil(args, trainer)) == []
+    args = run.Run(ScriptArguments(), trainer.args, None, run.RunArguments())
+    assert run.show(trainer, run.distil(args, trainer)) == [tmp_path / "report" / "report.html"]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == result["evaluations"] == {} and result["steps"] == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .heatmap import drawable
+from .glyphs import drawable
 
 
 # title → {name of the line: key in the log, which may be a pattern}. Lines of a panel differ in style, runs in colour.
@@ -43,14 +43,81 @@ PANELS: dict[str, dict[str, str]] = {
         "discriminator": "discriminator_learning_rate",
     },
 }
-LOGARITHMIC = ("gradient norms", "learning rates")
+_BOTH = {"student's tokens": "", "teacher's tokens": "s2t_"}
+_UNIFORM = {"student's if uniform": "", "teacher's if uniform": "s2t_"}
+_PROBES = {"the run's": "", "chunk mean (clp)": "probe_clp_", "chunk attention (cla)": "probe_cla_"}
+
+
+def _of_each(prefixes: dict[str, str], key: str) -> dict[str, str]:
+    return {name: prefix + key for name, prefix in prefixes.items()}
+
+
+# The same for the alignment analysis (see [`~hf_dskd.analysis.probe.analyse`]).
+ANALYSIS_PANELS: dict[str, dict[str, str]] = {
+    "attention in the right chunk (chunk_mass)": (
+        _of_each(_BOTH, "chunk_mass") | _of_each(_UNIFORM, "chunk_mass_uniform")
+    ),
+    "strongest weight in the chunk (argmax_in_chunk)": (
+        _of_each(_BOTH, "argmax_in_chunk") | _of_each(_UNIFORM, "chunk_mass_uniform")
+    ),
+    "order kept (monotonicity)": _of_each(_BOTH, "monotonicity"),
+    "entropy of the attention, nats": _of_each(_BOTH, "entropy"),
+    "entropy, share of the largest": _of_each(_BOTH, "entropy_normalised"),
+    "attention's distance from its token, bytes": (
+        _of_each(_BOTH, "attention_distance_bytes") | _of_each(_UNIFORM, "attention_distance_bytes_uniform")
+    ),
+    "divergence from the chunk prior (prior_kl), nats": _of_each(_BOTH, "prior_kl"),
+    "tokens with a partner": _of_each(_BOTH, "aligned_rate"),
+    "projected teacher is right (t2s_accuracy)": _of_each(_PROBES, "t2s_accuracy"),
+    "projected teacher's cross entropy (t2s_ce_loss)": _of_each(_PROBES, "t2s_ce_loss"),
+    "projected student is right (s2t_accuracy)": _of_each(_PROBES, "s2t_accuracy"),
+    "projected student agrees with teacher": _of_each(_PROBES, "s2t_agreement"),
+    "queries and keys: squared MMD": {"": "mmd"},
+    "queries and keys: p-value of the MMD": {"": "mmd_p_value"},
+    "queries and keys: sliced Wasserstein": {"": "sliced_wasserstein"},
+    "queries and keys: gap of the means": {"": "mean_gap"},
+    "queries and keys: gap of the variances": {"": "variance_gap"},
+    "queries and keys: cosine of the means": {"": "mean_cosine"},
+    "queries told from keys (AUC)": {
+        "new linear probe": "linear_probe_auc",
+        "run's discriminator": "discriminator_auc",
+    },
+    "gradient norms of the terms": {"": "gradient_norm_*"},
+}
+LOGARITHMIC = ("gradient norms", "learning rates", "gradient norms of the terms")
 SHARES = (
     "discriminator's accuracy",
     "projected teacher is right (mask rate)",
     "student tokens with a partner",
+    "attention in the right chunk (chunk_mass)",
+    "strongest weight in the chunk (argmax_in_chunk)",
+    "entropy, share of the largest",
+    "tokens with a partner",
+    "projected teacher is right (t2s_accuracy)",
+    "projected student is right (s2t_accuracy)",
+    "projected student agrees with teacher",
+    "queries and keys: p-value of the MMD",
+    "queries told from keys (AUC)",
 )
+# An axis that begins at 0, or goes from -1 to 1, doesn't make much of small changes.
+FROM_ZERO = (
+    "entropy of the attention, nats",
+    "attention's distance from its token, bytes",
+    "divergence from the chunk prior (prior_kl), nats",
+    "queries and keys: squared MMD",
+    "queries and keys: sliced Wasserstein",
+    "queries and keys: gap of the means",
+    "queries and keys: gap of the variances",
+)
+CORRELATIONS = ("order kept (monotonicity)", "queries and keys: cosine of the means")
+# What guessing gives, and the usual level of significance.
+REFERENCES = {
+    "discriminator's accuracy": 0.5,
+    "queries told from keys (AUC)": 0.5,
+    "queries and keys: p-value of the MMD": 0.05,
+}
 
-_COLOURS = ("#1f5fa8", "#e4572e", "#3a9d5d", "#8e5bb5", "#d6a11b", "#4ab3c4", "#b3446c", "#7a7a7a")
+COLOURS = ("#1f5fa8", "#e4572e", "#3a9d5d", "#8e5bb5", "#d6a11b", "#4ab3c4", "#b3446c", "#7a7a7a")
 _STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (1, 1.2)), "^"), ("-.", "D"))
 _DPI = 110
 
@@ -81,16 +148,49 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     Raises:
         UserError: If nothing that has a panel was logged.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    panels = {title: lines for title in PANELS if (lines := _panel_lines(runs, title))}
+    panels = {title: lines for title, keys in PANELS.items() if (lines := _panel_lines(runs, keys))}
     if not panels:
         raise UserError(
             f"the {len(runs)} runs given have logged nothing to draw: pass trainer.state.log_history after training,"
             " with logging_steps no larger than the number of steps"
         )
+    _draw(panels, list(runs), path)
+
+
+def plot_analysis(
+    history: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path
+) -> None:
+    """
+    Writes a PNG with one small panel per number of the alignment analysis, over optimizer steps.
+
+    Numbers that have no panel of their own kind get one under their name, after the others; panels without data are
+    left out.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]` or `Mapping[str, Sequence[Mapping[str, Any]]]`):
+            One entry per analysis, `{"step": 0, "chunk_mass": 0.31, …}`; or such a history by the name of the run.
+        path (`str` or `Path`): File to write; its folder is made if need be.
+
+    Raises:
+        UserError: If no entry has a number and a step.
+    """
+    runs = history if isinstance(history, Mapping) else {"": history}
+    lines_of = {title: _panel_lines(runs, keys) for title, keys in ANALYSIS_PANELS.items()}
+    drawn = {key for keys in ANALYSIS_PANELS.values() for key in _expanded(runs, keys).values()}
+    others = sorted({key for entries in runs.values() for entry in entries for key in entry} - drawn - {"step"})
+    lines_of |= {key: _panel_lines(runs, {"": key}) for key in others}
+    panels = {title: lines for title, lines in lines_of.items() if lines}
+    if not panels:
+        raise UserError("the analyses given have no numbers to draw: pass at least one entry with its step")
+    _draw(panels, list(runs) if isinstance(history, Mapping) else [], path)
+
+
+def _draw(panels: dict[str, list[_Line]], names: list[str], path: str | Path) -> None:
+    """Writes the picture; `names` are those of the runs, for the legend."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.0 * columns, 2.5 * rows + 0.4), dpi=_DPI, facecolor="white", layout="constrained")
@@ -105,14 +205,20 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
         if index >= len(panels) - columns:
             axes.set_xlabel("optimizer step", fontsize=8)
 
-    handles = [Line2D([], [], color=_colour(index), linewidth=2.5) for index in range(len(runs))]
-    legend = figure.legend(
-        handles, ["run"] * len(runs), loc="outside upper left", ncols=min(len(runs), 4), frameon=False, fontsize=10
-    )
-    for text, name in zip(legend.get_texts(), runs):
-        # Not given to legend(), which takes a name that begins with "_" for one to leave out.
-        text.set_text(drawable(str(name)))
-        text.set_parse_math(False)
+    if names:
+        handles = [Line2D([], [], color=_colour(index), linewidth=2.5) for index in range(len(names))]
+        legend = figure.legend(
+            handles,
+            ["run"] * len(names),
+            loc="outside upper left",
+            ncols=min(len(names), 4),
+            frameon=False,
+            fontsize=10,
+        )
+        for text, name in zip(legend.get_texts(), names):
+            # Not given to legend(), which takes a name that begins with "_" for one to leave out.
+            text.set_text(drawable(str(name)))
+            text.set_parse_math(False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
@@ -125,11 +231,10 @@ class _Line:
         self.run, self.style, self.name, self.steps, self.values = run, style, name, steps, values
 
 
-def _panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> list[_Line]:
-    keys = _expanded(runs, PANELS[title])
+def _panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: dict[str, str]) -> list[_Line]:
     lines = []
     for run, history in enumerate(runs.values()):
-        for style, (name, key) in enumerate(keys.items()):
+        for style, (name, key) in enumerate(_expanded(runs, keys).items()):
             steps, values = series(history, key)
             if steps:
                 lines.append(_Line(run, style, name, steps, values))
@@ -168,8 +273,12 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line]) -> None:
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 4))
     if title in SHARES:
         axes.set_ylim(-0.04, 1.04)
-    if title == "discriminator's accuracy":
-        axes.axhline(0.5, color="#bbbbbb", linewidth=0.8, zorder=0)  # guessing
+    elif title in CORRELATIONS:
+        axes.set_ylim(-1.08, 1.08)
+    elif title in FROM_ZERO:
+        axes.set_ylim(1.08 * min(0.0, *values), 1.08 * max(0.0, *values) or 1.0)
+    if title in REFERENCES:
+        axes.axhline(REFERENCES[title], color="#bbbbbb", linewidth=0.8, zorder=0)
     named = {line.style: line.name for line in lines if line.name}
     if named:
         order = sorted(named)
@@ -177,7 +286,7 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line]) -> None:
         labels = [drawable(named[style]) for style in order]
         axes.legend(handles, labels, fontsize=7, handlelength=2.6, framealpha=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(drawable(title), fontsize=9, loc="left", parse_math=False)
     axes.tick_params(labelsize=8)
     axes.yaxis.get_offset_text().set_fontsize(7)
     axes.grid(True, color="#e6e6e6", linewidth=0.6)
@@ -187,7 +296,7 @@ def _draw_panel(axes: Any, title: str, lines: list[_Line]) -> None:
 
 
 def _colour(run: int) -> str:
-    return _COLOURS[run % len(_COLOURS)]
+    return COLOURS[run % len(COLOURS)]
 
 
 def _style(style: int, marked: bool) -> dict[str, Any]:

@@ -9,21 +9,22 @@ and teacher, end-of-sequence token included.
 
 from __future__ import annotations
 
-import functools
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..alignment.spans import chunk_ids
 from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models import input_embedding
 from ..objective import alignment_weights
+from .glyphs import FONT, drawable
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from ..trainer import DSKDTrainer
 
 MOST_TOKENS = 60
-FONT = "DejaVu Sans Mono"  # comes with matplotlib
+MOST_ON_SHEET = 24
+NOTE = "Rows and columns bear the token that the position predicts: equal text lies on the diagonal."
 _WHITESPACE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "\\r"})
 _DPI = 110
 # Sizes in points and inches.
@@ -42,6 +44,10 @@ _FONT_SIZE = 8.0
 _CHARACTER = 0.6 * _FONT_SIZE / 72
 _LONGEST_LABEL = 18
 _WIDEST = 15.0
+_SHEET_COLUMNS = 6
+_SHEET_DPI = 140  # 120 tokens of a panel get two pixels each
+_MOST_TOKENS_ON_SHEET = 120
+_LONGEST_CAPTION = 36
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +168,26 @@ def same_text(example: AlignmentExample) -> Tensor:
     return shared
 
 
+def chunks_of(example: AlignmentExample) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Chunk of each token of the student and of the teacher, worked out from the byte ends if not given."""
+    if example.student_chunks is not None and example.teacher_chunks is not None:
+        return example.student_chunks, example.teacher_chunks
+    ends = list(example.student_byte_ends), list(example.teacher_byte_ends)
+    student, teacher = chunk_ids(*ends, example.has_eos, example.has_eos)
+    return tuple(student), tuple(teacher)
+
+
+def same_chunk(example: AlignmentExample) -> Tensor:
+    """
+    Which tokens belong to the same chunk.
+
+    Returns:
+        `torch.Tensor` of shape `[n_s, n_t]`, bool.
+    """
+    student, teacher = (torch.tensor(chunks) for chunks in chunks_of(example))
+    return student[:, None] == teacher[None]
+
+
 def attention_on_text(example: AlignmentExample) -> float:
     """
     Share of each student token's attention (`t2s`) on the teacher tokens of the same text, averaged over tokens.
@@ -178,13 +204,24 @@ def uniform_on_text(example: AlignmentExample) -> float:
     return float(shared.float().mean(1)[shared.any(1)].mean())
 
 
+def attention_in_chunk(example: AlignmentExample) -> float:
+    """Share of each student token's attention (`t2s`) on the teacher tokens of its chunk, averaged over tokens."""
+    return float((example.t2s * same_chunk(example)).sum(1).mean())
+
+
+def uniform_in_chunk(example: AlignmentExample) -> float:
+    """What [`attention_in_chunk`] would be if every student token attended to all teacher tokens alike."""
+    return float(same_chunk(example).float().mean())
+
+
 def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title: str | None = None) -> None:
     """
     Writes a PNG of `t2s`: student tokens from top to bottom, teacher tokens from left to right.
 
     Each example is a panel, such as the same row before and after training; all share one scale. Cells of tokens with
-    the same text are outlined. At most the first 60 tokens of a side are shown; the share in the caption is that of
-    the whole response.
+    the same text are outlined in orange, those of the same chunk in grey (a chunk of more than one token on both sides
+    has cells that share no text), and thin lines go through where a chunk ends. At most the first 60 tokens of a side
+    are shown; the shares in the caption are those of the whole response.
 
     Args:
         examples (`Sequence[AlignmentExample]`): One panel each.
@@ -195,7 +232,6 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
         UserError: If `examples` is empty.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
@@ -210,10 +246,10 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     below = 0.45 + _CHARACTER * max(len(label) for panel in panels for label in panel.teacher_labels)
     above = 0.2 + 0.18 * max(len(panel.heading) for panel in panels)
     slot_width = left + max(cell * max(panel.weights.shape[1] for panel in panels), text_width)
-    slot_height = above + cell * max(panel.weights.shape[0] for panel in panels) + below
     columns = min(len(panels), max(int(_WIDEST // slot_width), 1))
-    rows = math.ceil(len(panels) / columns)
-    width, height = slot_width * columns + 0.9, slot_height * rows
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    row_heights = [above + cell * max(panel.weights.shape[0] for panel in row) + below for row in rows]
+    width, height = slot_width * columns + 0.9, sum(row_heights)
 
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -221,54 +257,69 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     for index, panel in enumerate(panels):
         panel_height, panel_width = (cell * count for count in panel.weights.shape)
         x = slot_width * (index % columns) + left
-        y = height - slot_height * (index // columns) - above - panel_height
+        y = height - sum(row_heights[: index // columns]) - above - panel_height
         axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
         _draw_panel(axes, panel, scale)
         if index == 0:
             # Beside the row's last panel, so that it stands for all of them.
             last_panel = panels[columns - 1].weights.shape[1]
             x = slot_width * (columns - 1) + left + cell * last_panel + 0.15
-            bar_height = min(panel_height, 4.0)
-            bar = figure.add_axes(
-                (x / width, (y + panel_height - bar_height) / height, 0.14 / width, bar_height / height)
-            )
-            figure.colorbar(ScalarMappable(scale, "Blues"), cax=bar)
-            bar.tick_params(labelsize=_FONT_SIZE)
-            bar.set_ylabel("attention (rows sum to 1)", fontsize=_FONT_SIZE)
-    if title:
-        figure.text(0.1 / width, 1 + 0.12 / height, drawable(title), fontsize=12, fontweight="bold", parse_math=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Cropped to what is drawn: how wide text gets is known only then.
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+            _draw_bar(figure, scale, x, y + panel_height, panel_height)
+    _save(figure, path, title)
 
 
-def drawable(text: str) -> str:
-    """The text with escapes (`\\u6771`) for characters that the font lacks or that would fuse with their neighbour."""
-    return "".join(
-        character
-        if ord(character) in _glyphs() and character.isprintable() and not unicodedata.combining(character)
-        else character.encode("ascii", "backslashreplace").decode()
-        if not character.isascii()
-        else repr(character)[1:-1]
-        for character in text
-    )
+def contact_sheet(examples: Sequence[AlignmentExample], path: str | Path, title: str | None = None) -> None:
+    """
+    Writes a PNG of many examples' `t2s`, small and without the tokens' text; all share one scale.
 
+    Cells of tokens with the same text are outlined. At most 24 examples and the first 120 tokens of a side are shown;
+    the shares in the captions are those of the whole response.
 
-@functools.cache
-def _glyphs() -> frozenset[int]:
-    from matplotlib.font_manager import findfont
-    from matplotlib.ft2font import FT2Font
+    Args:
+        examples (`Sequence[AlignmentExample]`): One small panel each.
+        path (`str` or `Path`): File to write; its folder is made if need be.
+        title (`str`, *optional*): Stands above all panels.
 
-    return frozenset(FT2Font(findfont(FONT)).get_charmap())
+    Raises:
+        UserError: If `examples` is empty.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    if not examples:
+        raise UserError("contact_sheet got no examples: pass at least one from cross_attention")
+    shown = examples[:MOST_ON_SHEET]
+    columns = min(len(shown), _SHEET_COLUMNS)
+    rows = math.ceil(len(shown) / columns)
+    side, between, above = 2.1, 0.25, 0.55
+    width, height = (side + between) * columns + 0.8, (side + above + between) * rows
+    figure = Figure(figsize=(width, height), dpi=_SHEET_DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = [example.t2s[:_MOST_TOKENS_ON_SHEET, :_MOST_TOKENS_ON_SHEET].numpy() for example in shown]
+    scale = Normalize(0, max(float(weights.max()) for weights in panels))
+    for index, (example, weights) in enumerate(zip(shown, panels)):
+        cell = side / max(weights.shape)
+        panel_height, panel_width = (cell * count for count in weights.shape)
+        x = 0.1 + (side + between) * (index % columns)
+        top = height - (side + above + between) * (index // columns) - above
+        axes = figure.add_axes((x / width, (top - panel_height) / height, panel_width / width, panel_height / height))
+        _draw_small(axes, example, weights, scale, cell)
+    _draw_bar(figure, scale, 0.1 + (side + between) * columns, height - above, side)
+    if len(examples) > len(shown):
+        title = f"{title or 'examples'} (the first {len(shown)} of {len(examples)})"
+    _save(figure, path, title)
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """The part of an example that is shown, as it is drawn: `weights` and `shared` are `[shown n_s, shown n_t]`."""
+    """The part of an example that is shown, as it is drawn: the arrays are `[shown n_s, shown n_t]`."""
 
     weights: np.ndarray
     shared: np.ndarray
+    in_chunk: np.ndarray
+    row_ends: list[int]
+    column_ends: list[int]
     student_labels: list[str]
     teacher_labels: list[str]
     heading: list[str]
@@ -277,28 +328,84 @@ class _Panel:
     def of(cls, example: AlignmentExample) -> _Panel:
         heading = [drawable(example.caption)] if example.caption else []
         heading.append(
-            f"on the same text (outlined): {attention_on_text(example):.1%}, if uniform {uniform_on_text(example):.1%}"
+            f"on the same text (orange): {attention_on_text(example):.1%}, if uniform {uniform_on_text(example):.1%}"
+        )
+        heading.append(
+            f"in the same chunk (grey): {attention_in_chunk(example):.1%}, if uniform {uniform_in_chunk(example):.1%}"
         )
         counts = example.t2s.shape
+        chunks = chunks_of(example)
         if max(counts) > MOST_TOKENS:
             shown = [f"{min(count, MOST_TOKENS)} of {count}" for count in counts]
             heading.append(f"the first {shown[0]} student and {shown[1]} teacher tokens")
         return cls(
             weights=example.t2s[:MOST_TOKENS, :MOST_TOKENS].numpy(),
             shared=same_text(example)[:MOST_TOKENS, :MOST_TOKENS].numpy(),
+            in_chunk=same_chunk(example)[:MOST_TOKENS, :MOST_TOKENS].numpy(),
+            row_ends=_chunk_ends(chunks[0]),
+            column_ends=_chunk_ends(chunks[1]),
             student_labels=[_label(token) for token in example.student_tokens[:MOST_TOKENS]],
             teacher_labels=[_label(token) for token in example.teacher_tokens[:MOST_TOKENS]],
             heading=heading,
         )
 
 
+def _draw_bar(figure: Any, scale: Any, x: float, top: float, height: float) -> None:
+    """The legend of the colours; in inches from the figure's left and lower edge."""
+    from matplotlib.cm import ScalarMappable
+
+    whole_width, whole_height = figure.get_size_inches()
+    height = min(height, 4.0)
+    bar = figure.add_axes((x / whole_width, (top - height) / whole_height, 0.14 / whole_width, height / whole_height))
+    figure.colorbar(ScalarMappable(scale, "Blues"), cax=bar)
+    bar.tick_params(labelsize=_FONT_SIZE)
+    bar.set_ylabel("attention (rows sum to 1)", fontsize=_FONT_SIZE)
+
+
+def _save(figure: Any, path: str | Path, title: str | None) -> None:
+    width, height = figure.get_size_inches()
+    # Above the panels, which begin at the figure's upper edge.
+    figure.text(0.1 / width, 1 + 0.1 / height, NOTE, fontsize=_FONT_SIZE, color="#555555")
+    if title:
+        figure.text(0.1 / width, 1 + 0.32 / height, drawable(title), fontsize=12, fontweight="bold", parse_math=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cropped to what is drawn: how wide text gets is known only then.
+    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+
+
+def _draw_small(axes: Any, example: AlignmentExample, weights: np.ndarray, scale: Any, cell: float) -> None:
+    """A panel of the contact sheet; `cell` is the side of a cell in inches."""
+    from matplotlib.collections import LineCollection
+
+    rows, columns = weights.shape
+    axes.imshow(
+        weights, norm=scale, cmap="Blues", interpolation="nearest", aspect="auto", extent=(0, columns, rows, 0)
+    )
+    shared = same_text(example)[:rows, :columns].numpy()
+    axes.add_collection(LineCollection(_outline(shared), colors="#e4572e", linewidths=min(72 * cell / 8, 0.9)))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#999999")
+    counts = example.t2s.shape
+    heading = [_shortened(drawable(example.caption), _LONGEST_CAPTION)] if example.caption else []
+    cut = f", the first {_MOST_TOKENS_ON_SHEET} shown" if max(counts) > _MOST_TOKENS_ON_SHEET else ""
+    heading.append(f"{counts[0]} × {counts[1]} tokens{cut}")
+    heading.append(f"same text {attention_on_text(example):.1%}, chunk {attention_in_chunk(example):.1%}")
+    axes.set_title("\n".join(heading), fontsize=7, loc="left", pad=3, parse_math=False)
+
+
 def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
     from matplotlib.collections import LineCollection
 
     axes.pcolormesh(panel.weights, norm=scale, cmap="Blues", edgecolors="#ececec", linewidth=0.4)
+    rows, columns = panel.weights.shape
+    chunk_lines = [((0, y), (columns, y)) for y in panel.row_ends] + [((x, 0), (x, rows)) for x in panel.column_ends]
+    axes.add_collection(LineCollection(chunk_lines, colors="#c2c2c2", linewidths=0.4))
+    axes.add_collection(LineCollection(_outline(panel.in_chunk), colors="#7d7d7d", linewidths=0.9))
     axes.add_collection(LineCollection(_outline(panel.shared), colors="#e4572e", linewidths=0.9))
     axes.invert_yaxis()
-    rows, columns = panel.weights.shape
     axes.set_yticks([row + 0.5 for row in range(rows)], [""] * rows)
     axes.set_xticks([column + 0.5 for column in range(columns)], [""] * columns)
     axes.tick_params(length=2)
@@ -330,6 +437,11 @@ def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
     axes.set_title("\n".join(panel.heading), fontsize=_FONT_SIZE + 1, loc="left", pad=9, parse_math=False)
 
 
+def _chunk_ends(chunks: Sequence[int]) -> list[int]:
+    """How many tokens lie before each end of a chunk that isn't the last one shown."""
+    return [index + 1 for index, pair in enumerate(pairwise(chunks[:MOST_TOKENS])) if pair[0] != pair[1]]
+
+
 def _outline(cells: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Line segments `((x, y), (x, y))` around the true cells of `[rows, columns]`, none between two of them."""
     import numpy as np
@@ -342,8 +454,11 @@ def _outline(cells: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]
 
 
 def _label(token: str) -> str:
-    text = drawable(token)
-    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+    return _shortened(drawable(token), _LONGEST_LABEL)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _chunks(row: Mapping[str, Any], prefix: str) -> tuple[int, ...] | None:

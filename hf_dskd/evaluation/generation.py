@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.tokenization import token_bytes
 from ..errors import UserError
@@ -17,6 +17,9 @@ from ..models import base_causal_lm
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+# SplitMix64's increment, as a signed number.
+_STEP = -7046029254386353131
 
 
 def complete(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int = 96) -> str:
@@ -47,6 +50,7 @@ def sample(
     max_new_tokens: int | list[int],
     generation_config: GenerationConfig | None = None,
     seed: int | None = None,
+    example_ids: Sequence[int] | None = None,
     batch_size: int = 8,
     description: str | None = None,
 ) -> list[list[int]]:
@@ -68,6 +72,10 @@ def sample(
         seed (`int`, *optional*):
             Seeds the sampling; PyTorch's generators on CPU and CUDA are then afterwards as they were. Without one,
             sampling takes from them.
+        example_ids (sequence of `int`, *optional*):
+            A number for each prompt. What is sampled for a prompt then depends on the seed (0 without one), its number
+            and the model's logits alone, not on the batch, the order, or what was sampled before (see
+            [`gumbel_noise`]). Of the ways to change the distribution, temperature, top_k and top_p are used.
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         description (`str`, *optional*): Of the progress bar; without one there is none.
 
@@ -91,6 +99,9 @@ def sample(
         return_dict_in_generate=False,
         use_cache=True,
     )
+    warpers: list[Any] | None = None
+    if example_ids is not None and config.do_sample:
+        warpers = _take_warpers(config)
     positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rooms = [int(min(limit, positions - len(prompt))) for limit, prompt in zip(limits, prompts)]
@@ -112,12 +123,162 @@ def sample(
                 # prompt would go past the last position where one with a short prompt has room left.
                 left = max(rooms[row] - len(responses[row]) for row in rows)
                 steps = int(min(left, positions - max(map(len, sequences))))
-                for row, tokens in zip(rows, _continue(plain, sequences, config, pad_token_id, steps)):
+                processors = None
+                if example_ids is not None and warpers is not None:
+                    names, starts = [example_ids[row] for row in rows], [len(responses[row]) for row in rows]
+                    processors = [*warpers, GumbelNoise(seed or 0, names, starts, max(map(len, sequences)))]
+                for row, tokens in zip(rows, _continue(plain, sequences, config, pad_token_id, steps, processors)):
                     responses[row] += _ended(tokens[: rooms[row] - len(responses[row])], eos_token_ids)
                 rows = [
                     row for row in rows if len(responses[row]) < rooms[row] and responses[row][-1] not in eos_token_ids
                 ]
     return responses
+
+
+def gumbel_noise(seed: int, example_ids: Tensor, positions: Tensor, width: int) -> Tensor:
+    """
+    Gumbel noise as a function of seed, example, position and token alone.
+
+    The token with the largest logit + noise is a sample of the softmax of the logits (Gumbel, 1954; "Gumbel-max"). A
+    random generator would give an example other numbers in another batch, on another rank, or after a resume; a hash
+    (SplitMix64) doesn't. Its 53 bits lie densest where the noise is largest, so that rare tokens get their share.
+
+    Args:
+        seed (`int`): Another one gives other numbers.
+        example_ids (`torch.Tensor` of shape `[B]`, int64): A number for each row's example.
+        positions (`torch.Tensor` of shape `[B]`, int64): Tokens that each row's response has already.
+        width (`int`): V, size of the vocabulary.
+
+    Returns:
+        `torch.Tensor` of shape `[B, V]`, float32.
+    """
+    row = torch.full_like(example_ids, seed)
+    # From 1 on, because a hash of 0 is 0.
+    for part in (example_ids, positions):
+        row = _mixed((row + 1) * _STEP) + part
+    tokens = torch.arange(1, width + 1, device=example_ids.device)
+    bits = (_mixed(_mixed((row + 1) * _STEP).unsqueeze(1) + tokens * _STEP) >> 11) & (2**53 - 1)
+    # -log of the chance to be larger: exact near 0, which is where the large noise comes from.
+    uniform = ((bits.float() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    # Right shifts are arithmetic on signed integers: mask what they drag in.
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+class GumbelNoise:
+    """
+    A logits processor, the last one, under which the greedy choice is a sample (see [`gumbel_noise`]).
+
+    Args:
+        seed (`int`): Of the noise.
+        example_ids (sequence of `int`): Number of the example of each row.
+        starts (sequence of `int`): Tokens that the response of each row had before this call of `generate`.
+        prompt_length (`int`): Tokens of each row, padding included, before this call of `generate`.
+    """
+
+    def __init__(self, seed: int, example_ids: Sequence[int], starts: Sequence[int], prompt_length: int):
+        self.seed, self.prompt_length = seed, prompt_length
+        self.example_ids, self.starts = torch.tensor(example_ids), torch.tensor(starts)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        positions = self.starts + (input_ids.shape[1] - self.prompt_length)
+        device = scores.device
+        return scores + gumbel_noise(self.seed, self.example_ids.to(device), positions.to(device), scores.shape[1])
+
+
+def _take_warpers(config: GenerationConfig) -> list[Any]:
+    """What `generate` would do to the logits before it samples; `config` is greedy afterwards."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
+    if config.temperature is not None and config.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(config.temperature)))
+    if config.top_k:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    config.update(do_sample=False, temperature=None, top_k=None, top_p=None)
+    return warpers
+
+
+class Scores(NamedTuple):
+    """
+    What a model wrote, and how it compares with the references.
+
+    Attributes:
+        metrics: `rouge_l` and `exact_match` in percent, `unfinished` as a share.
+        responses: The texts, in the order of the examples.
+    """
+
+    metrics: dict[str, float]
+    responses: list[str]
+
+
+def score_generation(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[tuple[list[int], list[str]]],
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    description: str | None = None,
+) -> Scores:
+    """
+    Answers prompts greedily and compares the answers with references.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): A causal language model, not wrapped for DDP.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
+        examples (sequence of `tuple[list[int], list[str]]`): Token ids of a prompt and its references, one at least.
+        max_length (`int`): Most tokens of prompt and answer together; an answer that runs into it is unfinished.
+        batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
+        description (`str`, *optional*): Of the progress bar; without one there is none.
+
+    Returns:
+        [`Scores`]: metrics, means over the examples, and the answers.
+    """
+    from transformers import GenerationConfig
+
+    from .scores import exact_match, rouge_l
+
+    ends = end_token_ids(tokenizer, base_causal_lm(model).generation_config)
+    responses = sample(
+        model,
+        [prompt for prompt, _ in examples],
+        pad_token_id=padding_token_id(tokenizer),
+        eos_token_ids=ends,
+        max_new_tokens=[max(max_length - len(prompt), 0) for prompt, _ in examples],
+        generation_config=GenerationConfig(do_sample=False),
+        batch_size=batch_size,
+        description=description,
+    )
+    texts, finished = zip(*(read_response(tokenizer, response, ends) for response in responses))
+    values: dict[str, Callable[[str, list[str]], float]] = {"rouge_l": rouge_l, "exact_match": exact_match}
+    metrics = {
+        name: 100.0 * sum(value(text, references) for text, (_, references) in zip(texts, examples)) / len(examples)
+        for name, value in values.items()
+    }
+    return Scores({**metrics, "unfinished": 1.0 - sum(finished) / len(examples)}, list(texts))
+
+
+def read_response(
+    tokenizer: PreTrainedTokenizerBase, response: list[int], eos_token_ids: list[int]
+) -> tuple[str, bool]:
+    """The text of a response's tokens, and whether the model ended it itself."""
+    finished = bool(response) and response[-1] in eos_token_ids
+    text = response_text(tokenizer, response)
+    # An unfinished one can end within a character.
+    return (text if finished else text.rstrip("\ufffd")), finished
+
+
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token for padding; it is masked, so that any will do where the tokenizer has none."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
@@ -188,14 +349,24 @@ def _random_stream(seed: int | None) -> Iterator[None]:
 
 
 def _continue(
-    model: Any, sequences: list[list[int]], config: GenerationConfig, pad_token_id: int, steps: int
+    model: Any,
+    sequences: list[list[int]],
+    config: GenerationConfig,
+    pad_token_id: int,
+    steps: int,
+    processors: list[Any] | None,
 ) -> list[list[int]]:
     longest = max(map(len, sequences))
     ids = torch.tensor([[pad_token_id] * (longest - len(tokens)) + tokens for tokens in sequences])
     mask = torch.tensor([[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in sequences])
     device = model.get_input_embeddings().weight.device
     config.max_new_tokens = steps
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    output = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=processors,
+    )
     return output[:, longest:].tolist()
 
 

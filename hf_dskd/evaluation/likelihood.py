@@ -1,9 +1,9 @@
-"""How many bits a model spends on held-out responses."""
+"""How many bits a model spends on held-out responses, and how many of their tokens it would have chosen."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,69 @@ from torch import nn
 
 from ..data.collator import DualCollator
 from ..models import backbone, lm_head
+
+
+# Logits that are there at a time, in bytes of float32.
+LOGITS_BYTES = 2**28
+
+
+class RowLikelihood(NamedTuple):
+    """
+    What a model makes of one response.
+
+    Attributes:
+        nats: Spent on its text; the EOS token is no text, and each tokenizer has its own.
+        bytes: UTF-8 bytes of its text.
+        correct: Tokens that are the most likely one where they stand, EOS included.
+        tokens: Tokens, EOS included.
+    """
+
+    nats: float
+    bytes: int
+    correct: int
+    tokens: int
+
+
+def row_likelihoods(
+    model: nn.Module, rows: list[dict[str, Any]], *, side: str = "student", dtype: torch.dtype | None = None
+) -> list[RowLikelihood]:
+    """
+    The likelihood of each response, in one batch. The model is taken in the mode it is in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): A causal language model.
+        rows (`list[dict[str, Any]]`): Rows of [`~hf_dskd.tokenize_dataset`].
+        side (`str`, *optional*, defaults to `"student"`): Whose columns to read, `"student"` or `"teacher"`.
+        dtype (`torch.dtype`, *optional*): Autocast to it.
+    """
+    prefix = "" if side == "student" else "teacher_"
+    # Padding is masked, so any token will do.
+    collate = DualCollator(student_pad_token_id=0, teacher_pad_token_id=0 if "teacher_input_ids" in rows[0] else None)
+    batch = collate(rows)
+    device = next(model.parameters()).device
+    ids, ends = batch[f"{prefix}input_ids"].to(device), batch[f"{prefix}byte_ends"].to(device)
+    response = batch[f"{prefix}labels"][:, 1:].to(device) != -100
+    head = lm_head(model)
+    tokens_at_once = max(1, LOGITS_BYTES // (4 * head.weight.shape[0]))
+    losses, correct = [], []
+    with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        mask = batch[f"{prefix}attention_mask"].to(device)
+        hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1][response]
+        targets = ids[:, 1:][response]
+        for part, target in zip(hidden.split(tokens_at_once), targets.split(tokens_at_once)):
+            logits = head(part).float()
+            losses.append(F.cross_entropy(logits, target.to(logits.device), reduction="none"))
+            correct.append(logits.argmax(-1) == target.to(logits.device))
+    text = (ends[:, 1:] > ends[:, :-1].clamp_min(0))[response].cpu()
+    row_of_token = response.nonzero()[:, 0].cpu()
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
+    values = torch.stack([torch.cat(losses).cpu().double() * text, torch.cat(correct).cpu().double()], 1)
+    sums.index_add_(0, row_of_token, values)
+    counts = response.sum(1).tolist()
+    return [
+        RowLikelihood(nats, row["response_bytes"], int(right), count)
+        for (nats, right), row, count in zip(sums.tolist(), rows, counts)
+    ]
 
 
 def bits_per_byte(
@@ -38,24 +101,12 @@ def bits_per_byte(
     from tqdm.auto import tqdm
 
     prefix = "" if side == "student" else "teacher_"
-    # Padding is masked, so any token will do.
-    collate = DualCollator(student_pad_token_id=0, teacher_pad_token_id=0 if "teacher_input_ids" in rows[0] else None)
-    device = next(model.parameters()).device
-    head, body = lm_head(model), backbone(model)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index][f"{prefix}input_ids"]))
-    nats, total_bytes = 0.0, 0
+    found: list[RowLikelihood] = []
     was_training = model.training
     model.eval()
     for start in tqdm(range(0, len(order), batch_size), desc=description, disable=description is None):
-        batch = collate([rows[index] for index in order[start : start + batch_size]])
-        ids, ends = batch[f"{prefix}input_ids"].to(device), batch[f"{prefix}byte_ends"].to(device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            hidden = body(input_ids=ids, attention_mask=batch[f"{prefix}attention_mask"].to(device), use_cache=False)[
-                0
-            ]
-            text = ends[:, 1:] > ends[:, :-1].clamp_min(0)
-            losses = F.cross_entropy(head(hidden[:, :-1][text]).float(), ids[:, 1:][text], reduction="sum")
-        nats += losses.item()
-        total_bytes += int(batch["response_bytes"].sum())
+        batch = [rows[index] for index in order[start : start + batch_size]]
+        found += row_likelihoods(model, batch, side=side, dtype=dtype)
     model.train(was_training)
-    return nats / math.log(2) / total_bytes
+    return sum(row.nats for row in found) / math.log(2) / sum(row.bytes for row in found)

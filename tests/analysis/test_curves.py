@@ -9,15 +9,26 @@ import tiny
 from matplotlib.image import imread
 
 from hf_dskd import UserError
-from hf_dskd.analysis.curves import PANELS, plot_curves, series
+from hf_dskd.analysis.curves import (
+    ANALYSIS_PANELS,
+    CORRELATIONS,
+    FROM_ZERO,
+    LOGARITHMIC,
+    PANELS,
+    REFERENCES,
+    SHARES,
+    plot_analysis,
+    plot_curves,
+    series,
+)
 
 
-def plot(*args):
+def plot(*args, draw=plot_curves):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # The oldest matplotlib with a new pyparsing.
         warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
-        plot_curves(*args)
+        draw(*args)
 
 
 def panels(figure):
@@ -164,3 +175,76 @@ def test_nothing_to_draw(tmp_path, histories):
     with pytest.raises(UserError, match="logged nothing to draw"):
         plot_curves(histories, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
+
+
+# ---- The alignment analysis
+
+
+def analyses(*keys, steps=(0, 10, 20)):
+    return [{"step": step, **{key: step / 100 + place for place, key in enumerate(keys)}} for step in steps]
+
+
+def test_analysis_of_one_run(tmp_path, figures):
+    history = analyses("chunk_mass", "chunk_mass_uniform", "mmd", "gradient_norm_kq", "gradient_norm_ce")
+    plot(history, tmp_path / "folder" / "analysis.png", draw=plot_analysis)
+    [figure] = figures
+    assert not figure.legends
+    shown = panels(figure)
+    assert list(shown) == [
+        "attention in the right chunk (chunk_mass)",
+        "strongest weight in the chunk (argmax_in_chunk)",
+        "queries and keys: squared MMD",
+        "gradient norms of the terms",
+    ]
+    mass = shown["attention in the right chunk (chunk_mass)"]
+    assert curves(mass) == [[(0, 0.0), (10, 0.1), (20, 0.2)], [(0, 1.0), (10, 1.1), (20, 1.2)]]
+    assert [text.get_text() for text in mass.get_legend().get_texts()] == ["student's tokens", "student's if uniform"]
+    assert mass.get_ylim() == (-0.04, 1.04)
+    gradients = shown["gradient norms of the terms"]
+    assert [text.get_text() for text in gradients.get_legend().get_texts()] == ["ce", "kq"]
+    assert [points[0] for points in curves(gradients)] == [(0, 4.0), (0, 3.0)]
+    assert (tmp_path / "folder" / "analysis.png").exists()
+
+
+def test_numbers_without_a_panel_of_their_own(tmp_path, figures):
+    history = [{"step": 5, "mmd": 1.0, "new_$number": 2.0, "another": 1, "name": "text", "undefined": math.nan}]
+    plot(history, tmp_path / "analysis.png", draw=plot_analysis)
+    shown = panels(figures[0])
+    assert list(shown) == ["queries and keys: squared MMD", "another", "new_$number"]
+    assert curves(shown["new_$number"]) == [[(5, 2.0)]]
+
+
+def test_analyses_of_several_runs(tmp_path, figures):
+    histories = {"_first": analyses("chunk_mass", "linear_probe_auc"), "second": analyses("chunk_mass", "entropy")}
+    plot(histories, tmp_path / "analysis.png", draw=plot_analysis)
+    [figure] = figures
+    colours = legend(figure)
+    assert list(colours) == ["_first", "second"]
+    shown = panels(figure)
+    mass = shown["attention in the right chunk (chunk_mass)"]
+    for colour in colours.values():
+        assert curves(mass, colour) == [[(0, 0.0), (10, 0.1), (20, 0.2)]]
+    told = shown["queries told from keys (AUC)"]
+    assert curves(told) == [[(0, 1.0), (10, 1.1), (20, 1.2)]]
+    assert [line.get_ydata() for line in told.lines if line.get_color() == "#bbbbbb"] == [[0.5, 0.5]]
+
+
+def test_axes_of_analyses_do_not_depend_on_small_changes(tmp_path, figures):
+    history = [{"step": step, "mmd": value, "mean_cosine": 0.5, "mean_gap": 0.0}
+               for step, value in ((0, 0.1), (1, -0.01))]  # fmt: skip
+    plot(history, tmp_path / "analysis.png", draw=plot_analysis)
+    shown = panels(figures[0])
+    assert shown["queries and keys: squared MMD"].get_ylim() == pytest.approx((-0.0108, 0.108))
+    assert shown["queries and keys: gap of the means"].get_ylim() == (0, 1)
+    assert shown["queries and keys: cosine of the means"].get_ylim() == (-1.08, 1.08)
+
+
+def test_titles_are_those_of_panels():
+    assert {*SHARES, *LOGARITHMIC, *REFERENCES, *FROM_ZERO, *CORRELATIONS} <= PANELS.keys() | ANALYSIS_PANELS.keys()
+
+
+@pytest.mark.parametrize("history", [[], {}, {"one": []}, [{"step": 3}], [{"mmd": 1.0}]])
+def test_no_analyses(tmp_path, history):
+    with pytest.raises(UserError, match="have no numbers to draw"):
+        plot_analysis(history, tmp_path / "analysis.png")
+    assert not (tmp_path / "analysis.png").exists()

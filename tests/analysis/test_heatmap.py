@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from itertools import pairwise
 
 import pytest
 import runs
@@ -9,17 +10,25 @@ import tiny
 import torch
 from datasets import Dataset
 from matplotlib.collections import LineCollection, QuadMesh
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from hf_dskd import UserError, objective
 from hf_dskd.alignment.cross_model import cross_model_attention
 from hf_dskd.analysis.heatmap import (
+    MOST_ON_SHEET,
+    NOTE,
     AlignmentExample,
+    attention_in_chunk,
     attention_on_text,
+    chunks_of,
+    contact_sheet,
     cross_attention,
     drawable,
     plot_attention,
+    same_chunk,
     same_text,
+    uniform_in_chunk,
     uniform_on_text,
 )
 from hf_dskd.losses.dual_space import queries_and_keys, response_states
@@ -240,6 +249,33 @@ def test_tokens_without_text_do_not_count():
     assert same_text(shown).tolist() == [[True], [False]]
 
 
+def test_chunks_of_a_row(trainer):
+    for index in range(8):
+        row = trainer.train_dataset[index]
+        shown = cross_attention(trainer, row)
+        chunks = tuple(row["chunk_ids"]), tuple(row["teacher_chunk_ids"])
+        assert chunks_of(shown) == (shown.student_chunks, shown.teacher_chunks) == chunks
+        # The bytes alone say the same.
+        assert chunks_of(dataclasses.replace(shown, student_chunks=None)) == chunks
+        # A token of a chunk shares text with one of the same chunk only.
+        assert not (same_text(shown) & ~same_chunk(shown)).any()
+
+
+def test_attention_in_chunk_by_hand():
+    # student: "The" "·c" "at" EOS; teacher: "Th" "e·c" "at" EOS. "The·c" is a chunk of two tokens on both sides.
+    t2s = [[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.125, 0.125], [0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.0, 0.0]]
+    shown = example(t2s, (3, 5, 7, 7), (2, 5, 7, 7))
+    assert chunks_of(shown) == ((0, 0, 1, 2), (0, 0, 1, 2))
+    assert same_chunk(shown).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert attention_in_chunk(shown) == pytest.approx((0.3 + 0.75 + 1.0 + 0.0) / 4)
+    assert uniform_in_chunk(shown) == pytest.approx(6 / 16)
+    # "·c" shares no text with "Th".
+    assert attention_on_text(shown) == pytest.approx((0.3 + 0.25 + 1.0 + 0.0) / 4)
+    given = dataclasses.replace(shown, student_chunks=(0, 1, 2, 2), teacher_chunks=(0, 1, 1, 2))
+    assert attention_in_chunk(given) == pytest.approx((0.1 + 0.375 + 0.0 + 0.0) / 4)
+    assert attention_in_chunk(diagonal(7)) == 1.0
+
+
 # ---- Pictures
 
 
@@ -248,12 +284,12 @@ def size(path):
     return width, height
 
 
-def plot(*args, **kwargs):
+def plot(*args, draw=plot_attention, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # The oldest matplotlib with a new pyparsing.
         warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
-        plot_attention(*args, **kwargs)
+        draw(*args, **kwargs)
 
 
 @pytest.mark.parametrize(("count", "least", "most"), [(5, 250, 700), (30, 550, 1000), (60, 1150, 1600)])
@@ -268,7 +304,7 @@ def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
     plot(shown, tmp_path / "two.png", title="Tiny models at $5 and $6")
     assert not caplog.records
     [figure] = figures
-    assert [text.get_text() for text in figure.texts] == ["Tiny models at $5 and $6"]
+    assert [text.get_text() for text in figure.texts] == [NOTE, "Tiny models at $5 and $6"]
     panels = [axes for axes in figure.axes if axes.get_xlabel() == "teacher"]
     assert len(panels) == 2
     top = max(float(one.t2s.max()) for one in shown)
@@ -285,6 +321,7 @@ def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
         heading = axes.get_title("left").split("\n")
         assert heading[0] == one.caption
         assert f"{attention_on_text(one):.1%}" in heading[1] and f"{uniform_on_text(one):.1%}" in heading[1]
+        assert f"{attention_in_chunk(one):.1%}" in heading[2] and f"{uniform_in_chunk(one):.1%}" in heading[2]
 
 
 def test_two_panels_side_by_side_or_stacked(tmp_path, figures):
@@ -294,6 +331,15 @@ def test_two_panels_side_by_side_or_stacked(tmp_path, figures):
         assert (first.y0 == pytest.approx(second.y0)) == beside
         assert (first.x0 == pytest.approx(second.x0)) == (not beside)
         assert second.x0 > first.x1 if beside else second.y1 < first.y0
+
+
+def test_rows_of_panels_are_as_high_as_their_own(tmp_path, figures):
+    short = example(torch.full((3, 60), 1 / 60), (1, 2, 3), tuple(range(1, 61)), has_eos=False)
+    plot([short, diagonal(60)], tmp_path / "two.png")
+    [figure] = figures
+    first, second = (axes.get_position() for axes in figure.axes if axes.get_xlabel() == "teacher")
+    # Nothing between them but labels and heading: about an inch and a half.
+    assert 0.5 < (first.y0 - second.y1) * figure.get_size_inches()[1] < 2
 
 
 def test_long_responses_are_truncated_and_it_is_said(tmp_path, figures):
@@ -307,15 +353,99 @@ def test_long_responses_are_truncated_and_it_is_said(tmp_path, figures):
     assert len(long.texts) == 120 and "first" not in short.get_title("left")
 
 
+def segments(axes):
+    """Lines by colour."""
+    return {
+        to_hex(part.get_color()[0]): sorted(tuple(map(tuple, segment)) for segment in part.get_segments())
+        for part in axes.collections
+        if isinstance(part, LineCollection)
+    }
+
+
+ORANGE, GREY, LIGHT = "#e4572e", "#7d7d7d", "#c2c2c2"
+
+
 def test_outline_follows_the_text(tmp_path, figures):
     plot([example(torch.full((2, 3), 1 / 3), (3, 7), (2, 3, 7), has_eos=False)], tmp_path / "outline.png")
-    [lines] = [part for part in figures[0].axes[0].collections if isinstance(part, LineCollection)]
-    segments = sorted(tuple(map(tuple, segment)) for segment in lines.get_segments())
+    lines = segments(figures[0].axes[0])
     # Around columns 0 and 1 of row 0, and column 2 of row 1; no line between the first two.
     expected = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((2, 1), (2, 2)), ((3, 1), (3, 2))}  # upright
     expected |= {((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (3, 1))}
     expected |= {((2, 2), (3, 2))}
-    assert segments == sorted(expected)
+    assert lines[ORANGE] == sorted(expected)
+    assert lines[GREY] == lines[ORANGE]  # a chunk of one token has no more cells
+
+
+def test_chunks_are_outlined_and_divided(tmp_path, figures):
+    # Chunks of 2 × 2, 1 × 1 and (EOS) 1 × 1 tokens.
+    plot([example(torch.full((4, 4), 0.25), (3, 5, 7, 7), (2, 5, 7, 7))], tmp_path / "chunks.png")
+    lines = segments(figures[0].axes[0])
+    # Right through, after the second and the third token of both sides.
+    assert lines[LIGHT] == sorted([((0, 2), (4, 2)), ((0, 3), (4, 3)), ((2, 0), (2, 4)), ((3, 0), (3, 4))])
+    # The lower left cell of the first chunk shares no text: only the grey line goes around it.
+    corner = {((0, 1), (0, 2)), ((0, 2), (1, 2))}
+    inside = {((0, 1), (1, 1)), ((1, 1), (1, 2))}
+    assert corner <= set(lines[GREY]) and not corner & set(lines[ORANGE])
+    assert inside <= set(lines[ORANGE]) and not inside & set(lines[GREY])
+
+
+def test_boundaries_of_long_responses_end_with_the_picture(tmp_path, figures):
+    ends = tuple(range(1, 71))
+    plot([example(torch.eye(70), ends, ends, has_eos=False)], tmp_path / "long.png")
+    lines = segments(figures[0].axes[0])[LIGHT]
+    assert len(lines) == 2 * 59 and max(x for line in lines for point in line for x in point) == 60
+
+
+# ---- The contact sheet
+
+
+def sheet_panels(figure):
+    return [axes for axes in figure.axes if axes.images]
+
+
+def test_contact_sheet_of_a_run(tmp_path, trainer, figures, caplog):
+    shown = [cross_attention(trainer, trainer.train_dataset[index], f"row {index}") for index in range(8)]
+    plot(shown, tmp_path / "folder" / "sheet.png", draw=contact_sheet, title="Eight $x$ rows")
+    assert not caplog.records
+    [figure] = figures
+    assert [text.get_text() for text in figure.texts] == [NOTE, "Eight $x$ rows"]
+    panels = sheet_panels(figure)
+    assert len(panels) == 8
+    top = max(float(one.t2s.max()) for one in shown)
+    for axes, one in zip(panels, shown):
+        [image] = axes.images
+        assert torch.equal(torch.tensor(image.get_array()), one.t2s)
+        assert (image.norm.vmin, image.norm.vmax) == (0, top)
+        assert axes.get_xlim() == (0, one.t2s.shape[1]) and axes.get_ylim() == (one.t2s.shape[0], 0)
+        assert not axes.texts and not len(axes.get_xticks())
+        caption, counts, shares = axes.get_title("left").split("\n")
+        assert caption == one.caption and counts == "{} × {} tokens".format(*one.t2s.shape)
+        assert f"same text {attention_on_text(one):.1%}" in shares
+        assert f"chunk {attention_in_chunk(one):.1%}" in shares
+        [(colour, lines)] = segments(axes).items()
+        assert colour == ORANGE and lines
+    # Rows of six, that don't overlap.
+    boxes = [axes.get_position() for axes in panels]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes[:6]))
+    assert boxes[6].x0 == boxes[0].x0 and boxes[6].y1 < min(box.y0 for box in boxes[:6])
+    width, height = size(tmp_path / "folder" / "sheet.png")
+    assert 1800 < width < 2300 and 600 < height < 1000
+
+
+def test_contact_sheet_says_what_it_leaves_out(tmp_path, figures):
+    ends = tuple(range(1, 131))
+    long = example(torch.eye(130), ends, ends[:-1] + (130,), has_eos=False, caption="a caption " * 9)
+    plot([long] + [diagonal(5)] * MOST_ON_SHEET, tmp_path / "sheet.png", draw=contact_sheet)
+    plot([diagonal(5)] * MOST_ON_SHEET, tmp_path / "sheet.png", draw=contact_sheet)
+    many, all_of_them = figures
+    assert many.texts[1].get_text() == "examples (the first 24 of 25)" and len(all_of_them.texts) == 1
+    assert len(sheet_panels(many)) == len(sheet_panels(all_of_them)) == 24
+    first, second = sheet_panels(many)[:2]
+    assert first.images[0].get_array().shape == (120, 120)
+    caption, counts, shares = first.get_title("left").split("\n")
+    assert caption == ("a caption " * 9)[:35] + "…"
+    assert counts == "130 × 130 tokens, the first 120 shown" and "text 100.0%" in shares
+    assert second.get_title("left").split("\n") == ["5 × 5 tokens", "same text 100.0%, chunk 100.0%"]
 
 
 def test_any_character_can_be_drawn(tmp_path, figures, caplog):
@@ -340,6 +470,8 @@ def test_drawable_leaves_ordinary_text_alone():
 def test_errors(tmp_path, trainer):
     with pytest.raises(UserError, match="no examples"):
         plot_attention([], tmp_path / "none.png")
+    with pytest.raises(UserError, match="no examples"):
+        contact_sheet([], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     alone = runs.trainer(tmp_path, method="sft", rows=4)
     with pytest.raises(UserError, match="method='sft' has no alignment to show"):

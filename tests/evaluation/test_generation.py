@@ -6,7 +6,15 @@ from transformers import GenerationConfig
 
 from hf_dskd.data.tokenization import response_tokens
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation.generation import check_generation_config, end_token_ids, response_text, sample
+from hf_dskd.evaluation.generation import (
+    check_generation_config,
+    end_token_ids,
+    gumbel_noise,
+    response_text,
+    sample,
+    score_generation,
+)
+from hf_dskd.evaluation.scores import rouge_l
 
 
 GREEDY = GenerationConfig(do_sample=False)
@@ -200,3 +208,111 @@ def test_text_of_half_a_character():
     tokenizer = tiny.byte_level_tokenizer()
     ids, _ = response_tokens(tokenizer, "ok 👍")
     assert response_text(tokenizer, ids[:-1]) == "ok \ufffd"
+
+
+def test_noise_is_gumbels():
+    rows = torch.arange(200)
+    noise = gumbel_noise(10, rows, rows % 7, 5000).double()
+    assert noise.isfinite().all()
+    # A million independent numbers whose chance to be smaller, exp(-exp(-x)), is uniform.
+    chances = torch.exp(-torch.exp(-noise)).flatten()
+    shares = torch.histc(chances, 100, 0, 1) / chances.numel()
+    assert (shares - 0.01).abs().max() < 6 * (0.01 / chances.numel()) ** 0.5
+    for other in (noise.roll(1, 1), noise.roll(1, 0), gumbel_noise(11, rows, rows % 7, 5000).double()):
+        pairs = torch.stack([noise.flatten(), other.flatten()])
+        assert torch.corrcoef(pairs)[0, 1].abs() < 6 / chances.numel() ** 0.5
+    # Large noise, from which rare tokens come, isn't coarse: and there is as much of it as there must be.
+    for share in (1e-2, 1e-3, 1e-4):
+        threshold = -torch.log(-torch.log1p(torch.tensor(-share, dtype=torch.float64)))
+        assert (noise > threshold).double().mean() == pytest.approx(share, abs=6 * (share / chances.numel()) ** 0.5)
+    top = noise.flatten().topk(1000).values
+    assert top.unique().numel() > 990
+
+
+def test_noise_depends_on_what_it_is_named_by_alone():
+    rows, positions = torch.tensor([3, 0, 7]), torch.tensor([5, 0, 2])
+    noise = gumbel_noise(10, rows, positions, 50)
+    assert torch.equal(gumbel_noise(10, rows.flip(0), positions.flip(0), 60).flip(0)[:, :50], noise)
+    for seed, row, position in ((11, 3, 5), (10, 4, 5), (10, 3, 6), (10, 5, 3)):
+        other = gumbel_noise(seed, torch.tensor([row]), torch.tensor([position]), 50)
+        assert (other != noise[0]).all()
+
+
+def test_named_samples_depend_on_neither_batch_nor_order_nor_what_is_drawn_elsewhere():
+    model = tiny.gpt2(400)
+    options = {"pad_token_id": 0, "eos_token_ids": ENDS[::2], "max_new_tokens": 12, "generation_config": SAMPLING}
+    names = [40, 3, 0, 12, 7]
+    expected = sample(model, PROMPTS, seed=10, example_ids=names, batch_size=1, **options)
+    assert {row[-1] in ENDS[::2] for row in expected} == {True, False}
+    state = torch.get_rng_state()
+    for batch_size in (2, 5):
+        order = [4, 2, 0, 1, 3]
+        torch.rand(1)
+        shuffled = sample(
+            model,
+            [PROMPTS[index] for index in order],
+            seed=10,
+            example_ids=[names[index] for index in order],
+            batch_size=batch_size,
+            **options,
+        )
+        assert [shuffled[order.index(index)] for index in range(5)] == expected
+    torch.set_rng_state(state)
+    sample(model, PROMPTS, seed=10, example_ids=names, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample(model, PROMPTS, seed=11, example_ids=names, **options) != expected
+    assert sample(model, PROMPTS, seed=10, example_ids=range(5), **options) != expected
+
+
+def test_named_samples_go_on_where_positions_ran_out():
+    """The row beside a prompt that fills the positions is continued in a second call, with the noise of its places."""
+    model = tiny.gpt2(400)
+    positions = model.config.n_positions
+    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 9, "generation_config": SAMPLING, "seed": 10}
+    alone = sample(model, [[8, 9]], example_ids=[1], **options)
+    beside = sample(model, [[7] * (positions - 4), [8, 9]], example_ids=[0, 1], **options)
+    assert len(beside[0]) == 4 and beside[1] == alone[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 3, "temperature": 2.0}])
+def test_named_samples_follow_the_models_distribution(changes):
+    model = tiny.gpt2(8).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1]
+    expected = (logits / changes.get("temperature", 1.0)).softmax(-1)
+    order = expected.argsort(descending=True)
+    kept = torch.ones(8, dtype=torch.bool)
+    if "top_p" in changes:
+        # The fewest that reach it.
+        kept[order] = expected[order].cumsum(0) - expected[order] < changes["top_p"]
+    if "top_k" in changes:
+        kept[order[changes["top_k"] :]] = False
+    expected = expected * kept / expected[kept].sum()
+    assert kept.all() == (not {"top_p", "top_k"} & set(changes))
+    count = 3000
+    config = GenerationConfig(**{"do_sample": True, "top_k": 0, **changes})
+    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 1, "generation_config": config}
+    written = sample(model, [[1, 2, 3]] * count, seed=0, example_ids=range(count), batch_size=1000, **options)
+    shares = torch.bincount(torch.tensor(written)[:, 0], minlength=8) / count
+    assert (shares - expected).abs().max() < 5 * 0.5 / count**0.5
+    assert not shares[~kept].any()
+    assert expected.max() - expected.min() > 0.2
+
+
+def test_scores_of_greedy_answers():
+    model, tokenizer = tiny.gpt2(400).eval(), tiny.byte_level_tokenizer()
+    ends = [0, greedy_by_hand(model, PROMPTS[0], [0], 1)[0]]
+    model.generation_config.eos_token_id = ends[1]
+    written = greedy_by_hand(model, PROMPTS[1][:20], ends, 10)
+    assert written[-1] not in ends
+    text = response_text(tokenizer, written)
+    # Ended at once, cut by the length, and without room.
+    examples = [(PROMPTS[0], ["cat"]), (PROMPTS[1][:20], ["cat", text]), (PROMPTS[1], ["dog"])]
+    model.train()
+    metrics, responses = score_generation(model, tokenizer, examples, max_length=30, batch_size=2)
+    assert model.training
+    assert responses == [response_text(tokenizer, ends[1:]), text.rstrip("\ufffd"), ""]
+    assert metrics["exact_match"] == pytest.approx(100 / 3) and metrics["unfinished"] == pytest.approx(2 / 3)
+    assert metrics["rouge_l"] == pytest.approx(100 * sum(map(rouge_l, responses, [r for _, r in examples])) / 3)
+    assert score_generation(model, tokenizer, examples, max_length=30, batch_size=1) == (metrics, responses)

@@ -1,0 +1,214 @@
+"""All numbers of a run's alignment at one moment, measured on a fixed set of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..kernels.linear_divergence import linear_rows
+from ..losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, response_rows
+from ..losses.key_query import Discriminator
+from ..models import lm_head
+from ..objective import aligned, chunk_options, space_divergence
+from .distributions import distribution_metrics
+from .heatmap import AlignmentExample, chunks_of, cross_attention
+from .metrics import alignment_metrics
+
+
+if TYPE_CHECKING:
+    from ..trainer import DSKDTrainer
+
+# Sums of a batch → (name in the numbers, whose response tokens divide them)
+_RATIOS = {
+    "t2s_correct": ("t2s_accuracy", "student"),
+    "t2s_ce": ("t2s_ce_loss", "student"),
+    "s2t_correct": ("s2t_accuracy", "teacher"),
+    "s2t_agree": ("s2t_agreement", "teacher"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """
+    What [`analyse`] measures.
+
+    Attributes:
+        step (`int`): Steps that the run had done.
+        numbers (`dict[str, float]`): By name; those that don't apply to the method are absent. See [`analyse`].
+        examples (`list[AlignmentExample]`): The attentions of each row.
+        queries (`torch.Tensor` of shape `[n, 2 d_t]`), keys (`torch.Tensor` of shape `[m, 2 d_t]`, *optional*):
+            Those of all response tokens, float32, on the CPU. `None` for a method without queries.
+    """
+
+    step: int
+    numbers: dict[str, float]
+    examples: list[AlignmentExample]
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+
+def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_size: int | None = None) -> Analysis:
+    """
+    Measures a run's alignment in its present state, which it leaves as it is: no gradient, no random number, no mode.
+
+    - The attention: see [`~hf_dskd.analysis.metrics.alignment_metrics`].
+    - Queries and keys, for methods with queries: see [`~hf_dskd.analysis.distributions.distribution_metrics`]. Rows
+      are the examples by which it groups tokens. `discriminator_auc` is that of the run's discriminator, without
+      dropout.
+    - The projected states, for methods in hidden spaces: `t2s_accuracy` is how often the projected teacher is right
+      about the student's token (the share that the correctness mask lets through; about its label, where that is the
+      teacher's own prediction) and `t2s_ce_loss` its cross entropy; `s2t_accuracy` how often the projected student is
+      right about the teacher's token, and `s2t_agreement` how often it predicts what the teacher does. All are
+      divided by all response tokens, as in the training log.
+    - What the attention adds (as paper A probes it): the same four numbers of the same projectors where the mean over
+      a token's chunk (`probe_clp_…`) or attention inside of it (`probe_cla_…`, for methods with queries) takes the
+      alignment's place, without training. The chunk is that of the token to be predicted.
+
+    With `as_published`, where standard deviations depend on the other examples of a batch, each row is alone. Both
+    models are run, unless the teacher's states are cached, which must then have those of the rows. With several
+    processes each one computes everything; none waits for another.
+
+    Args:
+        trainer ([`~hf_dskd.DSKDTrainer`]): With a teacher.
+        rows (`Sequence[Mapping[str, Any]]`):
+            Tokenized for both models, such as `trainer.eval_dataset.select(range(64))`.
+        batch_size (`int`, *optional*, defaults to `trainer.args.per_device_eval_batch_size`):
+            Rows at a time; changes rounding only.
+
+    Raises:
+        UserError: If there are no rows, the method has no alignment, or the rows aren't tokenized for both models.
+    """
+    taken = [dict(row) for row in rows]
+    if not taken:
+        raise UserError("analyse got no rows: pass tokenized ones, such as trainer.eval_dataset")
+    examples = [
+        cross_attention(trainer, row, f"example {row.get('example_id', place)}") for place, row in enumerate(taken)
+    ]
+    numbers = alignment_metrics(examples)
+    step, method = trainer.state.global_step, trainer.args.method_row
+    if not method.dual_space:
+        return Analysis(step, numbers, examples)
+
+    size = 1 if trainer.args.as_published else batch_size or trainer.args.per_device_eval_batch_size
+    batches = []
+    with unchanged(trainer), torch.no_grad():
+        for start in range(0, len(taken), size):
+            here = slice(start, start + size)
+            batches.append(_measured(trainer, taken[here], examples[here], start))
+    sums, vectors = ([part[place] for part in batches] for place in (0, 1))
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    for alignment in ("", "probe_clp_", "probe_cla_"):
+        for name, (shown, side) in _RATIOS.items():
+            if alignment + name in totals:
+                numbers[alignment + shown] = totals[alignment + name] / totals[f"{side}_tokens"]
+    if not method.has_queries:
+        return Analysis(step, numbers, examples)
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in vectors]) for name in vectors[0]}
+    numbers |= distribution_metrics(**joined)
+    return Analysis(step, numbers, examples, joined["queries"], joined["keys"])
+
+
+def _measured(
+    trainer: DSKDTrainer, rows: list[dict[str, Any]], examples: list[AlignmentExample], first: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums over a batch, and its arguments of `distribution_metrics`. `first` is the number of the first row."""
+    assert trainer.teacher is not None and trainer.projectors is not None
+    method = trainer.args.method_row
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    with trainer._autocast():
+        hidden = trainer._last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
+        student, teacher = trainer._both_states(hidden, batch)
+        assert teacher is not None
+        queries = keys = None
+        if method.has_queries:
+            queries, keys = queries_and_keys(
+                student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
+            )
+
+        sums = {"student_tokens": student.counts.sum(), "teacher_tokens": teacher.counts.sum()}
+        sums |= _space_sums(trainer, student, teacher, method.alignment, queries, keys)
+        chunks = [chunks_of(example) for example in examples]
+        chunked = (
+            _with_chunks(student, [of_student for of_student, _ in chunks]),
+            _with_chunks(teacher, [of_teacher for _, of_teacher in chunks]),
+        )
+        probes = {"probe_clp_": "chunk_mean"}
+        if method.has_queries:
+            probes["probe_cla_"] = "chunk_attention"
+        for prefix, alignment in probes.items():
+            probed = _space_sums(trainer, *chunked, alignment, queries, keys)
+            sums |= {prefix + name: value for name, value in probed.items()}
+    if queries is None or keys is None:
+        return sums, {}
+    vectors = {
+        "queries": student.packed(queries).float(),
+        "keys": teacher.packed(keys).float(),
+        "query_groups": student.mask.nonzero()[:, 0] + first,
+        "key_groups": teacher.mask.nonzero()[:, 0] + first,
+    }
+    if trainer.adversary is not None and isinstance(trainer.adversary.critic, Discriminator):
+        critic = trainer.adversary.critic
+        vectors |= {"query_scores": critic(vectors["queries"]), "key_scores": critic(vectors["keys"])}
+    return sums, {name: values.cpu() for name, values in vectors.items()}
+
+
+def _space_sums(
+    trainer: DSKDTrainer,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    alignment: str | None,
+    queries: Tensor | None,
+    keys: Tensor | None,
+) -> dict[str, Tensor]:
+    """What projected states get right under an alignment, summed over the rows of the batch."""
+    assert trainer.teacher is not None and trainer.projectors is not None
+    config, projectors, head = trainer.args, trainer.projectors, trainer.teacher.head.detach()
+    spaces, chunks = config.method_row.spaces, chunk_options(config, student.hidden.device)
+    weights = aligned(alignment, student, teacher, queries, keys)
+    _, terms, _, _ = dual_space_terms(
+        student,
+        teacher,
+        weights,
+        projectors,
+        lm_head(trainer.model),
+        head,
+        student_space_divergence=space_divergence(config, "student") if "student" in spaces else None,
+        teacher_space_divergence=space_divergence(config, "teacher") if "teacher" in spaces else None,
+        teacher_value=config.method_row.teacher_value,
+        label_map=trainer._constants.label_map if config.method_row.label == "teacher" else None,
+        weights=({}, {}),
+        **chunks,
+    )
+    if "teacher" in spaces:
+        value = student.unpacked(projectors.s2t(student.packed(student.hidden).float()))
+        projected, targets = teacher.packed(weights.to_teacher(value)), teacher.packed(teacher.targets)
+        correct = linear_rows(response_rows, [projected], [head], [targets], weights={}, **chunks)[1]["correct"]
+        terms["s2t_correct"] = correct * teacher.packed(weights.has_student)
+    return {name: terms[name].double().sum() for name in _RATIOS if name in terms}
+
+
+def _with_chunks(states: ResponseStates, chunks: list[Sequence[int]]) -> ResponseStates:
+    """The states with the chunk of each response token: one sequence for each example."""
+    ids = torch.tensor([chunk for example in chunks for chunk in example], device=states.mask.device)
+    padded = torch.full(states.mask.shape, -1, device=ids.device)
+    return replace(states, chunks=padded.masked_scatter(states.mask, ids))
+
+
+@contextmanager
+def unchanged(trainer: DSKDTrainer) -> Iterator[None]:
+    """Evaluation mode for what a run trains, and each of its parts in its own mode again afterwards."""
+    trained: list[nn.Module] = [trainer.model, *trainer._auxiliary_modules().values()]
+    modes = [(part, part.training) for module in trained for part in module.modules()]
+    for module in trained:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

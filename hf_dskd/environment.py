@@ -1,0 +1,62 @@
+"""What a run was made with: command, machine, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "tokenizers")
+
+
+def command_line() -> str:
+    """The command of this process, without the folder that the program lies in."""
+    name = Path(sys.argv[0]).name
+    program = "python -m hf_dskd.cli" if name == "cli.py" else name
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Of hf_dskd, Python, and the libraries that results depend on."""
+    from . import __version__
+
+    found = {"hf_dskd": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(processes: int = 1) -> dict[str, Any]:
+    """Processor, cores, memory in GB (10^9 bytes) and GPUs of this machine, and how many processes the run has."""
+    import psutil  # comes with accelerate
+    import torch
+
+    gpus = []
+    for place in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(place)
+        gpus.append(f"{properties.name} {properties.total_memory / 1e9:.0f} GB")
+    return {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpus,
+        "processes": processes,
+    }
+
+
+def processor() -> str:
+    """Its name; on Linux `platform` knows only the architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,130 @@
+"""The command `hf-dskd evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from ..errors import UserError
+
+
+if TYPE_CHECKING:
+    from .protocol import EvaluationSettings
+
+HELP = """\
+hf-dskd evaluate --model PATH --output_dir FOLDER [--sets NAME,NAME=FILE.jsonl] [--option VALUE ...]
+
+Answers the papers' sets of instructions, greedily and sampled with five seeds, and scores the answers: ROUGE-L, exact
+match, and of the references bits per byte (comparable between tokenizers) and token accuracy.
+
+  --model                 a student's folder, an adapter's folder, a packaged model, or a name on the hub
+  --output_dir            where answers/, references/, scores.json and table.md are written
+  --sets                  of dolly, self_inst, vicuna, s_ni, un_ni, which come from the hub, or NAME=FILE.jsonl for a
+                          file, with commas between (dolly,self_inst,vicuna,s_ni,un_ni). A row has `instruction`,
+                          `input` and `output`, or `prompt` and `output`; `output` is a string or a list of them
+  --in_distribution       sets of the kind that the model was trained on; the others are averaged apart (dolly)
+  --limit                 takes this many examples of each set, the first ones
+  --prompt_style          alpaca: MiniLLM's template, for students trained with prompt_style=plain; plain: instruction
+                          and input alone; chat: the tokenizer's chat template (alpaca). A row's own `prompt` stays
+                          as it is, except in a chat
+  --seeds                 of the sampling, with commas between (10,20,30,40,50)
+  --greedy_only           no sampling
+  --temperature, --top_p  of the sampling (1.0, 1.0)
+  --no_repeat_ngram_size  no sequence of this many tokens twice, as in the papers' scripts; 0 allows it (6)
+  --max_prompt_length     tokens; of a longer prompt the first ones are taken, as in the papers (256)
+  --max_length            tokens; an answer has room for max_length - max_prompt_length of them (512)
+  --batch_size            answers at a time, of each process; in float32 it changes no answer (16)
+  --dtype                 float32, bfloat16, float16 or auto, the model's own (float32). Faster in the others, but an
+                          answer then depends on what else is in its batch
+  --load_in_4bit          quantizes the model to NF4
+  --base_model            of an adapter, where its config doesn't name the right one
+
+Everything is kept: every answer is a line in answers/SET-greedy.jsonl or answers/SET-seed10.jsonl. Stopped, the same
+command goes on; a folder with an evaluation of something else is refused.
+
+    hf-dskd evaluate --model runs/student --output_dir runs/student/evaluation
+    hf-dskd evaluate --model runs/student --output_dir runs/quick --sets dolly=data/test.jsonl,vicuna --limit 50
+        --greedy_only
+    hf-dskd evaluate --model runs/adapter --base_model SmolLM2-135M-Instruct --output_dir runs/chat
+        --prompt_style chat
+    accelerate launch --multi_gpu --num_processes 2 -m hf_dskd.cli evaluate --model runs/student --output_dir runs/two
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `hf-dskd evaluate --help` lists the options")
+
+
+def parse(arguments: Sequence[str]) -> EvaluationSettings:
+    """
+    What a command line asks for.
+
+    Raises:
+        UserError: For anything that is wrong with it.
+    """
+    from pathlib import Path
+
+    from .sets import HUB_SETS, parse_sets
+
+    parser = _Parser(prog="hf-dskd evaluate", allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    for name in ("model", "base_model", "output_dir", "prompt_style", "dtype", "sets", "in_distribution", "seeds"):
+        parser.add_argument(f"--{name}")
+    for name in ("limit", "no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("temperature", "top_p"):
+        parser.add_argument(f"--{name}", type=float)
+    for name in ("load_in_4bit", "greedy_only"):
+        parser.add_argument(f"--{name}", action="store_true")
+    given = vars(parser.parse_args(list(arguments)))
+    for name, what in (("model", "a folder or a name"), ("output_dir", "a folder for the answers and scores")):
+        if name not in given:
+            raise UserError(f"--{name} is not set: name {what}")
+    given["output_dir"] = Path(given["output_dir"])
+    given["sets"] = parse_sets(given.get("sets", ",".join(HUB_SETS)))
+    if "in_distribution" in given:
+        given["in_distribution"] = tuple(given["in_distribution"].replace(",", " ").split())
+        missing = [name for name in given["in_distribution"] if name not in given["sets"]]
+        if missing:
+            raise UserError(f"--in_distribution has {missing[0]!r}, which isn't one of --sets: add it there")
+    if given.pop("greedy_only", False):
+        if "seeds" in given:
+            raise UserError("--greedy_only and --seeds: leave one of them out")
+        given["seeds"] = ""
+    if "seeds" in given:
+        words = given["seeds"].replace(",", " ").split()
+        wrong = [word for word in words if not word.isdecimal()]
+        if wrong:
+            raise UserError(f"--seeds has {wrong[0]!r}: give whole numbers with commas between, such as 10,20,30")
+        given["seeds"] = tuple(map(int, words))
+
+    from .protocol import EvaluationSettings
+
+    return EvaluationSettings(**given)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`hf-dskd evaluate`: prints the table at the end, and returns the exit code."""
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP.rstrip())
+        return 0
+    settings = parse(arguments)
+
+    from .protocol import SETTINGS_NAME, evaluate
+
+    try:
+        scores = evaluate(settings)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    if scores:
+        folder = settings.output_dir
+        about = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
+        print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
+        print(f"{about['hardware']}; {sum(about['seconds'].values()):,.0f} seconds")
+        for name in ("table.md", "scores.json", "answers"):
+            print(folder / name)
+    return 0

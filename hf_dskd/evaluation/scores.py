@@ -1,0 +1,129 @@
+"""How well answers agree with references, as the papers count it, and how sure that is."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import string
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+RESAMPLES = 1000
+
+
+@functools.cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """
+    The F-measure of ROUGE-L (Lin, 2004) with stemming, that of the best reference.
+
+    Args:
+        prediction (`str`): An answer.
+        references (sequence of `str`): Right answers, one at least.
+
+    Returns:
+        `float`: between 0 and 1.
+    """
+    return max(_scorer().score(target=reference, prediction=prediction)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> bool:
+    """Whether an answer is one of the references, but for case, punctuation and spaces (SQuAD's, articles kept)."""
+    return _normalised(prediction) in {_normalised(reference) for reference in references}
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """
+    The interval in which the mean lies with 95% confidence (percentile bootstrap over examples; Efron, 1979).
+
+    Args:
+        values (sequence of `float`): One per example.
+        resamples (`int`, *optional*, defaults to `1000`): Times that examples are drawn with replacement.
+        seed (`int`, *optional*, defaults to `0`): Of the draws.
+    """
+    import numpy as np
+
+    given = np.asarray(values, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    means = [given[generator.integers(0, len(given), len(given))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def answer_scores(decodings: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """
+    Scores of the answers to one set, in percent.
+
+    Args:
+        decodings (`list[list[dict]]`): The answers of each seed, or the greedy ones alone; all to the same examples.
+
+    Returns:
+        `dict`: `rouge_l` and `exact_match`, means over examples and seeds, each with `_interval` (95%, bootstrap over
+        examples of their means over the seeds) and, for several seeds, `_seeds` and their sample standard deviation
+        `_sd`; `unfinished`, answers that ran into the maximum length; and `tokens`, the mean length.
+    """
+    result: dict[str, Any] = {}
+    for name, value in (("rouge_l", rouge_l), ("exact_match", exact_match)):
+        rows = [[100.0 * value(line["response"], line["references"]) for line in lines] for lines in decodings]
+        of_seeds = [statistics.fmean(row) for row in rows]
+        of_examples = [statistics.fmean(column) for column in zip(*rows)]
+        result[name] = rounded(statistics.fmean(of_seeds))
+        result[f"{name}_interval"] = [rounded(end) for end in bootstrap_interval(of_examples)]
+        if len(decodings) > 1:
+            result[f"{name}_sd"] = rounded(statistics.stdev(of_seeds))
+            result[f"{name}_seeds"] = [rounded(mean) for mean in of_seeds]
+    lines = [line for lines in decodings for line in lines]
+    result["answers"] = len(lines)
+    result["unfinished"] = sum(not line["finished"] for line in lines)
+    result["tokens"] = rounded(statistics.fmean(line["tokens"] for line in lines))
+    return result
+
+
+def reference_scores(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Bits per byte and token accuracy (in percent) over all references of a set, and how many were cut or skipped."""
+    lines = list(lines)
+    total = {name: math.fsum(line[name] for line in lines) for name in lines[0] if name != "example"}
+    some = total["tokens"] > 0
+    return {
+        "bits_per_byte": rounded(total["nats"] / math.log(2) / total["bytes"]) if some else None,
+        "token_accuracy": rounded(100.0 * total["correct"] / total["tokens"]) if some else None,
+        "references_cut": int(total["cut"]),
+        "references_skipped": int(total["skipped"]),
+    }
+
+
+def average(sets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over sets, each counting the same; standard deviations are those of the means of each seed."""
+
+    def mean(values: list[Any]) -> float | None:
+        return None if None in values else rounded(statistics.fmean(values))
+
+    result: dict[str, Any] = {
+        name: mean([part[name] for part in sets]) for name in ("bits_per_byte", "token_accuracy")
+    }
+    for kind in ("greedy", "sampled"):
+        if kind in sets[0]:
+            result[kind] = {name: mean([part[kind][name] for part in sets]) for name in ("rouge_l", "exact_match")}
+            for name in ("rouge_l", "exact_match"):
+                if f"{name}_seeds" in sets[0][kind]:
+                    of_seeds = [
+                        statistics.fmean(of_sets) for of_sets in zip(*(part[kind][f"{name}_seeds"] for part in sets))
+                    ]
+                    result[kind][f"{name}_sd"] = rounded(statistics.stdev(of_seeds))
+    return result
+
+
+def rounded(number: float) -> float:
+    """To six digits after the point: what is left of rounding within the model doesn't show."""
+    return round(number, 6)

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "tokenizers")
+PACKAGES = (
+    *("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "tokenizers"),
+    "rouge-score",
+)
 
 
 def command_line() -> str:
@@ -50,6 +53,12 @@ def hardware(processes: int = 1) -> dict[str, Any]:
         "gpus": gpus,
         "processes": processes,
     }
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """One line of what [`hardware`] found."""
+    parts = [*found["gpus"], f"{found['cores']} cores of {found['cpu']}", f"{found['memory_gb']:g} GB"]
+    return ", ".join([*parts, f"{found['processes']} process{'es' if found['processes'] > 1 else ''}"])
 
 
 def processor() -> str:

@@ -113,6 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     settings = parse(arguments)
 
+    from ..environment import in_words
     from .protocol import SETTINGS_NAME, evaluate
 
     try:
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
         folder = settings.output_dir
         about = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
-        print(f"{about['hardware']}; {sum(about['seconds'].values()):,.0f} seconds")
+        print(f"{in_words(about['hardware'])}; {sum(about['seconds'].values()):,.0f} seconds")
         for name in ("table.md", "scores.json", "answers"):
             print(folder / name)
     return 0

@@ -27,6 +27,7 @@ import torch
 
 from ..checks import check_eos, loading
 from ..data.tokenization import encode_response
+from ..environment import hardware, versions
 from ..errors import UserError
 from ..models import base_causal_lm
 from ..run import model_name, write_text
@@ -394,7 +395,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     state.wait_for_everyone()
 
     def note() -> None:
-        about = {"hardware": hardware(state), "versions": versions(), "seconds": run.seconds}
+        about = {"hardware": hardware(state.num_processes), "versions": versions(), "seconds": run.seconds}
         content = {"model": settings.model, "evaluated": evaluated, **about}
         write_text(known, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -448,9 +449,9 @@ def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
     check_config(config, full, role)
     quantization = None
     if settings.load_in_4bit:
-        quantization = four_bit_config(torch.bfloat16 if dtype == "auto" else dtype)
+        quantization = four_bit_config(torch.bfloat16 if dtype == "auto" else dtype, "--load_in_4bit")
         if device.type == "cpu":
-            check_four_bit_shapes(config, full)
+            check_four_bit_shapes(config, full, "--load_in_4bit")
     with loading(role, full, ("config.json",), REMEDIES[role]):
         model = load_causal_lm(full, quantization_config=quantization, device=device, dtype=dtype)
     if base is not None:
@@ -510,27 +511,6 @@ def check_facts(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None
             f"{folder} has an evaluation of something else: {'; '.join(changed[:3])}{more}. Choose another"
             f" --output_dir, or delete {folder}"
         )
-
-
-def hardware(state: PartialState) -> str:
-    """What the evaluation runs on, in words."""
-    import platform
-
-    device = state.device
-    if device.type == "cuda":
-        return f"{state.num_processes} x {torch.cuda.get_device_name(device)}"
-    processor = platform.processor() or platform.machine()
-    return f"{state.num_processes} process(es) with {torch.get_num_threads()} of {os.cpu_count()} cores ({processor})"
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that the answers and scores come from."""
-    from importlib.metadata import version
-
-    from .. import __version__
-
-    found = {name: version(name) for name in ("torch", "transformers", "peft", "rouge-score")}
-    return {**found, "hf_dskd": __version__}
 
 
 # ---- Files of lines

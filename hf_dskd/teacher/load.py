@@ -73,9 +73,9 @@ def named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def four_bit_config(compute_dtype: torch.dtype) -> Any:
+def four_bit_config(compute_dtype: torch.dtype, setting: str = "load_teacher_in_4bit") -> Any:
     """NF4 with double quantization, computing in `compute_dtype`; a [`UserError`] where bitsandbytes can't run it."""
-    check_four_bit()
+    check_four_bit(setting)
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -86,18 +86,18 @@ def four_bit_config(compute_dtype: torch.dtype) -> Any:
     )
 
 
-def check_four_bit() -> None:
-    """Raises a [`UserError`] where bitsandbytes can't run 4-bit models."""
-    remedy = "use load_teacher_in_4bit=False (the teacher then loads in the training precision)"
+def check_four_bit(setting: str = "load_teacher_in_4bit") -> None:
+    """Raises a [`UserError`], which names the setting that asks for it, where bitsandbytes can't run 4-bit models."""
+    remedy = f"leave {setting} out (the model then loads in 16 or 32 bits)"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"load_teacher_in_4bit=True needs bitsandbytes: pip install bitsandbytes, or {remedy}")
+        raise UserError(f"{setting} needs bitsandbytes: pip install bitsandbytes, or {remedy}")
     if torch.backends.mps.is_available():
-        raise UserError(f"load_teacher_in_4bit=True: bitsandbytes runs NF4 on CUDA, XPU and CPU, not on MPS; {remedy}")
+        raise UserError(f"{setting}: bitsandbytes runs NF4 on CUDA, XPU and CPU, not on MPS; {remedy}")
 
 
-def check_four_bit_shapes(config: PretrainedConfig, name: str) -> None:
+def check_four_bit_shapes(config: PretrainedConfig, name: str, setting: str = "load_teacher_in_4bit") -> None:
     """
-    Raises a [`UserError`] for a model that NF4 on a CPU would crash on.
+    Raises a [`UserError`], which names the setting, for a model that NF4 on a CPU would crash on.
 
     On CPUs with AVX512 bitsandbytes ends the process at a linear layer whose sizes are no multiples of 64.
     """
@@ -110,8 +110,8 @@ def check_four_bit_shapes(config: PretrainedConfig, name: str) -> None:
         if isinstance(module, nn.Linear) and module is not output:
             if module.in_features % 64 or module.out_features % 64:
                 raise UserError(
-                    f"teacher {name!r} can't run in 4 bits on a CPU: {path} is {module.in_features} x"
-                    f" {module.out_features} and both must be multiples of 64; use load_teacher_in_4bit=False"
+                    f"{name!r} can't run in 4 bits on a CPU: {path} is {module.in_features} x {module.out_features}"
+                    f" and both must be multiples of 64; leave {setting} out"
                 )
 
 

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN = $(VENV)/bin
+# A process a core, of one thread each; models are tiny, and more threads would only wait for each other.
+TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+TEST_OPTIONS = --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check format test-oldest clean
 
@@ -15,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python recipes/smollm2_qwen_coder.py --demo
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest $(TEST_OPTIONS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -31,7 +34,7 @@ test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(PYTHON) tests/oldest_versions.py > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[demo,dev]'
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest $(TEST_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache

@@ -125,9 +125,9 @@ def analyse(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """`hf-dskd report`."""
-    from .analysis import report
+    from .report import command
 
-    return report.main(arguments)
+    return command.main(arguments)
 
 
 class Parser(argparse.ArgumentParser):

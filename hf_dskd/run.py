@@ -607,7 +607,7 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     the files.
     """
     from .analysis.heatmap import cross_attention, has_alignment, plot_attention
-    from .analysis.report import write_report
+    from .report.one import write_report
 
     pictures = []
     rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset

@@ -1,0 +1,147 @@
+"""What the folders of runs say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..analysis.curves import series
+from ..errors import UserError
+from ..run import RESULT_NAME
+from ..settings import DistillationSettings
+
+
+@dataclass(frozen=True, eq=False)
+class RunFiles:
+    """
+    What a run's folder says.
+
+    Attributes:
+        result: `result.json`.
+        history: `log_history` of `trainer_state.json`.
+        analyses: Lines of `analysis/numbers.jsonl` by step.
+        samples: Lines of `analysis/samples.jsonl`.
+        label: The row of a comparison that the run belongs to.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    analyses: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    label: str | None = None
+
+    @property
+    def method(self) -> str:
+        return str(self.result["method"])
+
+
+def read_run(folder: str | Path) -> RunFiles:
+    """
+    What the folder of a run says.
+
+    Raises:
+        UserError: If it is no folder of a finished run, or a file in it can't be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} isn't a folder: name the --output_dir of a run of `hf-dskd train`")
+    if not (folder / RESULT_NAME).is_file():
+        unfinished = any(folder.glob("checkpoint-*"))
+        remedy = (
+            "its run isn't finished, go on with --resume_from_checkpoint last"
+            if unfinished
+            else "name the --output_dir of a run of `hf-dskd train` or `hf-dskd compare`"
+        )
+        raise UserError(f"{str(folder)!r} has no {RESULT_NAME}: {remedy}")
+    result = _json(folder / RESULT_NAME)
+    if not isinstance(result, dict) or "method" not in result:
+        raise UserError(f"{str(folder / RESULT_NAME)!r} names no method: it isn't what `hf-dskd train` writes")
+    state, cell = _json(folder / "trainer_state.json"), _json(folder / "cell.json")
+    by_step = {line["step"]: line for line in _lines(folder / "analysis" / "numbers.jsonl")}
+    return RunFiles(
+        folder,
+        result,
+        (state or {}).get("log_history", []),
+        [by_step[step] for step in sorted(by_step)],
+        _lines(folder / "analysis" / "samples.jsonl"),
+        (cell or {}).get("label"),
+    )
+
+
+def _json(path: Path) -> Any:
+    """Content of a JSON file, or `None` if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} isn't valid JSON ({error}): restore it or run the training again") from None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; none if there is no file."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{str(path)!r}, line {number}: not valid JSON ({error}); delete the line") from None
+    return found
+
+
+def runs_in(folders: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """The folders with those of comparisons replaced by their cells: what is finished, and cells that aren't."""
+    finished, unfinished = [], []
+    for folder in map(Path, folders):
+        cells = sorted(path for path in folder.glob("cells/*") if path.is_dir())
+        done = [path for path in cells if (path / RESULT_NAME).is_file()]
+        if cells and not done:
+            raise UserError(f"{str(folder)!r} has no finished run: go on with `hf-dskd compare`")
+        finished += done if cells else [folder]
+        unfinished += [path for path in cells if path not in done]
+    return finished, unfinished
+
+
+def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are known of a run: those of distillation, and others that differ from their defaults."""
+    changed = {name: value for name, (_, value) in (result.get("changed_settings") or {}).items()}
+    return {**result.get("settings", {}), **changed}
+
+
+def changed_settings(result: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Default and value of the settings that differ from their defaults."""
+    if result.get("changed_settings") is not None:
+        return {name: (default, value) for name, (default, value) in result["changed_settings"].items()}
+    defaults = {setting.name: setting.default for setting in fields(DistillationSettings)}
+    return {
+        name: (defaults[name], value)
+        for name, value in result.get("settings", {}).items()
+        if name in defaults and value != defaults[name]
+    }
+
+
+def metrics_before(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics before training, where they were taken."""
+    entries = [entry for entry in history if entry.get("step") == 0]
+    logged = {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+    return {**logged, **result.get("evaluations", {}).get("0", {})}
+
+
+def gradient_norms(analyses: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Norm of each loss term's gradient by step and term."""
+    prefix = "gradient_norm_"
+    return {
+        entry["step"]: norms
+        for entry in analyses
+        if (norms := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)})
+    }
+
+
+def points_of(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Step and value of everything that was logged as `key`, by step."""
+    return list(zip(*series(history, key)))

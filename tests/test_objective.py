@@ -247,7 +247,7 @@ def test_the_loss_is_the_weighted_terms(name, on_policy, tmp_path):
     run._on_policy = on_policy
     rows = run.data_collator([run.train_dataset[i] for i in range(3)])
     hidden = run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"])
-    terms = run._terms(hidden, rows, True)[1]
+    terms = run._terms(*run._both_states(hidden, rows), rows, True)
     shown = {name: float(value.sum()) for name, value in {**terms.student, **terms.teacher}.items()}
     student, teacher = weights(run.args, on_policy)
     expected = sum(weight * shown[name] for name, weight in student.items())
@@ -343,7 +343,12 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
     rows = run.data_collator([run.train_dataset[i] for i in range(4)])
     assert not any(run.train_dataset["cut"])
     run.model.eval()
-    without = run._terms(run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"]), rows, False)[1]
+
+    def evaluated():
+        hidden = run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"])
+        return run._terms(*run._both_states(hidden, rows), rows, False)
+
+    without = evaluated()
     # Chunks that end before the last token of each side: the same text without its end.
     for side in ("", "teacher_"):
         last = (rows[f"{side}chunk_ids"] == rows[f"{side}chunk_ids"].amax(1, keepdim=True)) & (
@@ -352,7 +357,7 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
         assert (last.sum(1) == 1).all()
         rows[f"{side}chunk_ids"] = rows[f"{side}chunk_ids"].masked_fill(last, -1)
     run._constants = PairConstants()
-    expected = run._terms(run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"]), rows, False)[1]
+    expected = evaluated()
     torch.testing.assert_close(without.teacher["alm"], expected.teacher["alm"])
     # The cross entropy has the end.
     assert torch.equal(without.student["ce"], expected.student["ce"])

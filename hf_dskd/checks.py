@@ -106,6 +106,12 @@ def check_columns(config: DSKDConfig, dataset: Any, split: str) -> None:
             " has no column chunk_ids: pass the text (prompt and response) instead of tokens, or tokenize it with"
             " hf_dskd.tokenize_dataset"
         )
+    if config.attention_kd_rate and columns and "chunk_ids" not in columns:
+        raise UserError(
+            f"attention_kd_rate={config.attention_kd_rate} compares attention over the bytes of the text, and the"
+            f" {split} data has no column chunk_ids: pass the text instead of tokens, or tokenize it with"
+            " hf_dskd.tokenize_dataset"
+        )
 
 
 @contextmanager

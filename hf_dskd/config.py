@@ -84,6 +84,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self._check_temperatures()
         if not self.kq_rate >= 0:
             raise UserError(f"kq_rate={self.kq_rate} must not be negative: 0 switches matching off")
+        self._check_attention()
         if self.discriminator_steps < 1:
             raise UserError(f"discriminator_steps={self.discriminator_steps} must be at least 1")
         if self.max_length < 2:
@@ -170,6 +171,35 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             )
         if self.alm_bias_threshold is not None and not 0 < self.alm_bias_threshold < 1:
             raise UserError(f"alm_bias_threshold={self.alm_bias_threshold} is outside (0, 1): the paper has 0.1")
+
+    def _check_attention(self) -> None:
+        from .attention_capture import parse_layers
+
+        rate, heads = self.attention_kd_rate, self.attention_relation_heads
+        parse_layers(self.attention_layers)
+        if not rate >= 0:
+            raise UserError(f"attention_kd_rate={rate} must not be negative: 0 leaves attention out")
+        if heads is not None and heads < 1:
+            raise UserError(f"attention_relation_heads={heads} must be at least 1, or left out")
+        if not rate:
+            return
+        if not self.method_row.needs_teacher:
+            raise UserError(
+                f"attention_kd_rate={rate}: method={self.method!r} runs no teacher, whose attention is needed; choose"
+                " a method with one, or set it to 0"
+            )
+        if self.as_published:
+            raise UserError("as_published=True: the released code has no attention_kd_rate; leave it at its default")
+        if self.teacher_cache is not None:
+            raise UserError(
+                f"teacher_cache={self.teacher_cache!r}: attention_kd_rate={rate} needs the teacher's queries and keys,"
+                " and a cache holds last hidden states alone; leave one of them out"
+            )
+        if self.padding_free:
+            raise UserError(
+                f"padding_free=True: attention_kd_rate={rate} compares queries and keys of padded batches; leave one"
+                " of them out"
+            )
 
     def _check_temperatures(self) -> None:
         names = ("kd_temperature", "student_temperature", "teacher_temperature", "teacher_space_temperature")

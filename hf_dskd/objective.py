@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,6 +140,7 @@ def distillation_terms(
     progress: float = 0.0,
     on_policy: bool = False,
     only: str | None = None,
+    attention: Tensor | None = None,
 ) -> Terms:
     """
     Every term of the configured method.
@@ -147,11 +148,51 @@ def distillation_terms(
     The critic's dropout is a function of `example_ids` `[B]` (by default their places in the batch) and `seed`. Its
     own loss is not here: it has an optimizer of its own, and its parameters must not receive a gradient in the
     student's backward pass. `progress` (0 to 1) is how much of the training is done; `on_policy` says that the
-    responses are the student's own. With `only`, no other term has a weight in the loss.
+    responses are the student's own. With `only`, no other term has a weight in the loss. `attention` `[B]` is the
+    divergence of the models' own attention (see [`hf_dskd.losses.attention`]), one more term of any method.
     """
-    constants = constants or PairConstants()
-    row, chunks = config.method_row, chunk_options(config, student.hidden.device)
     student_weights, teacher_weights = weights(config, on_policy, only)
+    attention_rate = student_weights.pop("attention", 0.0)
+    terms = _method_terms(
+        config,
+        student,
+        teacher,
+        student_head,
+        teacher_head,
+        projectors,
+        critic,
+        example_ids,
+        seed,
+        constants or PairConstants(),
+        progress,
+        (student_weights, teacher_weights),
+    )
+    if attention is None:
+        return terms
+    return replace(
+        terms,
+        student={**terms.student, "attention": attention},
+        student_loss=terms.student_loss + attention_rate * attention.sum(),
+    )
+
+
+def _method_terms(
+    config: DSKDConfig,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    student_head: LMHead,
+    teacher_head: LMHead,
+    projectors: Projectors | None,
+    critic: nn.Module | None,
+    example_ids: Tensor | None,
+    seed: int,
+    constants: PairConstants,
+    progress: float,
+    rates: tuple[dict[str, float], dict[str, float]],
+) -> Terms:
+    """What the method's row of the table asks for; `rates` as [`weights`] gives them."""
+    row, chunks = config.method_row, chunk_options(config, student.hidden.device)
+    student_weights, teacher_weights = rates
     counts: dict[str, Any] = {"student_tokens": student.counts, "teacher_tokens": teacher.counts}
     if row.spaces == ("likelihood",):
         sums, alm, ce_rows = _likelihood_terms(config, student, teacher, student_head, teacher_head, constants, chunks)
@@ -403,6 +444,8 @@ def weights(
         student["kd"] = config.kd_rate
     if row.matching is not None:
         student["kq"] = config.kq_rate
+    if config.attention_kd_rate:
+        student["attention"] = config.attention_kd_rate
     if only is not None:
         student, teacher = (
             {name: weight * (name == only) for name, weight in side.items()} for side in (student, teacher)

@@ -188,7 +188,7 @@ def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:
     own = {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.init}
     changed = {**own, **changes}
     if not METHODS[changed["method"]].needs_teacher:
-        changed |= {**dict.fromkeys(PARTS), "on_policy_fraction": 0.0}
+        changed |= {**dict.fromkeys(PARTS), "on_policy_fraction": 0.0, "attention_kd_rate": 0.0}
     return type(config)(**changed)
 
 

@@ -21,6 +21,7 @@ RATIOS = {
     "kd_loss": ("kd", "student_tokens"),
     "alm_loss": ("alm", "teacher_tokens"),
     "kq_loss": ("kq", "student_tokens"),
+    "attention_loss": ("attention", "student_tokens"),
     "correctness_mask_rate": ("t2s_correct", "student_tokens"),
     "aligned_rate": ("t2s_rows", "student_tokens"),
     "s2t_agreement": ("s2t_agree", "teacher_tokens"),

@@ -85,6 +85,16 @@ class DistillationSettings:
         kq_rate (`float`, *optional*, defaults to `1.0`): Weight of key-query matching, per response token.
         adversarial_loss (`str`, *optional*, defaults to `"minimax"`):
             Of the query projector against the discriminator: `"minimax"` (paper A, Eq. 14) or `"non_saturating"`.
+        attention_kd_rate (`float`, *optional*, defaults to `0.0`):
+            Weight of one more term, for any method with a teacher that runs: KL of the teacher's attention from the
+            student's, the mean over layers and heads, per response token. Token by token where both read the same
+            tokens, else over chunks of the same bytes (see [`hf_dskd.losses.attention`]).
+        attention_layers (`str`, *optional*, defaults to `"last"`):
+            Layers of that term: `"last"` with last, `"uniform"` (every one of the student's, the teacher's at even
+            distances), or pairs student:teacher counted from 0, such as `"3:7,5:11"`.
+        attention_relation_heads (`int`, *optional*):
+            Heads that queries and keys of both are cut into anew (MiniLMv2). By default heads are compared one to one
+            where there are as many, else in as many as divides both.
         scale_queries (`bool`, *optional*, defaults to `False`): Give queries the keys' unit standard deviation.
         projector_learning_rate (`float`, *optional*, defaults to `1e-3`): Peak learning rate of the projectors.
         discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`): Peak, of the discriminator's optimizer.
@@ -188,6 +198,15 @@ class DistillationSettings:
     )
     kq_rate: float = field(default=1.0, metadata={"help": "weight of key-query matching, per response token"})
     adversarial_loss: str = field(default="minimax", metadata={"help": f"one of {', '.join(ADVERSARIAL_LOSSES)}"})
+    attention_kd_rate: float = field(
+        default=0.0, metadata={"help": "weight of the divergence of the models' own attention, per response token"}
+    )
+    attention_layers: str = field(
+        default="last", metadata={"help": "of that: last, uniform, or pairs student:teacher such as 3:7,5:11"}
+    )
+    attention_relation_heads: int | None = field(
+        default=None, metadata={"help": "heads that both models' queries and keys are cut into anew for that"}
+    )
     scale_queries: bool = field(default=False, metadata={"help": "give queries the keys' unit standard deviation"})
     as_published: bool = field(default=False, metadata={"help": "reproduce the released code, defects included"})
 

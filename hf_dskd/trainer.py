@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from .adversary import Adversary, clip, reduce_over_ranks
 from .alignment.chunked import input_chunks
 from .alignment.min_edit import partners
 from .alignment.min_edit import vocabulary_map as edit_distance_map
+from .attention_capture import AttentionPairs
 from .checks import (
     check_columns,
     check_eos,
@@ -49,12 +50,13 @@ from .data.collator import DualCollator
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
 from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
-from .data.vocabulary import shared_tokens
+from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
 from .evaluation.generation import check_generation_config, response_text, score_generation
 from .kernels.linear_divergence import chunk_sizes
+from .losses.attention import attention_kl, chunk_attention_kl
 from .losses.conditional_transport import TransportCritics
-from .losses.dual_space import ResponseStates, published_states, response_states
+from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
 from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
 from .models import (
@@ -355,6 +357,13 @@ class DSKDTrainer(Trainer):
         with self._autocast():
             check_head(student, lm_head(student), "student")
             self._last_hidden_state = LastHiddenState(student, args.padding_free)
+            self._attention: AttentionPairs | None = None
+            if args.attention_kd_rate and isinstance(self.teacher, Teacher):
+                layers, heads = args.attention_layers, args.attention_relation_heads
+                self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
+        self._same_tokens = self._attention is not None and _reads_same_tokens(
+            tokenizer, teacher_tokenizer, train_dataset if train_dataset is not None else eval_dataset
+        )
 
         device = self.accelerator.device
         self.projectors: Projectors | None = None
@@ -541,10 +550,9 @@ class DSKDTrainer(Trainer):
 
         With `return_outputs` also `{"logits": [B, S, V_s]}`, the student's.
         """
-        hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
+        hidden, student, teacher, attention = self._run_both(model, inputs)
         with self._autocast():
-            student, teacher = self._both_states(hidden, inputs)
-            terms = self._terms(student, teacher, inputs, model.training)
+            terms = self._terms(student, teacher, inputs, model.training, attention)
             outputs = {"logits": lm_head(self.model)(hidden)} if return_outputs else None
 
         if num_items_in_batch is None:
@@ -573,6 +581,28 @@ class DSKDTrainer(Trainer):
             self._note_evaluated(student, terms, inputs)
         return (loss, outputs) if outputs is not None else loss
 
+    def _run_both(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, ResponseStates, ResponseStates | None, Tensor | None]:
+        """The student's last hidden states, the response rows of both models, and the term of their attention."""
+        watched: AbstractContextManager[list[Any]] = nullcontext([])
+        if self._attention is not None:
+            watched = self._attention.recording()
+        with watched as pairs:
+            hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
+            with self._autocast():
+                student, teacher = self._both_states(hidden, inputs)
+        attention, heads = None, self.args.attention_relation_heads
+        if self._attention is not None and self._same_tokens:
+            attention = attention_kl(pairs, inputs["labels"], inputs["attention_mask"], heads)
+        elif self._attention is not None:
+            chunks, teacher_chunks = (
+                inputs[f"{side}chunk_ids"].masked_fill(inputs[f"{side}labels"] == IGNORE, -1)
+                for side in ("", "teacher_")
+            )
+            attention = chunk_attention_kl(pairs, chunks, teacher_chunks, heads)
+        return hidden, student, teacher, attention
+
     def _both_states(self, hidden: Tensor, inputs: dict[str, Any]) -> tuple[ResponseStates, ResponseStates | None]:
         """The student's response rows out of its last hidden states, and the teacher's, who is run or looked up."""
         student = self._states(hidden, inputs, "", input_embedding(self.model))
@@ -591,6 +621,7 @@ class DSKDTrainer(Trainer):
         teacher: ResponseStates | None,
         inputs: dict[str, Any],
         training: bool,
+        attention: Tensor | None = None,
         only: str | None = None,
     ) -> Terms:
         student_head = lm_head(self.model)
@@ -612,6 +643,7 @@ class DSKDTrainer(Trainer):
             self.state.global_step / max(self.state.max_steps, 1),
             on_policy=training and self._on_policy,
             only=only,
+            attention=attention,
         )
 
     def _states(
@@ -1032,6 +1064,17 @@ class _Partners:
         ids = row["input_ids"][row["prompt_length"] :]
         teacher_ids = row["teacher_input_ids"][row["teacher_prompt_length"] :]
         return {"partners": partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)}
+
+
+def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:
+    """Whether both models get the same tokens; of a dataset without a length the first row answers for all."""
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if dataset is None or not same_vocabulary(student_tokenizer, teacher_tokenizer):
+        return False
+    rows = dataset if hasattr(dataset, "__len__") else dataset.take(1)
+    # Templates can differ even with one vocabulary.
+    return all(row["input_ids"] == row["teacher_input_ids"] for row in rows)
 
 
 def _load_teacher(teacher_model: Any, args: DSKDConfig, quantization_config: Any) -> Any:

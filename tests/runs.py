@@ -21,6 +21,8 @@ CASES = {
     "non_saturating": {"method": "dskd_cma_ga", "adversarial_loss": "non_saturating"},
     "student_space": {"method": "dskd_cma", "spaces": "student", "correctness_mask": False},
     "teacher_space": {"method": "dskd_cla", "spaces": "teacher", "matching": "gan"},
+    "attention": {"method": "uld", "attention_kd_rate": 1.0},
+    "attention_of_tokens": {"method": "kd", "attention_kd_rate": 1.0, "attention_layers": "uniform"},
     "merged_chunks": {"method": "alm", "alm_bias_threshold": 0.1, "alm_temperature": 1.0},
 }
 

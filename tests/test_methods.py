@@ -163,7 +163,7 @@ def test_loss_is_the_weighted_sum_of_the_terms_beside_it(case, tmp_path):
     run.train()
     student, teacher = weights(run.args)
     weight_of = {LOG_NAMES[name]: weight for name, weight in (student | teacher).items()}
-    expected = {"ce_loss": 1.0 if case == "sft" else 0.7, "kq_loss": 0.6}
+    expected = {"ce_loss": 1.0 if case == "sft" else 0.7, "kq_loss": 0.6, "attention_loss": 1.0}
     assert weight_of == {name: pytest.approx(expected.get(name, 0.3)) for name in weight_of}
     for log in run.state.log_history[:2]:
         # A term that is logged has a weight, but for what the discriminator minimises.
@@ -193,8 +193,9 @@ def test_as_published_runs(method, tmp_path):
 @pytest.mark.parametrize("case", runs.CASES)
 def test_as_published_refuses_what_the_released_code_has_not(case, tmp_path):
     settings = runs.CASES[case]
-    part = next((name for name in ("spaces", "matching", "adversarial_loss") if name in settings), None)
-    if settings["method"] not in _PUBLISHED_METHODS:
+    parts = ("spaces", "matching", "adversarial_loss", "attention_kd_rate")
+    part = next((name for name in parts if name in settings), None)
+    if settings["method"] not in _PUBLISHED_METHODS and part is None:
         part = f"method={settings['method']!r} isn't in the released code"
     if part is None:
         assert DSKDConfig(str(tmp_path), as_published=True, **settings).as_published

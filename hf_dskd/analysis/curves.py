@@ -22,6 +22,7 @@ PANELS: dict[str, dict[str, str]] = {
     "divergence of logits (kd_loss)": {"": "kd_loss"},
     "divergence of chunk likelihoods (alm_loss)": {"": "alm_loss"},
     "key-query matching (kq_loss)": {"": "kq_loss"},
+    "divergence of attention (attention_loss)": {"": "attention_loss"},
     "transport cost under the critics": {"": "transport_cost"},
     "discriminator's loss": {"": "discriminator_loss"},
     "discriminator's accuracy": {

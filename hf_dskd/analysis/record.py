@@ -112,12 +112,10 @@ def gradient_norms(trainer: DSKDTrainer, rows: Sequence[dict[str, Any]]) -> dict
     norms = {}
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     with unchanged(trainer), torch.enable_grad():
-        hidden = trainer._last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
-        with trainer._autocast():
-            student, teacher = trainer._both_states(hidden, batch)
+        _, student, teacher, attention = trainer._run_both(trainer.model, batch)
         for name in names:
             with trainer._autocast():
-                terms = trainer._terms(student, teacher, batch, training=False, only=name)
+                terms = trainer._terms(student, teacher, batch, training=False, attention=attention, only=name)
             counts = (terms.student_tokens, terms.student_tokens)
             if terms.teacher_tokens is not None:
                 counts = (terms.student_tokens, terms.teacher_tokens)

@@ -246,8 +246,8 @@ def test_the_loss_is_the_weighted_terms(name, on_policy, tmp_path):
     run = runs.trainer(tmp_path, **runs.CASES[name])
     run._on_policy = on_policy
     rows = run.data_collator([run.train_dataset[i] for i in range(3)])
-    hidden = run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"])
-    terms = run._terms(*run._both_states(hidden, rows), rows, True)
+    _, student_states, teacher_states, attention = run._run_both(run.model, rows)
+    terms = run._terms(student_states, teacher_states, rows, True, attention)
     shown = {name: float(value.sum()) for name, value in {**terms.student, **terms.teacher}.items()}
     student, teacher = weights(run.args, on_policy)
     expected = sum(weight * shown[name] for name, weight in student.items())

@@ -94,17 +94,18 @@ def test_one_step(tmp_path, figures):
 
 
 OF_OTHER_METHODS = {
-    "divergence of logits (kd_loss)": "uld",
-    "divergence of chunk likelihoods (alm_loss)": "alm",
-    "transport cost under the critics": "dskd_cma_ct",
+    "divergence of logits (kd_loss)": {"method": "uld"},
+    "divergence of chunk likelihoods (alm_loss)": {"method": "alm"},
+    "divergence of attention (attention_loss)": {"method": "uld", "attention_kd_rate": 1.0},
+    "transport cost under the critics": {"method": "dskd_cma_ct"},
 }
 
 
-@pytest.mark.parametrize("title, method", OF_OTHER_METHODS.items())
-def test_panels_of_other_methods(title, method, tmp_path, figures):
-    run = runs.trainer(tmp_path, rows=4, method=method, max_steps=1)
+@pytest.mark.parametrize("title, settings", OF_OTHER_METHODS.items())
+def test_panels_of_other_methods(title, settings, tmp_path, figures):
+    run = runs.trainer(tmp_path, rows=4, max_steps=1, **settings)
     run.train()
-    plot({method: run.state.log_history}, tmp_path / "curves.png")
+    plot({"run": run.state.log_history}, tmp_path / "curves.png")
     assert title in panels(figures[0])
 
 

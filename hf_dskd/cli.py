@@ -28,16 +28,28 @@ Distil a large language model into a small one whose tokenizer is different.
         what the alignment of a run attends to, and whether queries match keys
     hf-dskd report RUN [RUN ...]
         one page about a run, or about several side by side
+    hf-dskd push RUN NAME/REPOSITORY
+        the student with a model card to the hub, in one commit
     hf-dskd methods
         which methods there are
+    hf-dskd doctor [--config FILE.yaml]
+        whether this machine, and a run, have what they need
+    hf-dskd completion bash
+        completes commands, settings and their values in a shell
 
-`hf-dskd COMMAND --help` explains each."""
+`hf-dskd COMMAND --help` explains each. Several processes: accelerate launch -m hf_dskd.cli COMMAND ..."""
 
 TRAIN = """\
 hf-dskd train --config FILE.yaml [--any_setting VALUE ...]
 
-One run for any pair of models and any data. Several processes: accelerate launch --multi_gpu --num_processes 2
--m hf_dskd.cli train ...; it stops with Ctrl-C and goes on with --resume_from_checkpoint last."""
+One run for any pair of models and any data.
+
+    hf-dskd train --config recipes/gpt2_qwen.yaml --smoke
+    hf-dskd train --config recipes/gpt2_qwen.yaml --method alm --seed 1 --output_dir runs/alm
+    hf-dskd train --config recipes/gpt2_qwen.yaml --resume_from_checkpoint last
+    accelerate launch --multi_gpu --num_processes 2 -m hf_dskd.cli train --config recipes/gpt2_qwen.yaml
+
+It stops with Ctrl-C and goes on with --resume_from_checkpoint last; --smoke tries it with tiny random models."""
 
 CACHE_TEACHER = """\
 hf-dskd cache-teacher --config FILE.yaml [--teacher_cache FOLDER] [--any_setting VALUE ...]
@@ -73,7 +85,9 @@ METHODS = """\
 hf-dskd methods
 
 Every method: how student and teacher positions are aligned, the spaces that are compared, how queries are matched to
-keys, and where it comes from."""
+keys, and where it comes from.
+
+    hf-dskd methods | less"""
 
 
 def train(arguments: list[str]) -> int:
@@ -180,6 +194,27 @@ def compare(arguments: list[str]) -> int:
     return compare.main(arguments)
 
 
+def push(arguments: list[str]) -> int:
+    """`hf-dskd push`."""
+    from .hub import command
+
+    return command.main(arguments)
+
+
+def doctor(arguments: list[str]) -> int:
+    """`hf-dskd doctor`."""
+    from . import doctor
+
+    return doctor.main(arguments)
+
+
+def completion(arguments: list[str]) -> int:
+    """`hf-dskd completion`."""
+    from . import completion
+
+    return completion.main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "compare": compare,
@@ -187,7 +222,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "analyse": analyse,
     "report": report,
+    "push": push,
     "methods": methods,
+    "doctor": doctor,
+    "completion": completion,
 }
 
 

@@ -30,7 +30,8 @@ from typing import Any
 from .checkpoint import checkpoints
 from .errors import UserError, check_name
 from .methods import METHODS
-from .run import RESULT_NAME, read_yaml, write_text
+from .result import RESULT_NAME, write_text
+from .run import read_yaml
 
 
 HELP = """\

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .checks import check_sharding
 from .errors import UserError, check_name
@@ -58,6 +59,15 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "teacher_model_init_kwargs"]
 
     def __post_init__(self) -> None:
+        self.check()
+        # The batch carries the teacher's columns, which no student's forward names.
+        self.remove_unused_columns = False
+        # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.
+        self.logging_nan_inf_filter = False
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Raises a [`UserError`] for a value that can't work; again where settings change, as in a search."""
         check_name("method=", self.method, METHODS)
         check_name("divergence=", self.divergence, DIVERGENCES)
         for name in ("student_space_divergence", "teacher_space_divergence"):
@@ -98,17 +108,17 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"
                 " (distillation already softens the labels)"
             )
+        if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
+            raise UserError(
+                f"hub_strategy={str(HubStrategy(self.hub_strategy).value)!r} would publish a student before its run is"
+                " over: leave it at 'end', and push a run of your own choice with `hf-dskd push RUN REPO`"
+            )
         if getattr(self, "train_sampling_strategy", None) == "batch_rebalance":
             raise UserError(
                 "train_sampling_strategy='batch_rebalance' knows the student's lengths only, and has a seed of its"
                 " own: use 'group_by_length'"
             )
         check_sharding(self)
-        # The batch carries the teacher's columns, which no student's forward names.
-        self.remove_unused_columns = False
-        # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.
-        self.logging_nan_inf_filter = False
-        super().__post_init__()
 
     def _check_composition(self) -> None:
         """Refuses combinations that mean nothing, by name."""

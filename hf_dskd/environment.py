@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +19,11 @@ PACKAGES = (
 
 
 def command_line() -> str:
-    """The command of this process, without the folder that the program lies in."""
+    """The command of this process, without the folder that the program lies in, and without a token."""
     name = Path(sys.argv[0]).name
     program = "python -m hf_dskd.cli" if name == "cli.py" else name
-    return shlex.join([*program.split(), *sys.argv[1:]])
+    shown = re.sub(r"(--hub_token[ =])\S+", r"\1...", shlex.join(sys.argv[1:]))
+    return f"{program} {shown}".rstrip()
 
 
 def versions() -> dict[str, str]:

@@ -62,6 +62,8 @@ class PackagedModel:
             Rough size in bytes of the converted bfloat16 folder, for the disk space check.
         licence (`str`):
             Licence of the weights, as far as the package states one.
+        hub_id (`str`, *optional*):
+            The model on the hub whose weights these are, quantized.
     """
 
     name: str
@@ -71,6 +73,7 @@ class PackagedModel:
     sha256: str
     converted_size: int
     licence: str
+    hub_id: str | None = None
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             converted_size=273_000_000,
             licence="Apache-2.0",
+            hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         PackagedModel(
             name="Qwen2.5-Coder-0.5B-Instruct",
@@ -99,6 +103,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             converted_size=1_272_000_000,
             licence="none stated in the packages; the model family's own is Apache-2.0",
+            hub_id="Qwen/Qwen2.5-Coder-0.5B-Instruct",
         ),
     )
 }

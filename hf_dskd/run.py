@@ -8,13 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from datetime import UTC, datetime
-from enum import Enum
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import NonFiniteLossError, UserError
+from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
 
 
 if TYPE_CHECKING:
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
     from .trainer import DSKDTrainer
 
 PYTHON_FUNCTIONS = "python_functions"
-RESULT_NAME = "result.json"
-SETTINGS_NAME = "settings.yaml"
-# Settings that DSKDConfig makes itself.
-DECIDED = ("remove_unused_columns", "logging_nan_inf_filter")
 
 
 @dataclass
@@ -49,6 +44,10 @@ class RunArguments:
     total_batch_size: int | None = field(
         default=None,
         metadata={"help": "examples per optimizer step over all processes; sets gradient_accumulation_steps"},
+    )
+    smoke: bool = field(
+        default=False,
+        metadata={"help": "try the recipe in a minute: tiny random models of the same kinds, a few steps, no network"},
     )
     sft_teacher: bool = field(
         default=False, metadata={"help": "first train the teacher on the same data, into OUTPUT_DIR/teacher"}
@@ -116,9 +115,12 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     if "--config" not in arguments and config_file is not None:
         arguments = ["--config", str(config_file), *arguments]
     named = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    settings: dict[str, Any] = {}
     if "--config" in arguments:
         path = [*arguments, ""][arguments.index("--config") + 1]
-        named |= set(read_yaml("--config", path))
+        settings = read_yaml("--config", path)
+        named |= set(settings)
+    smoke = smoke_flags(settings) if "smoke" in named else []
 
     from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -133,14 +135,63 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     precision = [flag for flag in fastest_precision() if flag == "--use_cpu" or not named & {"bf16", "fp16"}]
     parser = Parser((ScriptArguments, DSKDConfig, ModelConfig, RunArguments))  # type: ignore[arg-type]
     try:
-        script, config, model, options = parser.parse_args_and_config(args=[*precision, *arguments])
+        script, config, model, options = parser.parse_args_and_config(args=[*precision, *smoke, *arguments])
     except UserError:
         raise
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     run = Run(script, config, model, options)
     set_accumulation(run)
+    if options.smoke:
+        with config.main_process_first(desc="tiny models"):
+            names = smoke_models(
+                model.model_name_or_path, options.teacher_model_name_or_path, Path(str(config.output_dir))
+            )
+        model.model_name_or_path, options.teacher_model_name_or_path = names
+        # What is written of the run names these models, and its settings alone make it again.
+        options.smoke = False
     return run
+
+
+# What `--smoke` puts in the place of a recipe's own settings; those of the command line go before.
+SMOKE: dict[str, Any] = {
+    "dataset_name": PYTHON_FUNCTIONS,
+    "rename_columns": "",
+    "prompt_column": "prompt",
+    "response_column": "completion",
+    "train_size": 16,
+    "held_out_size": 4,
+    "maximum_characters": 150,
+    "max_length": 384,
+    "max_steps": 4,
+    "warmup_steps": 0,
+    "total_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "eval_steps": 2,
+    "report_to": "none",
+    "sft_teacher_epochs": 1,
+}
+
+
+def smoke_flags(settings: dict[str, Any]) -> list[str]:
+    """Flags for a short run of a recipe's `settings`, in a folder of its own and on data that are always there."""
+    changed = {"output_dir": f"{settings.get('output_dir', 'runs/run')}_smoke", **SMOKE}
+    if "dataset_num_proc" in settings:
+        changed["dataset_num_proc"] = 1
+    return [f"--{name}={value}" for name, value in changed.items()]
+
+
+def smoke_models(student: str | None, teacher: str | None, output_dir: Path) -> list[str | None]:
+    """Folders of tiny random models of the same kinds as the two, made in the output folder."""
+    from .tiny_models import tiny_model
+
+    return [
+        None if name is None else str(tiny_model(name, output_dir / "tiny_models" / role, role))
+        for role, name in (("student", student), ("teacher", teacher))
+    ]
 
 
 def help_text(description: str | None, config_file: Path | None = None) -> str:
@@ -220,6 +271,9 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
         raise UserError(
             f"dataset_name is not set: name a dataset on the hub, a folder, a .jsonl file or {PYTHON_FUNCTIONS}"
         )
+    streaming = run.script.dataset_streaming
+    if streaming:
+        check_streaming(run.config)
     if name == PYTHON_FUNCTIONS and not Path(name).exists():
         return choose_splits(run, standard_library(run))
     formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -227,19 +281,50 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
         if Path(name).suffix in formats:
             if not Path(name).is_file():
                 raise FileNotFoundError("there is no such file")
-            data = load_dataset(formats[Path(name).suffix], data_files=name)
+            data = load_dataset(formats[Path(name).suffix], data_files=name, streaming=streaming)
         elif (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             data = load_from_disk(name)
         else:
-            data = load_dataset(name, run.script.dataset_config)
+            data = load_dataset(name, run.script.dataset_config, streaming=streaming)
     except Exception as error:  # the hub's client and the file readers raise some thirty kinds
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"dataset {name!r} can't be loaded ({type(error).__name__}: {reason}): give --dataset_name a local .jsonl"
-            " file, or check the name, the network and your access to it"
-        ) from None
+        raise UserError(f"dataset {name!r} can't be loaded: {_why_not_loaded(name, error)}") from None
     splits = DatasetDict(train=data) if isinstance(data, Dataset) else data
     return choose_splits(run, splits)
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    """What stood in the way of a dataset, and what to do about it."""
+    from huggingface_hub import constants
+
+    reason = " ".join(str(error).split())[:200]
+    local = "give --dataset_name a local .jsonl, .csv or .parquet file"
+    if "gated" in reason:
+        return (
+            f"it is gated; accept its conditions at {constants.ENDPOINT}/datasets/{name}, then `hf auth login` or set"
+            f" HF_TOKEN, or {local}"
+        )
+    if Path(name).suffix or Path(name).is_dir() or name.count("/") > 1:
+        return f"{type(error).__name__}: {reason}; check the path and the file"
+    offline = [
+        flag for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(flag, "0") not in ("0", "")
+    ]
+    if offline:
+        return (
+            f"it was never downloaded, and {offline[0]}={os.environ[offline[0]]} keeps from it; unset that, or {local}"
+        )
+    if type(error).__name__ == "DatasetNotFoundError":
+        return f"the hub has none of that name, or it is private; check the name, `hf auth login`, or {local}"
+    return f"{type(error).__name__}: {reason}; check the network and your access to it, or {local}"
+
+
+def check_streaming(config: DSKDConfig) -> None:
+    """Refuses what needs to know all examples, or how many there are, before the first of a stream is read."""
+    for name, wanted, why in (
+        ("max_steps", config.max_steps > 0, "says when to stop, for a stream has no length: set it"),
+        ("teacher_cache", config.teacher_cache is None, "needs the number of examples: leave one of them out"),
+    ):
+        if not wanted:
+            raise UserError(f"dataset_streaming=True: {name}={getattr(config, name)!r} {why}")
 
 
 def standard_library(run: Run) -> DatasetDict:
@@ -259,14 +344,21 @@ def standard_library(run: Run) -> DatasetDict:
     return splits
 
 
-def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]:
-    """The training split with its columns renamed, and the test split, or examples held out of the training split."""
+def choose_splits(run: Run, data: Any) -> tuple[Any, Any]:
+    """
+    The training split with its columns renamed, and the test split, or examples held out of the training split.
+
+    Of a stream the first `held_out_size` examples are held out, and kept in memory.
+    """
+    from datasets import Dataset
+
     train_name, test_name = run.script.dataset_train_split, run.script.dataset_test_split
     if train_name not in data:
         raise UserError(f"dataset_train_split={train_name!r} isn't there: the splits are {', '.join(data)}")
+    streamed = not hasattr(data[train_name], "__len__")
     if run.options.rename_columns:
         pairs = [pair.partition("=") for pair in run.options.rename_columns.split(",")]
-        names = data[train_name].column_names
+        names = data[train_name].column_names or list(next(iter(data[train_name])))
         for old, _, new in pairs:
             if old not in names or not new:
                 raise UserError(
@@ -274,18 +366,23 @@ def choose_splits(run: Run, data: DatasetDict) -> tuple[Dataset, Dataset | None]
                     f" {', '.join(names)}"
                 )
         data = data.rename_columns({old: new for old, _, new in pairs})
-    train, held_out = data[train_name], None
+    train, held_out, size = data[train_name], None, run.options.train_size
+    held_out_size = run.options.held_out_size
     if test_name in data and test_name != train_name:
         held_out = data[test_name]
-    elif run.options.held_out_size:
-        if run.options.held_out_size >= len(train):
+    elif held_out_size and streamed:
+        held_out, train = Dataset.from_list(list(train.take(held_out_size))), train.skip(held_out_size)
+    elif held_out_size:
+        if held_out_size >= len(train):
             raise UserError(
-                f"held_out_size={run.options.held_out_size} leaves nothing of {len(train)} examples to train on"
+                f"held_out_size={held_out_size} leaves nothing of {len(train)} examples to train on: set it to less,"
+                f" such as {max(len(train) // 10, 1)}"
             )
-        parts = train.train_test_split(run.options.held_out_size, seed=0)
+        parts = train.train_test_split(held_out_size, seed=0)
         train, held_out = parts["train"], parts["test"]
-    size = run.options.train_size
-    if size is not None:
+    if size is not None and streamed:
+        train = train.take(size)
+    elif size is not None:
         if not 0 < size <= len(train):
             raise UserError(f"train_size={size}: there are {len(train)} examples to train on")
         train = train.select(range(size))
@@ -441,7 +538,7 @@ def cache_teacher(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """A whole run: data, models, training, evaluation, [`write_result`], the report; prints the files to look at."""
+    """A whole run: data, models, training, evaluation, [`write_result`], report, push; prints the files to look at."""
     examples, held_out = load_data(run)
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     settings = changed_settings(run)
@@ -452,17 +549,22 @@ def train(run: Run) -> None:
     if trainer.is_world_process_zero():
         for path in [folder, folder / RESULT_NAME, *show(trainer, folder)]:
             print(path)
+    if run.config.push_to_hub:
+        pushed = trainer.push_to_hub()
+        if pushed is not None:
+            print(pushed.commit_url)
 
 
 def distil(run: Run, trainer: DSKDTrainer) -> Path:
     """
-    Trains (from a checkpoint where that is asked for), saves the student, evaluates it, and pushes it where that is
-    asked for. `result.json` comes last: a folder that has it is complete.
+    Trains (from a checkpoint where that is asked for), saves the student, and evaluates it. `result.json` comes last:
+    a folder that has it is complete.
     """
     folder = Path(str(run.config.output_dir))
     resume: Any = run.config.resume_from_checkpoint
     output = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
-    trainer.save_model()
+    # As a user's own call it would push, and the model card isn't there yet.
+    trainer.save_model(_internal_call=True)
     metrics: dict[str, float] = {}
     # Before the evaluation below, whose model may be the best of the run, not the last one.
     history = evaluations(trainer.state.log_history)
@@ -470,8 +572,6 @@ def distil(run: Run, trainer: DSKDTrainer) -> Path:
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    if run.config.push_to_hub:
-        trainer.push_to_hub(dataset_name=run.script.dataset_name)
     if trainer.is_world_process_zero():
         if trainer.samples:
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in trainer.samples)
@@ -487,118 +587,6 @@ def changed_settings(run: Run) -> dict[str, Any]:
     for part in (run.script, run.model, run.options, run.config):
         changed |= {name: value for name, (_, value) in differences(part).items()}
     return changed
-
-
-def differences(settings: Any) -> dict[str, list[Any]]:
-    """
-    `[default, value]` of the settings of a dataclass that are not at their default, as plain as YAML and JSON need.
-
-    Left out are those that [`DSKDConfig`] sets itself.
-    """
-    found = {}
-    for setting in fields(settings):
-        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-        value = _plain(getattr(settings, setting.name))
-        default = None if default is MISSING else _plain(default)
-        # Objects that a setting was parsed into.
-        known = value is None or isinstance(value, (str, bool, int, float, list, dict))
-        same = value == default or all(_is_nothing(part) for part in (value, default))
-        if setting.init and known and not same and setting.name not in DECIDED:
-            found[setting.name] = [default, value]
-    return found
-
-
-def _is_nothing(value: Any) -> bool:
-    """Some settings make one of these of another."""
-    return value is None or value is False or value in ([], {}, "", "none", ["none"])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes a configuration file for `--config`."""
-    import yaml
-
-    write_text(path, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
-
-
-def evaluations(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Metrics by the optimizer step they were taken at, out of `trainer.state.log_history`."""
-    return {
-        entry["step"]: {name: value for name, value in entry.items() if name.startswith("eval_")}
-        for entry in history
-        if any(name.startswith("eval_") for name in entry)
-    }
-
-
-def write_result(
-    path: Path,
-    trainer: DSKDTrainer,
-    metrics: dict[str, float],
-    history: dict[int, dict[str, float]],
-    train_runtime: float | None,
-    source: str | None = None,
-) -> None:
-    """
-    Writes what a run came to and what it was made of, as JSON.
-
-    Args:
-        path (`Path`): File to write.
-        trainer ([`DSKDTrainer`]): After training.
-        metrics (`dict[str, float]`): Of the final model.
-        history (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
-        train_runtime (`float`, *optional*):
-            Seconds of training since the start or the last resume; `None` if there was nothing left to train.
-        source (`str`, *optional*): Name of the dataset.
-    """
-    from .environment import command_line, hardware, versions
-    from .settings import DistillationSettings
-
-    config, state = trainer.args, trainer.state
-    best = state.best_model_checkpoint if config.load_best_model_at_end else None
-    teacher = getattr(trainer.teacher, "model", None)
-    result = {
-        "method": config.method,
-        "seed": config.seed,
-        "data_seed": config.data_seed,
-        "steps": state.global_step,
-        "best_checkpoint": best and Path(best).name,
-        "metrics": metrics,
-        "evaluations": history,
-        "train_runtime": train_runtime,
-        "command": command_line(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "hardware": hardware(trainer.accelerator.num_processes),
-        "models": {
-            "student": trainer._facts["student"],
-            "teacher": trainer._facts["teacher"],
-            "student_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-            "teacher_parameters": None if teacher is None else teacher.num_parameters(),
-            "adapter": trainer._facts["adapter"],
-        },
-        "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
-        "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
-        "changed_settings": differences(config),
-    }
-    write_text(path, json.dumps(result, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames: the file is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:

@@ -134,6 +134,12 @@ class DistillationSettings:
         eval_generation_samples (`int`, *optional*, defaults to `0`):
             Prompts of the evaluation data that the student answers greedily in every evaluation, which adds
             `eval_rouge_l`, `eval_exact_match` (percent) and `eval_unfinished` (share that ran into `max_length`).
+        hub_strategy (`str`, *optional*, defaults to `"end"`):
+            When `push_to_hub` pushes: at the end, in one commit. Others would publish half a run.
+        push_auxiliary_to_hub (`bool`, *optional*, defaults to `False`):
+            Push projectors and discriminator too, which the student doesn't need.
+        replace_on_hub (`bool`, *optional*, defaults to `False`):
+            Let a push delete another model that the repository holds.
         load_teacher_in_4bit (`bool`, *optional*, defaults to `False`): NF4 teacher through bitsandbytes.
         teacher_device (`str`, *optional*): Where the teacher is, such as `"cuda:1"`; by default beside the student.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`):
@@ -250,6 +256,9 @@ class DistillationSettings:
     )
 
     # Models
+    hub_strategy: str = field(default="end", metadata={"help": "when push_to_hub pushes: at the end, in one commit"})
+    push_auxiliary_to_hub: bool = field(default=False, metadata={"help": "push projectors and discriminator too"})
+    replace_on_hub: bool = field(default=False, metadata={"help": "let a push delete another model that is there"})
     load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})
     teacher_device: str | None = field(
         default=None, metadata={"help": "where the teacher is, such as cuda:1; by default beside the student"}

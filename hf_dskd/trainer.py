@@ -53,6 +53,8 @@ from .data.tokenization import TokenizationReport, set_pad_token, tokenize_datas
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
 from .evaluation.generation import check_generation_config, response_text, score_generation
+from .hub.card import identity, write_card
+from .hub.push import check_access, push_run
 from .kernels.linear_divergence import chunk_sizes
 from .losses.attention import attention_kl, chunk_attention_kl
 from .losses.conditional_transport import TransportCritics
@@ -79,6 +81,7 @@ from .objective import (
     weighted_loss,
 )
 from .projectors import Projectors
+from .result import RESULT_NAME, evaluations, write_result
 from .running_log import LOG_NAMES, RunningLog
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
@@ -99,6 +102,18 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
+
+
+# Settings that go into what the trials of a search share.
+PREPARED_ONCE = (
+    *("method", "alignment", "as_published", "max_length", "prompt_style", "prompt_column", "response_column"),
+    *("skip_long_prompts", "teacher_cache", "load_teacher_in_4bit", "teacher_device", "teacher_dtype", "output_dir"),
+)
+
+
+def bits_per_byte(metrics: dict[str, float]) -> float:
+    """Objective of a search: comparable between methods and weights of their terms, as a sum of metrics isn't."""
+    return metrics["eval_bits_per_byte"]
 
 
 class _StepCallback(TrainerCallback):
@@ -256,9 +271,13 @@ class DSKDTrainer(Trainer):
             check_four_bit()
             if _teacher_place(args).type == "cpu":
                 check_four_bit_shapes(teacher_config, str(teacher_name))
-        for adapter in (peft_config, *getattr(model, "peft_config", {}).values()):
-            if adapter is not None:
-                check_peft(adapter, student_config)
+        adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
+        for adapter in adapters:
+            check_peft(adapter, student_config)
+        self._identity = identity(student_name, bool(adapters))
+        self._repository: str | None = None
+        if args.push_to_hub:
+            self._check_hub(args)
 
         def load_teacher() -> Any:
             return _load_teacher(teacher_model, args, teacher_quantization_config)
@@ -300,18 +319,21 @@ class DSKDTrainer(Trainer):
                 splits = {f"eval_{name}": split for name, split in eval_dataset.items()}
             self._cache.fill({"train": train_dataset, **splits}, load_teacher)
 
-        # Trainer seeds in its own __init__, which is after an adapter has been initialised.
-        set_seed(args.seed)
-        student: Any = model
-        if isinstance(model, str):
-            with loading("the student", model, *_MODEL_FILES):
-                student = load_causal_lm(
-                    model,
-                    quantization_config=quantization_config,
-                    **{"dtype": torch.float32, **_options(args.model_init_kwargs)},
-                )
-        if peft_config is not None:
-            student = _wrap_with_adapter(student, peft_config, args)
+        def load_student() -> Any:
+            # Trainer seeds in its own __init__, which is after an adapter has been initialised.
+            set_seed(args.seed)
+            student: Any = model
+            if isinstance(model, str):
+                with loading("the student", model, *_MODEL_FILES):
+                    student = load_causal_lm(
+                        model,
+                        quantization_config=quantization_config,
+                        **{"dtype": torch.float32, **_options(args.model_init_kwargs)},
+                    )
+            return student if peft_config is None else _wrap_with_adapter(student, peft_config, args)
+
+        self._load_student = load_student if isinstance(model, str) else None
+        student = load_student()
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
@@ -352,37 +374,9 @@ class DSKDTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = teacher_tokenizer
-        # On its device and in the training precision: without them flash attention doesn't run.
-        check_student_head(student)
-        with self._autocast():
-            check_head(student, lm_head(student), "student")
-            self._last_hidden_state = LastHiddenState(student, args.padding_free)
-            self._attention: AttentionPairs | None = None
-            if args.attention_kd_rate and isinstance(self.teacher, Teacher):
-                layers, heads = args.attention_layers, args.attention_relation_heads
-                self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
-        self._same_tokens = self._attention is not None and _reads_same_tokens(
-            tokenizer, teacher_tokenizer, train_dataset if train_dataset is not None else eval_dataset
-        )
-
-        device = self.accelerator.device
-        self.projectors: Projectors | None = None
-        self.adversary: Adversary | None = None
-        self._constants = PairConstants()
-        if self.teacher is not None:
-            sizes = hidden_size(student_config), hidden_size(teacher_config)
-            self._constants = self._pair_constants(vocabulary_map)
-        if self.teacher is not None and row.dual_space:
-            self.projectors = Projectors(*sizes, seed=args.seed, has_query=row.has_queries)
-            if row.projector_init == "pseudo_inverse":
-                shared = shared_tokens(tokenizer, teacher_tokenizer)
-                residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
-                logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
-            self.projectors.to(device)
-        if row.matching in ("gan", "ct"):
-            kind = Discriminator if row.matching == "gan" else TransportCritics
-            critic = kind(2 * sizes[1], args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1)
-            self.adversary = Adversary(critic.to(device), args)
+        sizes = hidden_size(student_config), None if self.teacher is None else hidden_size(teacher_config)
+        self._vocabulary_map = vocabulary_map
+        self._prepare_pair(student, sizes)
         # What must agree for a checkpoint to be resumed from.
         composition = {key: value for key, value in asdict(row).items() if key not in ("summary", "source")}
         self._facts = {
@@ -391,19 +385,57 @@ class DSKDTrainer(Trainer):
             "as_published": args.as_published,
             "student": _short_name(student_name),
             "teacher": _short_name(teacher_name) if row.needs_teacher else None,
-            "student_hidden_size": hidden_size(student_config),
-            "teacher_hidden_size": sizes[1] if self.teacher is not None else None,
+            "student_hidden_size": sizes[0],
+            "teacher_hidden_size": sizes[1],
             "adapter": hasattr(student, "peft_config"),
         }
-        self._running = RunningLog(device)
+        self._running = RunningLog(self.accelerator.device)
         self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
         self._on_policy = False
         self._learning_rates: dict[str, float] = {}
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
+        self._trial: Any = None  # of a search
         self._staging: Path | None = None
-        self._deferred_push: str | None = None
         self.add_callback(_StepCallback(self))
+
+    def _prepare_pair(self, student: Any, sizes: tuple[int, int | None]) -> None:
+        """What is made for one student, on its device: hooks, projectors, discriminator."""
+        args, row, device = self.args, self.args.method_row, self.accelerator.device
+        self._sizes = sizes
+        # In the training precision: without it flash attention doesn't run.
+        check_student_head(student)
+        with self._autocast():
+            check_head(student, lm_head(student), "student")
+            self._last_hidden_state = LastHiddenState(student, args.padding_free)
+            self._attention: AttentionPairs | None = None
+            if args.attention_kd_rate and isinstance(self.teacher, Teacher):
+                layers, heads = args.attention_layers, args.attention_relation_heads
+                self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
+        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        self._same_tokens = self._attention is not None and _reads_same_tokens(
+            self._tokenize.student, self._tokenize.teacher, dataset
+        )
+        self.projectors: Projectors | None = None
+        self.adversary: Adversary | None = None
+        self._constants = PairConstants()
+        width, teacher_width = sizes
+        if self.teacher is None or teacher_width is None:
+            return
+        self._constants = self._pair_constants(self._vocabulary_map)
+        if row.dual_space:
+            self.projectors = Projectors(width, teacher_width, seed=args.seed, has_query=row.has_queries)
+            if row.projector_init == "pseudo_inverse":
+                shared = shared_tokens(self._tokenize.student, self._tokenize.teacher)
+                residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
+                logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
+            self.projectors.to(device)
+        if row.matching in ("gan", "ct"):
+            kind = Discriminator if row.matching == "gan" else TransportCritics
+            critic = kind(
+                2 * teacher_width, args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1
+            )
+            self.adversary = Adversary(critic.to(device), args)
 
     # ---- Data
 
@@ -704,6 +736,143 @@ class DSKDTrainer(Trainer):
             report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
             self._running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
 
+    # ---- Hub
+
+    def _check_hub(self, args: DSKDConfig, token: str | None = None) -> None:
+        """Before any work: whether the student can be pushed."""
+        if self._repository is None and args.process_index == 0:
+            self._repository = check_access(
+                args.hub_model_id or Path(str(args.output_dir)).absolute().name,
+                token=token or args.hub_token,
+                revision=args.hub_revision,
+                replace=args.replace_on_hub,
+                folder_facts=self._identity,
+            )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Unlike in [`~transformers.Trainer`] the repository is made with the push, so that it is never empty."""
+        self._check_hub(self.args, token)
+        self.hub_model_id = self._repository  # type: ignore[assignment]
+        self.push_in_progress = None
+
+    def push_to_hub(  # type: ignore[override]  # what Trainer's card is told, ours finds itself
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        dataset_name: str | None = None,
+    ) -> Any:
+        """
+        Pushes the student, or its adapter, with tokenizer and model card, in one commit (see
+        [`~hf_dskd.hub.push.push_run`]).
+
+        The card is made of the files in the output folder: call it after the evaluation, and after an analysis.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in [`~transformers.Trainer`].
+            dataset_name (`str`, *optional*): Of the training data, for the card of a run that `hf-dskd` didn't start.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it unless `blocking`; `None` on other processes.
+
+        Raises:
+            UserError: For what stands in the way.
+        """
+        from huggingface_hub import HfApi
+
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        token = token or args.hub_token
+        self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._write_result(dataset_name)
+        assert self._repository is not None
+        options: dict[str, Any] = {
+            "token": token,
+            "private": args.hub_private_repo if private is None else private,
+            "auxiliary": args.push_auxiliary_to_hub,
+            "revision": revision or args.hub_revision,
+            "commit_message": commit_message,
+            "replace": args.replace_on_hub,
+        }
+        folder = str(args.output_dir)
+        if blocking:
+            return push_run(folder, self._repository, **options)
+        return HfApi().run_as_future(push_run, folder, self._repository, **options)
+
+    def create_model_card(
+        self, *args: Any, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any
+    ) -> None:
+        """Writes the model card, `README.md` with `images`, to the output folder (see [`push_to_hub`])."""
+        if self.is_world_process_zero():
+            self._write_result(dataset_name)
+            folder = str(self.args.output_dir)
+            write_card(folder, folder, self._repository or model_name, token=self.args.hub_token)
+
+    def _write_result(self, dataset_name: str | None) -> None:
+        """What `hf-dskd train` writes at its end, for a run that it didn't start."""
+        path = Path(str(self.args.output_dir)) / RESULT_NAME
+        if path.is_file():
+            return
+        history = evaluations(self.state.log_history)
+        runtime = next((log["train_runtime"] for log in self.state.log_history if "train_runtime" in log), None)
+        last = history[max(history)] if history else {}
+        self.save_state()
+        write_result(path, self, last, history, runtime, dataset_name)
+
+    # ---- Search
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        As in [`~transformers.Trainer`], without a `model_init`: every trial, and every `train` after the search, loads
+        the student by its name and makes projectors and discriminator anew. The teacher and the tokenized data stay,
+        so that their settings can't vary.
+
+        The objective, which is minimized by default, is `eval_bits_per_byte`.
+
+        Raises:
+            UserError: Without a student given by name or `eval_dataset`, or for a setting that can't vary.
+        """
+        if self._load_student is None:
+            raise UserError(
+                f"hyperparameter_search loads the student anew for every trial: pass model as a name or folder instead"
+                f" of a {type(self.model).__name__}"
+            )
+        if self.eval_dataset is None:
+            raise UserError("hyperparameter_search compares evaluations, and eval_dataset=None: pass one")
+        # From now on every `train` loads the student anew, as with a model_init.
+        model_init: Any = self._load_student
+        self.model_init = model_init
+        return super().hyperparameter_search(hp_space, compute_objective or bits_per_byte, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        before = {name: getattr(self.args, name) for name in PREPARED_ONCE}
+        super()._hp_search_setup(trial)
+        for name, value in before.items():
+            if getattr(self.args, name) != value:
+                raise UserError(
+                    f"hyperparameter_search can't vary {name} ({value!r}, {getattr(self.args, name)!r}): teacher and"
+                    " data are prepared once; compare such settings with `hf-dskd compare --variants`"
+                )
+        self.args.check()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new student for a trial, with projectors and discriminator of its own."""
+        # The old one may hold as much memory as the new one needs.
+        self.model = self.model_wrapped = self.optimizer = self.projectors = self.adversary = None  # type: ignore
+        student: Any = super().call_model_init(trial)
+        if self.place_model_on_device:
+            self._move_model_to_device(student, self.args.device)
+        self.model = student
+        self._prepare_pair(student, self._sizes)
+        return student
+
     # ---- Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -831,7 +1000,7 @@ class DSKDTrainer(Trainer):
     @property
     def analysis_folder(self) -> Path:
         """Where the analyses of the run are written (see [`hf_dskd.analysis.record`])."""
-        return Path(str(self.args.output_dir)) / "analysis"
+        return Path(super()._get_output_dir(self._trial)) / "analysis"
 
     def _begin_analyses(self) -> None:
         if self.args.analysis_steps is None or not self.is_world_process_zero():
@@ -893,6 +1062,9 @@ class DSKDTrainer(Trainer):
         self._running = RunningLog(self.accelerator.device)
         if self.adversary is not None:
             self.adversary.forget()
+        if self.is_world_process_zero():
+            # A folder that has it is complete, and this one now isn't.
+            (Path(str(self.args.output_dir)) / RESULT_NAME).unlink(missing_ok=True)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._running.check(self.accelerator)
         return result
@@ -959,12 +1131,6 @@ class DSKDTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-        else:
-            self._deferred_push = checkpoint_folder
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes beside and renames, so that a full disk or a kill never leaves half a checkpoint under its name."""
         self._running.check(self.accelerator)
@@ -996,9 +1162,6 @@ class DSKDTrainer(Trainer):
             self.state.best_model_checkpoint = str(run_dir / Path(best).name)
         if self.args.should_save:
             checkpoint_files.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-        if self._deferred_push is not None:
-            self._deferred_push = None
-            super()._push_from_checkpoint(str(run_dir / name))
         self._running.restart_clock()
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:

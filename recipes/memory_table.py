@@ -4,9 +4,10 @@ How much memory of a GPU a training step takes, for the recipes here and two lar
     python recipes/memory_table.py
     python recipes/memory_table.py --json --computed
 
-Numbers are computed from the sizes of the models, by the formulas below. Where there is a GPU, each row is measured as
-well: real steps with random weights, and the most that the allocator held. Without one the same formulas, with what is
-different on a CPU, are compared with what the system says that a few small runs took. `--computed` measures nothing.
+Numbers are computed from the sizes of the models, by the formulas of hf_dskd/memory.py. Where there is a GPU, each row
+is measured as well: real steps with random weights, and the most that the allocator held. Without one the same
+formulas, with what is different on a CPU, are compared with what the system says that a few small runs took.
+`--computed` measures nothing.
 
 "Live" has the teacher beside the student, "cached" its head and embedding alone (`--teacher_cache`). A GB is 10^9
 bytes.
@@ -21,9 +22,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmark_step import (
     SHAPES,
@@ -34,29 +35,17 @@ from benchmark_step import (
     check_memory,
     cpu_name,
     fastest_dtype,
-    lengths,
     model_config,
     names_of,
     quiet,
 )
 
 from hf_dskd.errors import UserError
+from hf_dskd.memory import CUDA_CONTEXT, FRAGMENTATION, Size, Step, room, step_memory
 
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PretrainedConfig
 
 # Memory of a card that programs can have, in bytes, as PyTorch's out-of-memory errors give it.
 CARDS = {"T4 16 GB": 14.56 * 2**30, "RTX 3060 12 GB": 11.75 * 2**30, "RTX 4090 24 GB": 23.6 * 2**30}
-# What the driver takes for a process, and workspaces of matrix products. Not in the allocator's numbers.
-CUDA_CONTEXT = 0.5e9
-# Of an allocator's memory, what lies between blocks.
-FRAGMENTATION = 1.05
-# What a process on a CPU takes beside tensors: threads, compiled kernels, buffers of matrix products.
-CPU_PROCESS = 50e6
-# Copies of queries and keys, in float32, that alignment, matching and their gradients hold at once.
-ROW_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -103,241 +92,6 @@ CHECKS = (
 )
 
 
-# ---- The model of a step
-
-
-@dataclass(frozen=True)
-class Size:
-    """
-    What the formulas need of a model.
-
-    Attributes:
-        kind (`str`): `"gpt2"`, or `"llama"` for all that are built like it.
-        width, layers, heads, attention, inner, vocabulary (`int`):
-            Hidden size, layers, attention heads, their width together, width of the feed-forward layer, tokens.
-        parameters (`int`): Of the whole model.
-        linear (`tuple[tuple[int, int], ...]`): Inputs and outputs of each linear layer but the head.
-        tied (`bool`): Whether head and embedding are one matrix.
-        dropout (`bool`): Whether the model drops anything in training.
-    """
-
-    kind: str
-    width: int
-    layers: int
-    heads: int
-    attention: int
-    inner: int
-    vocabulary: int
-    parameters: int
-    linear: tuple[tuple[int, int], ...]
-    tied: bool
-    dropout: bool
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Size:
-        """Reads a configuration; the model is built without weights."""
-        import torch
-        from torch import nn
-        from transformers import AutoModelForCausalLM
-        from transformers.pytorch_utils import Conv1D
-
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        linear: list[tuple[int, int]] = []
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-                linear.append(tuple(module.weight.shape))  # type: ignore[arg-type]
-        width, heads = config.hidden_size, config.num_attention_heads
-        gpt2 = config.model_type == "gpt2"
-        return cls(
-            kind="gpt2" if gpt2 else "llama",
-            width=width,
-            layers=config.num_hidden_layers,
-            heads=heads,
-            attention=heads * (getattr(config, "head_dim", None) or width // heads),
-            inner=4 * width if gpt2 else config.intermediate_size,
-            vocabulary=config.vocab_size,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            linear=tuple(linear),
-            tied=bool(config.tie_word_embeddings),
-            dropout=gpt2 and config.resid_pdrop > 0,
-        )
-
-    @property
-    def linear_parameters(self) -> int:
-        return sum(inputs * outputs for inputs, outputs in self.linear)
-
-    @property
-    def largest_linear(self) -> int:
-        return max(inputs * outputs for inputs, outputs in self.linear)
-
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linear layers."""
-        return sum(rank * (inputs + outputs) for inputs, outputs in self.linear)
-
-
-def bytes_of(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def layer_activations(student: Size, cell: Cell) -> float:
-    """
-    Bytes for each token that a layer of the student keeps for its backward pass.
-
-    Counted in transformers' modules: in autocast the residual stream is float32 if the weights are, matrix products
-    have `c` bytes a number and each keeps a cast copy of its input; with padding the attention's mask has a row per
-    token, and keys and values are repeated for every head.
-    """
-    c, d, a, inner = bytes_of(cell.dtype), student.width, student.attention, student.inner
-    autocast = cell.dtype != "float32"
-    # Queries, keys, values, output and mask; the logarithm of each softmax's sum.
-    attention = 4 * a * c + cell.max_length * c + 4 * student.heads
-    # The norms' inputs in float32.
-    norms = 2 * d * 4
-    if student.kind == "gpt2":
-        # gelu_new is written out: five arrays, of which autocast on a GPU keeps three in float32.
-        gelu = 3 * 4 + 2 * c if autocast and cell.device == "cuda" else 5 * c
-        dropout = 2 * d if student.dropout else 0
-        return attention + norms + 2 * d * c + inner * gelu + dropout
-    feed_forward = 4 * inner * c
-    if cell.lora_r:
-        # Every adapted layer has its own copy of the input; in float32 they share one.
-        inputs = 5 * d * c + a * c if autocast else 2 * d * c
-        return attention + norms + feed_forward + inputs + 7 * cell.lora_r * c
-    return attention + 2 * norms + feed_forward + (5 if autocast else 2) * d * c
-
-
-def activations(student: Size, cell: Cell) -> float:
-    """Bytes of the student's forward pass that are kept for the backward pass."""
-    tokens, c = cell.batch_size * cell.max_length, bytes_of(cell.dtype)
-    of_layer = tokens * layer_activations(student, cell)
-    # Autocast's half-precision copies of weights that aren't: the backward pass needs them too.
-    casts = 0.0
-    if cell.dtype != "float32":
-        casts = c * (student.adapter(cell.lora_r) + (0 if cell.half_student else student.linear_parameters))
-    # Embedding, last norm.
-    ends = tokens * student.width * 12
-    if cell.gradient_checkpointing:
-        # The inputs of all layers, and one layer computed again.
-        stream = c if cell.half_student else 4
-        return student.layers * tokens * student.width * stream + of_layer + casts / student.layers + ends
-    return student.layers * of_layer + casts + ends
-
-
-def teacher_pass(teacher: Size, cell: Cell) -> float:
-    """Bytes of a layer of the teacher while it runs; nothing is kept."""
-    tokens, c = cell.batch_size * cell.max_length, bytes_of(cell.dtype)
-    dequantised = teacher.largest_linear * c if cell.teacher == "4bit" else 0
-    return tokens * (3 * teacher.inner * c + 3 * teacher.width * 4) + dequantised
-
-
-def teacher_weights(teacher: Size, cell: Cell) -> float:
-    """Bytes of the teacher, or of what the cache leaves of it."""
-    c, matrix = bytes_of(cell.dtype), teacher.vocabulary * teacher.width
-    if cell.teacher == "cached":
-        return c * matrix * (1 if teacher.tied else 2)
-    if cell.teacher == "4bit":
-        # Half a byte, for every 64 numbers a scale of one byte, for every 256 scales one of four. The rest is as it
-        # is: the head, which is therefore never dequantised, the embedding, norms and biases.
-        scaled = 0.5 + 1 / 64 + 4 / (64 * 256)
-        return scaled * teacher.linear_parameters + c * (teacher.parameters - teacher.linear_parameters)
-    return c * teacher.parameters
-
-
-def projectors(student: Size, teacher: Size) -> int:
-    """Parameters of query, s2t and t2s."""
-    s, t = student.width, teacher.width
-    return (2 * s + 1) * 2 * t + (s + 1) * t + (t + 1) * s
-
-
-def discriminator(teacher: Size, hidden: int = 768) -> int:
-    width = 2 * teacher.width
-    return (width + 1) * width + (width + 1) * hidden + hidden + 1
-
-
-def loss(student: Size, teacher: Size, cell: Cell, responses: list[int], memory_mb: float = 512) -> float:
-    """Bytes of the losses in the two spaces, of which one is computed after the other."""
-    import torch
-
-    from hf_dskd.kernels.linear_divergence import TILE_COPIES, chunk_sizes
-
-    c, dtype = bytes_of(cell.dtype), getattr(torch, cell.dtype)
-    count = sum(responses)
-
-    def space(vocabulary: int) -> float:
-        chunk, tile = chunk_sizes([vocabulary] * 2, [dtype] * 2, cell.device, memory_mb)
-        return 2 * vocabulary * (min(chunk, count) * c + min(tile, count) * TILE_COPIES * 4)
-
-    own = space(student.vocabulary)
-    matrix = student.vocabulary * student.width
-    if cell.dtype != "float32" and not cell.half_student:
-        # The head is cast, once for each of its two uses.
-        own += 2 * matrix * c
-    if not cell.lora_r:
-        # Its gradient in float32, and a chunk's share of it.
-        own += 4 * matrix + (c * matrix if cell.dtype != "float32" else 0)
-    return max(own, space(teacher.vocabulary))
-
-
-def step_memory(student: Size, teacher: Size, cell: Cell) -> dict[str, float]:
-    """
-    Bytes of a training step by what they are for, and under `total` the most at once.
-
-    `total` is what stays through the step and the largest of its phases: the teacher's pass, the loss, the beginning
-    of the backward pass (all activations, no gradients yet), its end (the reverse) and the discriminator's update.
-    """
-    tokens, c = cell.batch_size * cell.max_length, bytes_of(cell.dtype)
-    responses = [response for _, response in lengths(cell.batch_size, cell.max_length, cell.response_tokens)]
-    trained = student.adapter(cell.lora_r) if cell.lora_r else student.parameters
-    projected, critic = projectors(student, teacher), discriminator(teacher)
-    # Queries and keys, padded to the longest response.
-    rows = 2 * cell.batch_size * max(responses) * 2 * teacher.width * 4
-    parts = {
-        "student weights": (c if cell.half_student else 4) * student.parameters,
-        "adapter": 4 * student.adapter(cell.lora_r),
-        "teacher weights": teacher_weights(teacher, cell),
-        "projectors and discriminator": 4 * (projected + critic),
-        # AdamW's two moments.
-        "optimizer states": 8 * (trained + projected + critic),
-        "gradients": 4 * (trained + projected),
-        "activations": activations(student, cell),
-        "teacher's pass": 0 if cell.teacher == "cached" else teacher_pass(teacher, cell),
-        "loss": loss(student, teacher, cell, responses),
-        "queries and keys": ROW_COPIES * rows,
-        "process": CUDA_CONTEXT if cell.device == "cuda" else CPU_PROCESS,
-    }
-    stays = sum(
-        parts[name]
-        for name in (
-            "student weights",
-            "adapter",
-            "teacher weights",
-            "projectors and discriminator",
-            "optimizer states",
-            "process",
-        )
-    )
-    earlier = 0.0
-    if cell.accumulation > 1:
-        # Of the batches before: gradients, and the queries and keys that the discriminator will learn from.
-        earlier = parts["gradients"] + (cell.accumulation - 1) * rows
-    head = 0 if cell.lora_r else 4 * student.vocabulary * student.width
-    through_layer = tokens * (4 * student.inner * c + 3 * student.width * 4)
-    phases = (
-        earlier + parts["activations"] + parts["teacher's pass"],
-        earlier + parts["activations"] + parts["queries and keys"] + parts["loss"],
-        earlier + parts["activations"] + parts["queries and keys"] + head + through_layer,
-        parts["gradients"] + head + through_layer,
-        # Its gradients, and on a GPU as much for AdamW over all of its parameters at once.
-        parts["gradients"]
-        + cell.accumulation * rows
-        + parts["queries and keys"]
-        + (8 if cell.device == "cuda" else 4) * critic,
-    )
-    return {**parts, "total": stays + max(phases)}
-
-
 # ---- Computed and measured
 
 
@@ -366,6 +120,24 @@ def make_cell(
 
 def sizes(shape: Shape) -> tuple[Size, Size]:
     return Size.of(model_config(shape.student)), Size.of(model_config(shape.teacher))
+
+
+def computed(student: Size, teacher: Size, cell: Cell) -> dict[str, float]:
+    """Bytes of a step by what they are for, and under `total` the most at once."""
+    step = Step(
+        batch_size=cell.batch_size,
+        max_length=cell.max_length,
+        method=cell.method,
+        adapter_rank=cell.lora_r or None,
+        student_dtype=cell.dtype if cell.half_student else "float32",
+        teacher=cell.teacher,
+        gradient_checkpointing=cell.gradient_checkpointing,
+        dtype=cell.dtype,
+        device=cell.device,
+        accumulation=cell.accumulation,
+        response_tokens=cell.response_tokens,
+    )
+    return asdict(step_memory(student, teacher, step))
 
 
 def measured(cell: Cell, bench: Bench) -> dict[str, Any]:
@@ -412,7 +184,7 @@ def table_rows(names: tuple[str, ...], measure_them: bool, folder: Path) -> list
                     shape, recipe.batch_size, recipe.max_length, recipe.accumulation, given, "cuda", dtype
                 )
                 cell = replace(cell, gradient_checkpointing=checkpointing)
-                row[kind] = {"computed": step_memory(student, teacher, cell)}
+                row[kind] = {"computed": computed(student, teacher, cell)}
                 if measure_them:
                     row[kind] |= measured(cell, bench)
             rows.append(row)
@@ -451,7 +223,7 @@ def check(cases: tuple[tuple[str, int, int, str, str], ...], folder: Path) -> li
             "max_length": max_length,
             "dtype": dtype,
             "teacher": teacher,
-            "computed": step_memory(*sizes(shape), cell),
+            "computed": computed(*sizes(shape), cell),
         }
         with freed_memory_given_back():
             row |= measured(cell, Bench(shape, folder / name, real_weights=False))
@@ -480,8 +252,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [title, f"{row['batch_size']} × {row['max_length']}"]
         cells += [f"{needed(row[kind]) / 1e9:.1f}" for kind in ("live", "cached")]
         for memory in CARDS.values():
-            fits = [kind for kind in ("live", "cached") if FRAGMENTATION * needed(row[kind]) <= memory]
-            cells.append(" and ".join(fits) or "no")
+            which = [kind for kind in ("live", "cached") if room(needed(row[kind]), "cuda") <= memory]
+            cells.append(" and ".join(which) or "no")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

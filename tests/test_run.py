@@ -13,7 +13,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 from trl import ScriptArguments
 
-from hf_dskd import UserError, run
+from hf_dskd import UserError, result, run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,7 +242,7 @@ def test_the_settings_of_a_run_make_the_same_run(tmp_path):
 
 def test_evaluations_are_metrics_by_step():
     history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0, "epoch": 0.5}, {"step": 2, "eval_loss": 1.0}]
-    assert run.evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
+    assert result.evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
 
 
 def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
@@ -251,3 +251,18 @@ def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
     assert run.show(trainer, run.distil(args, trainer)) == [tmp_path / "report" / "report.html"]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"] == result["evaluations"] == {} and result["steps"] == 1
+
+
+def test_settings_that_were_written_choose_the_same_checkpoint(tmp_path):
+    """Left out, `greater_is_better=False` would come back as True for every metric but the loss."""
+    arguments = ["--output_dir", str(tmp_path / "out"), "--save_strategy", "no", "--use_cpu", "--report_to", "none"]
+    arguments += ["--metric_for_best_model", "eval_bits_per_byte", "--model_name_or_path", "student"]
+    for said, expected in (((), True), (("--greater_is_better", "false"), False)):
+        given = run.parse(None, None, [*arguments, "--load_best_model_at_end", "false", *said])
+        result.write_settings(tmp_path / "settings.yaml", run.changed_settings(given))
+        again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])
+        if said:
+            assert given.config.greater_is_better is again.config.greater_is_better is expected
+        else:
+            assert given.config.greater_is_better == again.config.greater_is_better
+        assert again.config.metric_for_best_model == "eval_bits_per_byte"

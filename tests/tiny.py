@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import pairwise
-
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -18,6 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hf_dskd.tiny_models import learn_bpe
+
 
 TEXTS = [
     "The cat sat on the mat and looked at the moon.",
@@ -29,36 +28,12 @@ TEXTS = [
 ]
 
 
-def merges_of(words: list[str], alphabet: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """
-    Byte-pair encoding learnt from `words`, up to `size` pieces.
-
-    The `tokenizers` trainer breaks ties by hash order, which differs from process to process.
-    """
-    vocabulary = {piece: index for index, piece in enumerate(alphabet)}
-    pieces, merges = [list(word) for word in words], []
-    while len(vocabulary) < size:
-        pairs = Counter(pair for word in pieces for pair in pairwise(word))
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        vocabulary.setdefault("".join(best), len(vocabulary))
-        for word in pieces:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = ["".join(best)]
-                i += 1
-    return vocabulary, merges
-
-
 def byte_level_tokenizer(size: int = 400) -> PreTrainedTokenizerFast:
     """GPT-2's kind: bytes as characters, no BOS."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = [word for text in TEXTS for word, _ in split.pre_tokenize_str(text)]
     alphabet = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocabulary, merges = merges_of(words, alphabet, size)
+    vocabulary, merges = learn_bpe(words, alphabet, size)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
@@ -69,7 +44,7 @@ def sentencepiece_tokenizer(size: int = 450) -> PreTrainedTokenizerFast:
     latin = [chr(code) for code in range(33, 127)]
     alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *latin]
     words = ["▁" + word for text in TEXTS for word in text.split() if word.isascii()]
-    vocabulary, merges = merges_of(words, alphabet, size)
+    vocabulary, merges = learn_bpe(words, alphabet, size)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

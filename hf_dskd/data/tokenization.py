@@ -339,7 +339,7 @@ def tokenize_dataset(
         with_indices=True,
         remove_columns=dataset.column_names,
         features=features,
-        num_proc=num_proc,
+        num_proc=None if num_proc == 1 else num_proc,  # datasets 4 would start another process
         desc=f"Tokenizing {description}",
     )
     statuses = list(tokenized["status"])

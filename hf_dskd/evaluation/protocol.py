@@ -30,7 +30,8 @@ from ..data.tokenization import encode_response
 from ..environment import hardware, versions
 from ..errors import UserError
 from ..models import base_causal_lm
-from ..run import model_name, write_text
+from ..result import write_text
+from ..run import model_name
 from .generation import end_token_ids, padding_token_id, read_response, sample
 from .likelihood import row_likelihoods
 from .scores import answer_scores, average, reference_scores

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from ..run import write_text
+from ..result import write_text
 
 
 @dataclass(frozen=True)

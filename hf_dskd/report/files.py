@@ -10,7 +10,7 @@ from typing import Any
 
 from ..analysis.curves import series
 from ..errors import UserError
-from ..run import RESULT_NAME
+from ..result import RESULT_NAME
 from ..settings import DistillationSettings
 
 

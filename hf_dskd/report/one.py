@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..analysis.curves import plot_analysis
 from ..methods import METHODS
-from ..run import RESULT_NAME
+from ..result import RESULT_NAME
 from .document import Block, Code, Heading, Listing, Paragraph, Pictures, Span, Table, Text, Verbatim, write_pages
 from .files import RunFiles, changed_settings, gradient_norms, metrics_before, points_of, read_run
 from .plots import curves, plot_gradient_shares

@@ -7,7 +7,7 @@ import tiny
 from run_folders import ANALYSES, FULL, RESULT, Checker, cells, folder, full_folder, written
 
 from hf_dskd.report.one import write_report
-from hf_dskd.run import write_result
+from hf_dskd.result import write_result
 
 
 def test_everything_that_a_run_left_is_shown(tmp_path):

@@ -1,0 +1,406 @@
+"""
+Two names are all that another pair of models takes: every other setting is derived, and its reason said.
+
+There is no file to write for the projectors, no table of layer or embedding names and no file of shared tokens, which
+the published code asks for: hidden sizes are read from the two configurations, embedding and head from the models,
+and tokens are aligned by the method.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .methods import METHODS
+
+
+if TYPE_CHECKING:
+    from .memory import Size, Step
+
+MAX_LENGTH = 512
+TOTAL_BATCH_SIZE = 32
+BATCH_SIZES = (8, 4, 2, 1)
+# Students with more parameters than that get an adapter, whatever the memory.
+FULLY_TRAINED = 0.5e9
+LORA_R = 64
+LEARNING_RATES = {"full": 5e-5, "adapter": 2e-4}
+# Settings that memory depends on, and that are derived unless they are given.
+FITTED = ("use_peft", "load_teacher_in_4bit", "gradient_checkpointing", "per_device_train_batch_size")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """
+    What a pair needs.
+
+    Attributes:
+        settings (`dict[str, Any]`): Settings of a run, as `hf-dskd train --config` reads them.
+        reasons (`dict[str, str]`): One line for each.
+    """
+
+    settings: dict[str, Any]
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        """YAML with the reasons as comments."""
+        import yaml
+
+        lines = [yaml.safe_dump({name: value}, width=math.inf).strip() for name, value in self.settings.items()]
+        width = max(map(len, lines))
+        return "\n".join(f"{line:{width}}  # {reason}" for line, reason in zip(lines, self.reasons.values()))
+
+
+def derive(
+    student: str,
+    teacher: str,
+    *,
+    memory: float | None,
+    device: str,
+    given: dict[str, Any],
+    dtype: str = "bfloat16",
+    processes: int = 1,
+) -> Derived:
+    """
+    Settings for a pair of models, from their configurations and tokenizers alone: no weights are loaded.
+
+    Args:
+        student, teacher (`str`): Folders, names on the hub, or of packaged models.
+        memory (`float`, *optional*): Bytes that a process can have on the device; `None` is as much as it takes.
+        device (`str`): Its type, such as `"cuda"` or `"cpu"`.
+        given (`dict[str, Any]`): Settings that are fixed. They are used in the fitting, and not among the derived.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): Name of the training precision.
+        processes (`int`, *optional*, defaults to `1`): That share `total_batch_size`.
+
+    Returns:
+        [`Derived`]: Settings and reasons.
+
+    Raises:
+        UserError: If a model can't be read or is no causal one, if both are the same, or if no choice of what is left
+            to choose fits into the memory.
+    """
+    check_two(student, teacher)
+    configs, tokenizers = {}, {}
+    for role, name, kwargs in (
+        ("student", student, given.get("model_init_kwargs")),
+        ("teacher", teacher, given.get("teacher_model_init_kwargs")),
+    ):
+        configs[role], tokenizers[role] = _read(name, kwargs, role)
+    found: dict[str, tuple[Any, str]] = {
+        "model_name_or_path": (student, "the student"),
+        "teacher_model_name_or_path": (teacher, "the teacher"),
+        "output_dir": (output_dir(student, teacher), "named after the two"),
+        "max_length": _max_length(configs, student, teacher),
+        "method": _method(tokenizers, given),
+        "prompt_style": _prompt_style(tokenizers, student, teacher),
+    }
+    fixed = {**{name: value for name, (value, _) in found.items()}, **given}
+    found |= _fit(configs, fixed, memory, device, dtype, processes)
+    derived = {name: pair for name, pair in found.items() if name not in given}
+    return Derived(
+        {name: value for name, (value, _) in derived.items()}, {name: why for name, (_, why) in derived.items()}
+    )
+
+
+def check_two(student: str, teacher: str) -> None:
+    """Refuses a model as its own teacher."""
+    if student == teacher or (
+        os.path.isdir(student) and os.path.isdir(teacher) and os.path.samefile(student, teacher)
+    ):
+        raise UserError(f"{student!r} is student and teacher: name a larger model as the teacher, after the student")
+
+
+def output_dir(student: str, teacher: str) -> str:
+    """`runs/STUDENT_TEACHER`, without organisations and folders."""
+    return f"runs/{_short(student)}_{_short(teacher)}"
+
+
+def _short(name: str) -> str:
+    return Path(name).resolve().name
+
+
+def _read(name: str, kwargs: Any, role: str) -> tuple[Any, Any]:
+    """Configuration and tokenizer of a model."""
+    from .models import check_config
+    from .run import model_name
+    from .trainer import _name_and_config, _tokenizer
+
+    folder = str(model_name(name))
+    _, config = _name_and_config(folder, kwargs, f"the {role}")
+    check_config(config, name, f"the {role}")
+    return config, _tokenizer(folder, kwargs, f"the {role}'s tokenizer", "another model")
+
+
+def _max_length(configs: dict[str, Any], student: str, teacher: str) -> tuple[int, str]:
+    longest, why = MAX_LENGTH, "tokens of prompt and response"
+    for role, name in (("student", student), ("teacher", teacher)):
+        positions = getattr(configs[role].get_text_config(), "max_position_embeddings", None)
+        if positions is not None and positions < longest:
+            longest, why = positions, f"{_short(name)} has no more positions"
+    return longest, why
+
+
+def _method(tokenizers: dict[str, Any], given: dict[str, Any]) -> tuple[str, str]:
+    from .config import PARTS
+    from .data.vocabulary import same_vocabulary
+
+    same = same_vocabulary(tokenizers["student"], tokenizers["teacher"])
+    if same and not PARTS.keys() & given.keys():
+        return "dskd", "one vocabulary: compares token by token"
+    return "dskd_cma_ga", "goes with the parts that you set" if same else "two vocabularies: attention aligns tokens"
+
+
+def _prompt_style(tokenizers: dict[str, Any], student: str, teacher: str) -> tuple[str, str]:
+    has = {role: bool(tokenizer.chat_template) for role, tokenizer in tokenizers.items()}
+    if not any(has.values()):
+        return "plain", "neither has a chat template: both see plain text"
+    sees = {True: "its chat template", False: "plain text, it has no template"}
+    return "chat", f"{_short(student)}: {sees[has['student']]}; {_short(teacher)}: {sees[has['teacher']]}"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A way to train that is tried against the memory; `needed` in bytes, with what an allocator can't use."""
+
+    step: Step
+    four_bit: bool
+    needed: float
+
+    def __str__(self) -> str:
+        step = self.step
+        parts = [f"LoRA r {step.adapter_rank}" if step.adapter_rank else "all of the student trained"]
+        parts += ["NF4 teacher"] if self.four_bit else []
+        parts += ["gradient checkpointing"] if step.gradient_checkpointing else []
+        return ", ".join([*parts, f"batches of {step.batch_size} x {step.max_length}"])
+
+
+def _choices(
+    student: Size, teacher: Size, fixed: dict[str, Any], device: str, dtype: str, processes: int, four_bit: bool
+) -> Iterator[_Choice]:
+    """Ways to train that `fixed` settings leave open, the best first; `four_bit` says whether NF4 can run."""
+    from .memory import Step, room, step_memory, teacher_pass, teacher_weights
+
+    def options(name: str, *otherwise: Any) -> tuple[Any, ...]:
+        return (fixed[name],) if name in fixed else otherwise
+
+    accumulation = fixed.get("gradient_accumulation_steps", 1)
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    total = fixed.get("total_batch_size", None if "gradient_accumulation_steps" in fixed else TOTAL_BATCH_SIZE)
+    if total is not None:
+        batch_sizes = tuple(size for size in BATCH_SIZES if total % (size * processes) == 0) or (1,)
+    rank = fixed.get("lora_r", LORA_R)
+    wants_adapter = any(name.startswith(("lora_", "load_in_")) for name in fixed)
+    ranks: tuple[int | None, ...] = (None, rank)
+    if fixed.get("use_peft", wants_adapter or student.parameters > FULLY_TRAINED):
+        ranks = (rank,)
+    elif "use_peft" in fixed:
+        ranks = (None,)
+    cached = fixed.get("teacher_cache") is not None
+    # Beside the student are then its head and embedding alone.
+    elsewhere = cached or fixed.get("teacher_device") is not None
+    for checkpointing, adapter_rank, nf4, size in product(
+        options("gradient_checkpointing", False, True),
+        ranks,
+        options("load_teacher_in_4bit", *((False, True) if four_bit else (False,))),
+        options("per_device_train_batch_size", *batch_sizes),
+    ):
+        live = Step(
+            batch_size=size,
+            max_length=fixed["max_length"],
+            method=fixed["method"],
+            adapter_rank=adapter_rank,
+            student_dtype=fixed.get("dtype") or (dtype if adapter_rank else "float32"),
+            teacher="4bit" if nf4 else "live",
+            gradient_checkpointing=checkpointing,
+            dtype=dtype,
+            device=device,
+            accumulation=accumulation if total is None else max(total // (size * processes), 1),
+            loss_memory_mb=fixed.get("loss_memory_mb", 512),
+        )
+        step = replace(live, teacher="cached") if elsewhere else live
+        needed = step_memory(student, teacher, step).total
+        if cached and "load_teacher_in_4bit" not in fixed:
+            # A cache made in 4 bits is another one: unless that was decided, it has to be possible to fill it here.
+            needed = max(needed, teacher_weights(teacher, live) + teacher_pass(teacher, live))
+        yield _Choice(step, nf4, room(needed, device))
+
+
+def _fit(
+    configs: dict[str, Any], fixed: dict[str, Any], memory: float | None, device: str, dtype: str, processes: int
+) -> dict[str, tuple[Any, str]]:
+    """Settings, with reasons, of the first way to train that fits."""
+    from .memory import Size
+
+    student, teacher = Size.of(configs["student"]), Size.of(configs["teacher"])
+    no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device)
+    refused: list[_Choice] = []
+    for choice in _choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None):
+        if memory is None or choice.needed <= memory:
+            break
+        refused.append(choice)
+    else:
+        assert memory is not None
+        least = min(refused, key=lambda choice: choice.needed)
+        raise UserError(_too_large(least, student, teacher, fixed, memory, no_four_bit))
+
+    step = choice.step
+    found: dict[str, tuple[Any, str]] = {}
+    count = _millions(student)
+    if step.adapter_rank:
+        why = f"above {FULLY_TRAINED / 1e6:.0f} M an adapter is trained"
+        if any(other.step.adapter_rank is None for other in refused):
+            why = "training all of them doesn't fit"
+        elif student.parameters <= FULLY_TRAINED:
+            why = "an adapter, by your settings"
+        found["use_peft"] = True, f"{count}: {why}"
+        found["lora_r"] = step.adapter_rank, "rank of the adapter"
+        found["lora_alpha"] = 2 * step.adapter_rank, "twice the rank"
+        found["lora_dropout"] = 0.0, "none"
+        found["lora_target_modules"] = "all-linear", "every linear layer but the head"
+        found["dtype"] = step.student_dtype, "the weights below the adapter don't change"
+        found["learning_rate"] = LEARNING_RATES["adapter"], "for an adapter"
+    else:
+        found["use_peft"] = False, f"{count}: all of them are trained"
+        found["learning_rate"] = LEARNING_RATES["full"], "for all of the weights"
+    if METHODS[step.method].needs_teacher:
+        size = _millions(teacher)
+        why = f"{size} fit in {dtype}"
+        if choice.four_bit:
+            why = f"{size} don't fit in {dtype}"
+        elif step.teacher == "cached":
+            why = f"{size} aren't beside the student"
+        found["load_teacher_in_4bit"] = choice.four_bit, why
+    of = "" if memory is None else f" of {memory / 1e9:.1f}"
+    found["per_device_train_batch_size"] = step.batch_size, f"takes {choice.needed / 1e9:.1f}{of} GB"
+    found["per_device_eval_batch_size"] = step.batch_size, "as in training"
+    checkpointing = step.gradient_checkpointing
+    found["gradient_checkpointing"] = checkpointing, "nothing fits without" if checkpointing else "it fits without"
+    return found
+
+
+def _millions(model: Size) -> str:
+    count = model.parameters / 1e6
+    return f"{count:,.{0 if count >= 10 else 1}f} M parameters"
+
+
+def _why_no_four_bit(config: Any, name: str, device: str) -> str | None:
+    """Why the teacher can't run in 4 bits on `device`, or `None` if it can."""
+    from .teacher.load import check_four_bit, check_four_bit_shapes
+
+    try:
+        check_four_bit()
+        if device == "cpu":
+            check_four_bit_shapes(config, name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _too_large(
+    least: _Choice, student: Size, teacher: Size, fixed: dict[str, Any], memory: float, no_four_bit: str | None
+) -> str:
+    from .memory import room, step_memory
+
+    step = least.step
+    names = [_short(fixed[name]) for name in ("model_name_or_path", "teacher_model_name_or_path")]
+    yours = [f"{name}={fixed[name]}" for name in FITTED if name in fixed]
+    remedies = [f"leave {' and '.join(yours)} out"] if yours else []
+    if step.teacher != "cached" and METHODS[step.method].needs_teacher:
+        if no_four_bit is not None:
+            remedies.append(no_four_bit)
+        cached = room(step_memory(student, teacher, replace(step, teacher="cached")).total, step.device)
+        if cached <= memory:
+            remedies.append(
+                f"train with {cached / 1e9:.1f} GB from a --teacher_cache that hf-dskd cache-teacher fills on a larger"
+                " machine"
+            )
+    remedies.append("name smaller models or a smaller --max_length (nothing is offloaded to the CPU)")
+    return (
+        f"{names[0]} from {names[1]} doesn't fit: it takes {least.needed / 1e9:.1f} GB at least ({least}) and"
+        f" {memory / 1e9:.1f} GB are free; {'; or '.join(remedies)}"
+    )
+
+
+def train(description: str | None, config_file: Path, arguments: list[str] | None = None) -> None:
+    """
+    A run of two models that the command line names: `STUDENT TEACHER [--any_setting VALUE ...]`.
+
+    What the two need is derived and printed with its reasons. `--dry_run` prints the other settings too, which makes
+    a configuration file for `hf-dskd train --config`, and stops there.
+    """
+    from . import run
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"--help", "-h"} & set(arguments):
+        run.parse(description, config_file, arguments)
+    import yaml
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from .memory import free_memory
+    from .result import UNWRITTEN, _plain
+
+    student, teacher, flags = two_names(arguments)
+    check_two(student, teacher)
+    dry_run = "--dry_run" in flags
+    flags = [flag for flag in flags if flag != "--dry_run"]
+    told = {
+        flag[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for flag in flags if flag.startswith("--")
+    }
+    if "dataset_name" in told and "rename_columns" not in told:
+        # The file's are of the file's dataset.
+        flags.append("--rename_columns=")
+    smoke = "smoke" in told
+    names = [
+        f"--model_name_or_path={student}",
+        f"--teacher_model_name_or_path={teacher}",
+        f"--output_dir={output_dir(student, teacher)}{'_smoke' * smoke}",
+    ]
+    # One example at a time divides whatever total_batch_size is; a smoke run has sizes of its own.
+    size = [] if smoke else ["--per_device_train_batch_size=1"]
+    first = run.parse(None, config_file, [*names, *size, *flags])
+
+    file = flags[flags.index("--config") + 1] if "--config" in flags else config_file
+    fixed = {*told, *run.read_yaml("--config", file), *(("output_dir", *run.SMOKE) if smoke else ())}
+    values: dict[str, Any] = {}
+    for part in (first.script, first.config, first.model, first.options):
+        values |= {name: value for name, value in vars(part).items() if name in fixed}
+    config = first.config
+    memory = free_memory(config.device)
+    if config.device.type == "cpu":
+        memory /= config.world_size
+    # Every process has to derive the same.
+    memory = min(gather_object([memory]))
+    derived = derive(
+        str(first.model.model_name_or_path),
+        str(first.options.teacher_model_name_or_path),
+        memory=memory,
+        device=config.device.type,
+        given=values,
+        dtype=config.training_dtype,
+        processes=config.world_size,
+    )
+    chosen = [f"--{name}={value}" for name, value in derived.settings.items()]
+    final = run.parse(None, config_file, [*chosen, *names, *flags])
+    if PartialState().is_main_process:
+        print(derived, flush=True)
+        if dry_run:
+            rest = {name: _plain(value) for name, value in values.items() if value is not None}
+            print(yaml.safe_dump({name: rest[name] for name in rest if name not in ("smoke", *UNWRITTEN)}), end="")
+    if not dry_run:
+        run.train(final)
+
+
+def two_names(arguments: list[str]) -> tuple[str, str, list[str]]:
+    """Student, teacher and the flags after them."""
+    count = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    if count != 2:
+        got = " ".join(map(repr, arguments[:count])) or "nothing"
+        raise UserError(f"two names go before any --setting, the student's and then the teacher's: got {got}")
+    return arguments[0], arguments[1], arguments[2:]

@@ -1,0 +1,134 @@
+"""What a run came to and what it was made of: `result.json` and `settings.yaml`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, fields
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .trainer import DSKDTrainer
+
+RESULT_NAME = "result.json"
+SETTINGS_NAME = "settings.yaml"
+# Settings that DSKDConfig makes itself, and one that must not be written down.
+UNWRITTEN = ("remove_unused_columns", "logging_nan_inf_filter", "hub_token")
+
+
+def write_result(
+    path: Path,
+    trainer: DSKDTrainer,
+    metrics: dict[str, float],
+    history: dict[int, dict[str, float]],
+    train_runtime: float | None,
+    source: str | None = None,
+) -> None:
+    """
+    Writes what a run came to and what it was made of, as JSON.
+
+    Args:
+        path (`Path`): File to write.
+        trainer ([`DSKDTrainer`]): After training.
+        metrics (`dict[str, float]`): Of the final model.
+        history (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
+        train_runtime (`float`, *optional*):
+            Seconds of training since the start or the last resume; `None` if there was nothing left to train.
+        source (`str`, *optional*): Name of the dataset.
+    """
+    from .environment import command_line, hardware, versions
+    from .settings import DistillationSettings
+
+    config, state = trainer.args, trainer.state
+    best = state.best_model_checkpoint if config.load_best_model_at_end else None
+    teacher = getattr(trainer.teacher, "model", None)
+    result = {
+        "method": config.method,
+        "seed": config.seed,
+        "data_seed": config.data_seed,
+        "steps": state.global_step,
+        "best_checkpoint": best and Path(best).name,
+        "metrics": metrics,
+        "evaluations": history,
+        "train_runtime": train_runtime,
+        "command": command_line(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "hardware": hardware(trainer.accelerator.num_processes),
+        "models": {
+            "student": trainer._facts["student"],
+            "teacher": trainer._facts["teacher"],
+            "student_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "teacher_parameters": None if teacher is None else teacher.num_parameters(),
+            "adapter": trainer._facts["adapter"],
+        },
+        "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
+        "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
+        "changed_settings": differences(config),
+    }
+    write_text(path, json.dumps(result, indent=2, default=str) + "\n")
+
+
+def evaluations(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """Metrics by the optimizer step they were taken at, out of `trainer.state.log_history`."""
+    return {
+        entry["step"]: {name: value for name, value in entry.items() if name.startswith("eval_")}
+        for entry in history
+        if any(name.startswith("eval_") for name in entry)
+    }
+
+
+def differences(settings: Any) -> dict[str, list[Any]]:
+    """
+    `[default, value]` of the settings of a dataclass that are not at their default, as plain as YAML and JSON need.
+
+    Left out are those that [`DSKDConfig`] sets itself, and the token.
+    """
+    found = {}
+    for setting in fields(settings):
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        value = _plain(getattr(settings, setting.name))
+        default = None if default is MISSING else _plain(default)
+        # Objects that a setting was parsed into.
+        known = value is None or isinstance(value, (str, bool, int, float, list, dict))
+        # Of None Trainer makes what suits the metric, and that isn't False.
+        decided = setting.name == "greater_is_better" and value is not None
+        same = not decided and (value == default or all(_is_nothing(part) for part in (value, default)))
+        if setting.init and known and not same and setting.name not in UNWRITTEN:
+            found[setting.name] = [default, value]
+    return found
+
+
+def _is_nothing(value: Any) -> bool:
+    """Some settings make one of these of another."""
+    return value is None or value is False or value in ([], {}, "", "none", ["none"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes a configuration file for `--config`."""
+    import yaml
+
+    write_text(path, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: the file is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

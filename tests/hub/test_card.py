@@ -1,0 +1,428 @@
+"""The model card and the folder that is pushed, of several shapes of runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from hub_runs import SECRET, changed, evaluated, finished, of_pair, saved_student, saved_teacher, texts
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_dskd.errors import UserError
+from hf_dskd.hub.card import identity, model_card, write_model_folder
+from hf_dskd.hub.command import main
+from hf_dskd.hub.push import push_run
+from hf_dskd.packaged import MARKER, PACKAGED_MODELS
+from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, write_settings
+from hf_dskd.run import read_yaml
+
+
+SMOL, QWEN = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"
+ALWAYS = {"README.md", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return saved_student(folder / "my_student"), saved_teacher(folder / "my_teacher")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, models):
+    """Runs to be copied, not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "full": finished(folder / "full", *models, method="dskd_cma_ga", analysis_steps=0, analysis_examples=2),
+        "adapter": finished(
+            folder / "adapter",
+            *models,
+            adapter=True,
+            method="dskd_cma",
+            eval_on_start=True,
+            eval_generation_samples=2,
+        ),
+        "sft": finished(folder / "sft", *models, method="sft"),
+    }
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    def copy(name, **changes):
+        target = tmp_path / f"run_{name}"
+        shutil.copytree(made[name], target)
+        return changed(target, **changes)
+
+    return copy
+
+
+def written(folder, target, repo_id="ann/tiny", **options):
+    """What is pushed, and its card parsed back from the file."""
+    write_model_folder(folder, target, repo_id, online=False, **options)
+    card = ModelCard.load(target / "README.md")
+    assert "model_name" not in card.data.to_dict() and "[More Information Needed]" not in card.text
+    return card
+
+
+def headings(card):
+    return [line[3:] for line in card.text.splitlines() if line.startswith("## ")]
+
+
+def row(card, name):
+    [line] = [line for line in card.text.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("| ").split(" | ")][1:]
+
+
+# ---- Shapes of runs
+
+
+def test_a_whole_student_from_folders(run, tmp_path, models):
+    folder, target = run("full"), tmp_path / "pushed"
+    card = written(folder, target)
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["hf_dskd", "knowledge-distillation", "cross-tokenizer", "dskd_cma_ga"]
+    assert not {"base_model", "base_model_relation", "datasets", "license"} & set(data)
+    expected = {"config.json", "model.safetensors", "images/curves.png", "images/alignment.png"}
+    assert set(texts(target)) == ALWAYS | expected | (set(texts(target)) & {"special_tokens_map.json"})
+    # The picture of the last analysis, not of the first.
+    assert (target / "images" / "alignment.png").read_bytes() == (
+        folder / "analysis" / "step-2" / "alignment-0.png"
+    ).read_bytes()
+    assert "attend to the teacher's, after step 2" in card.text
+    assert (target / "model.safetensors").samefile(folder / "model.safetensors")
+    assert row(card, "student before training")[0].startswith("a model that isn't on the hub, `GPT2LMHeadModel`, ")
+    assert row(card, "teacher")[0].startswith("a model that isn't on the hub, `Qwen2ForCausalLM`, ")
+    assert "tokens aligned by cross-model attention, with queries matched to keys by a discriminator" in card.text
+    assert "The method is that of [arXiv 2603.22056](https://arxiv.org/abs/2603.22056), Eqs. 14 and 16." in card.text
+    assert row(card, "optimizer steps") == ["2"] and row(card, "training examples") == ["8, 1 times each"]
+    assert row(card, "time") == ["0:04 min since the start or the last resume"]
+    assert row(card, "training seeds") == ["one: 0"] and "torch 2" in row(card, "versions")[0]
+    assert row(card, "`kd_rate`") == ["0.25"] and row(card, "`model_init_kwargs`") == ['{"dtype": "float32"}']
+    assert "No licence of the student was found" in card.text and "- teacher: not found" in card.text
+    assert 'AutoModelForCausalLM.from_pretrained("ann/tiny")' in card.text and "PeftModel" not in card.text
+
+
+def test_an_adapter_from_folders(run, tmp_path, models):
+    folder, target = run("adapter"), tmp_path / "pushed"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(models[0])
+    card = written(folder, target)
+    assert card.data.library_name == "peft" and card.data.base_model is None
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my_student" and config["r"] == 4
+    assert "`base_model_name_or_path` in `adapter_config.json` is only" in card.text
+    assert 'base = AutoModelForCausalLM.from_pretrained("FOLDER_OF_THE_BASE_MODEL")' in card.text
+    assert {"adapter_model.safetensors", "adapter_config.json"} < set(texts(target))
+    assert "config.json" not in texts(target) and not (target / "auxiliary").exists()
+    # That of its base.
+    name = "generation_config.json"
+    assert (target / name).read_bytes() == (models[0] / name).read_bytes()
+    assert "images/alignment.png" not in card.text and "Alignment" not in headings(card)
+    bits = row(card, "bits per byte")
+    result = json.loads((folder / RESULT_NAME).read_text())
+    assert bits == [f"{result['evaluations']['0']['eval_bits_per_byte']:.4f}"] + [
+        f"{result['metrics']['eval_bits_per_byte']:.4f}"
+    ]
+    assert "On 4 held-out examples:" in card.text and "generated for 2 of these" in card.text
+    trained = result["models"]["trained_parameters"]
+    assert row(card, "student's parameters")[0].endswith(f", {trained:,} of them trained") and trained < 1e5
+
+
+def test_training_on_text_alone(run, tmp_path):
+    card = written(run("sft"), tmp_path / "pushed")
+    assert card.data.tags == ["hf_dskd", "knowledge-distillation", "sft"]
+    assert "teacher" not in card.text.lower().replace("no teacher", "")
+    assert "Its loss is −log q(y)." in card.text and "arxiv" not in card.text.lower()
+
+
+def test_packaged_models(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path / "cache"))
+    folder = of_pair(run("adapter"), SMOL, QWEN, "python_functions")
+    facts = json.loads((folder / "auxiliary.json").read_text())
+    (folder / "auxiliary.json").write_text(json.dumps({**facts, "student": f"/gone/{SMOL}"}))
+    target = tmp_path / "pushed"
+    card = written(folder, target, auxiliary=True)
+    data = card.data.to_dict()
+    assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and data["base_model_relation"] == "adapter"
+    assert data["license"] == "apache-2.0" and "datasets" not in data and "license_name" not in data
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")' in card.text
+    for name in (SMOL, QWEN):
+        assert f"`{PACKAGED_MODELS[name].gguf_file}`" in card.text
+    assert card.text.count("a GGUF file of 4 bits") == 2 and card.text.count("the adapter was not measured") == 1
+    assert "teacher: not found (none stated in the packages; the model family's own is Apache-2.0)" in card.text
+    assert "functions of Python's standard library" in row(card, "training data")[0]
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    facts = json.loads((target / "auxiliary" / "auxiliary.json").read_text())
+    assert set(texts(target / "auxiliary")) == {"auxiliary.json", "projectors.safetensors"}
+    assert facts["student"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert facts["method"] == "dskd_cma" and facts["modules"]["projectors"]["file"] == "projectors.safetensors"
+
+
+def test_a_folder_with_the_name_of_a_packaged_model(run, tmp_path):
+    folder = run("full")
+    own = tmp_path / "models" / SMOL
+    own.mkdir(parents=True)
+    settings = read_yaml("settings", folder / SETTINGS_NAME)
+    write_settings(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(own)})
+    changed(folder, models={"student": SMOL})
+    assert model_card(folder, online=False).data.base_model is None
+    (own / MARKER).write_text("{}")
+    assert model_card(folder, online=False).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_models_and_data_of_the_hub(run, tmp_path, monkeypatch):
+    folder = of_pair(run("full"), "gpt2", "Qwen/Qwen1.5-1.8B", "databricks/databricks-dolly-15k")
+    card = written(folder, tmp_path / "pushed")
+    data = card.data.to_dict()
+    assert data["base_model"] == "gpt2" and data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["databricks/databricks-dolly-15k"]
+    assert "cross-tokenizer" not in data["tags"]  # nothing on this machine tells
+    assert card.data.eval_results[-1].dataset_type == "databricks/databricks-dolly-15k"
+    link = "[`databricks/databricks-dolly-15k`](https://huggingface.co/datasets/databricks/databricks-dolly-15k)"
+    assert row(card, "training data") == [link]
+    # The same names, but folders.
+    (folder.parent / "databricks" / "databricks-dolly-15k").mkdir(parents=True)
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = model_card(folder, online=False).data.to_dict()
+    assert "datasets" not in data and "base_model" not in data
+    for source in ("data/rows.jsonl", "/srv/data/rows", "../rows", None):
+        changed(folder, data={"source": source})
+        assert "datasets" not in model_card(folder, online=False).data.to_dict()
+
+
+def test_a_teacher_that_was_trained_or_wrote_the_text(run):
+    folder = of_pair(run("full"), "ann/student", "ann/teacher")
+    settings = {**read_yaml("settings", folder / SETTINGS_NAME), "sft_teacher": True}
+    write_settings(folder / SETTINGS_NAME, settings)
+    changed(folder, models={"teacher": "teacher"}, settings={"load_teacher_in_4bit": True})
+    [told] = row(model_card(folder, online=False), "teacher")
+    assert told.startswith("[`ann/teacher`]") and "first fine-tuned on the same data" in told and "(NF4)" in told
+    folder = changed(of_pair(run("sft"), "ann/student", "ann/teacher"), method="seq_kd", models={"teacher": None})
+    card = model_card(folder, online=False)
+    assert row(card, "teacher")[0].startswith("[`ann/teacher`]") and "arXiv 1606.07947" in card.text
+
+
+def test_without_anything_that_may_be_missing(run, tmp_path):
+    folder = run("sft")
+    for name in (SETTINGS_NAME, "trainer_state.json"):
+        (folder / name).unlink()
+    result = json.loads((folder / RESULT_NAME).read_text())
+    kept = {name: result[name] for name in ("method", "steps", "settings", "metrics")}
+    (folder / RESULT_NAME).write_text(json.dumps({**kept, "metrics": {}}))
+    card = written(folder, tmp_path / "pushed", None)
+    assert headings(card) == ["How to use", "Training", "Limits", "Licence"]
+    assert "No score of this model was measured" in card.text and "images" not in card.text
+    assert "model-index" not in card.data.to_dict() and "None" not in card.text and "nan" not in card.text
+    assert 'from_pretrained("REPOSITORY")' in card.text
+
+
+# ---- Scores
+
+
+def test_scores_of_these_weights(run, tmp_path, caplog):
+    folder = run("adapter")
+    scores = evaluated(folder)
+    evaluated(folder, "evaluation-greedy", seeds=())
+    # Both are 0 of this model.
+    part = scores["sets"]["inside"]
+    part["sampled"] |= {"rouge_l": 21.5, "rouge_l_sd": 0.25}
+    part["greedy"] |= {"rouge_l": 22.75}
+    for name in ("evaluation", "evaluation-greedy"):
+        path = folder / name / "scores.json"
+        kept = json.loads(path.read_text())
+        kept["sets"]["inside"] |= {
+            kind: part[kind] for kind in ("sampled", "greedy") if kind in kept["sets"]["inside"]
+        }
+        path.write_text(json.dumps(kept))
+    card = written(folder, tmp_path / "pushed")
+    results = card.data.eval_results
+    assert all(isinstance(result, EvalResult) for result in results)
+    found = {(result.metric_type, result.metric_name): result.metric_value for result in results}
+    result = json.loads((folder / RESULT_NAME).read_text())
+    assert found == {
+        ("rouge", "ROUGE-L (mean over 2 decoding seeds)"): part["sampled"]["rouge_l"],
+        ("bits_per_byte", "bits per byte of the references"): part["bits_per_byte"],
+        ("rouge", "ROUGE-L (greedy)"): part["greedy"]["rouge_l"],
+        ("bits_per_byte", "bits per byte"): round(result["metrics"]["eval_bits_per_byte"], 6),
+    }
+    assert {result.dataset_type for result in results} == {"inside", "held-out"}
+    assert "21.50 ± 0.25 [" in card.text and "a standard deviation above is that of decoding" in card.text
+    assert "one training run (seed 0)" in card.text
+    # Of other weights: the run was trained anew.
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    caplog.clear()
+    card = model_card(folder, online=False)
+    assert "decoding" not in card.text and len(card.data.eval_results) == 1
+    assert {"evaluation", "evaluation-greedy"} == {record.args[0] for record in caplog.records}
+
+
+def test_sets_of_the_hub_and_their_first_examples(run):
+    folder = run("full")
+    scores = evaluated(folder)
+    scores["settings"]["limit"] = 1000
+    scores["sets"] = {"dolly": scores["sets"]["inside"] | {"source": "MiniLLM/dolly/valid.jsonl"}}
+    scores["sets"]["vicuna"] = scores["sets"]["dolly"] | {"source": "/srv/vicuna.jsonl", "bits_per_byte": None}
+    (folder / "evaluation" / "scores.json").write_text(json.dumps(scores))
+    results = model_card(folder, online=False).data.eval_results[:-1]
+    assert [(result.dataset_type, result.metric_type) for result in results] == [
+        ("MiniLLM/dolly", "rouge"),
+        ("MiniLLM/dolly", "bits_per_byte"),
+        ("vicuna", "rouge"),
+    ]
+    assert results[0].metric_name == "ROUGE-L (mean over 2 decoding seeds, the first 1,000 examples)"
+
+
+# ---- What stays here
+
+
+@pytest.mark.parametrize("name", ["full", "adapter", "sft"])
+def test_no_path_and_no_token_leaves_the_machine(run, made, models, tmp_path, name):
+    folder, target = run(name), tmp_path / "pushed"
+    evaluated(folder)
+    for file in ("config.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            content = json.loads((folder / file).read_text())
+            (folder / file).write_text(
+                json.dumps({**content, "_name_or_path": str(models[0]), "name_or_path": str(models[0])})
+            )
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"x")
+    (folder / "optimizer.pt").write_bytes(b"x")
+    (folder / "log.txt").write_text("x")
+    written(folder, target, auxiliary=name != "sft")
+    for path, text in texts(target).items():
+        for secret in (str(folder), str(made[name]), str(models[0].parent), str(tmp_path), SECRET):
+            assert secret not in text, (path, secret)
+    # Nor do the names of the folders into what people read.
+    assert "my_student" not in texts(target)["README.md"] and "my_teacher" not in texts(target)["README.md"]
+    unwanted = (
+        "training_args",
+        "optimizer",
+        "checkpoint",
+        "trainer_state",
+        "result.json",
+        "settings",
+        "log",
+        "questions",
+    )
+    assert not [path for path in texts(target) if any(word in path for word in unwanted)]
+    if name == "full":
+        assert json.loads((target / "config.json").read_text())["_name_or_path"] == "my_student"
+    if name != "sft":
+        assert (target / "auxiliary" / "projectors.safetensors").is_file()
+        assert (target / "auxiliary" / "discriminator.safetensors").is_file() == (name == "full")
+
+
+def test_settings_that_are_not_told(run):
+    folder = run("full")
+    told = {"lora_target_modules": ["q_proj", "v_proj"], "bf16": True, "attention_layers": "3:7,5:11", "max_steps": 2}
+    kept = {
+        **{"deepspeed": "conf/ds.json", "fsdp": [], "note": "~/x", "other": "C:\\x", "more": SECRET, "seed": None},
+        **{"hub_token": "short", "teacher_model_init_kwargs": {"token": "short"}, "report_to": ["wandb"]},
+        **{"list": ["../x"]},
+    }
+    write_settings(folder / SETTINGS_NAME, {**told, **kept, "pipe": "a|b"})
+    text = str(model_card(folder, online=False))
+    found = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert found == sorted([*told, "pipe"]) and "short" not in text and "| a\\|b |" in text
+
+
+# ---- Licences of folders
+
+
+def test_licences_of_folders(run, tmp_path):
+    folder, student = run("sft"), tmp_path / "other_student"
+    student.mkdir()
+    settings = read_yaml("settings", folder / SETTINGS_NAME)
+    write_settings(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(student)})
+
+    def licence():
+        data = model_card(folder, online=False).data.to_dict()
+        return [data.get(name) for name in ("license", "license_name", "license_link")]
+
+    assert licence() == [None] * 3
+    (student / "LICENSE").write_text("                Apache License\n        Version 2.0, January 2004\n")
+    assert licence() == ["apache-2.0", None, None]
+    (student / "LICENSE").write_text("MIT License\n\nCopyright")
+    assert licence() == ["mit", None, None]
+    (student / "LICENSE").write_text("Our own terms")
+    assert licence() == ["other", "license-of-the-base-model", "LICENSE"]
+    target = tmp_path / "pushed"
+    card = written(folder, target)
+    assert (target / "LICENSE").read_text() == "Our own terms"
+    assert "[license-of-the-base-model](LICENSE), the LICENSE in its folder" in card.text
+    (student / "README.md").write_text("---\nlicense: llama3.2\n---\n# x\n")
+    assert licence() == ["llama3.2", None, None]
+    (student / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n# x\n")
+    assert licence() == ["other", "ours", "LICENSE"]
+    (student / "README.md").write_text("# no metadata\n")
+    assert licence()[0] == "other"
+
+
+# ---- Bad input, and the command
+
+
+def test_folders_that_are_no_runs(run, tmp_path):
+    folder = run("sft")
+    cases = [
+        (tmp_path / "none", {}, "isn't a folder"),
+        (tmp_path, {}, "has no result.json"),
+        (folder, {"auxiliary": True, "without": "auxiliary.json"}, "leave --auxiliary out"),
+        (folder, {"without": "model.safetensors"}, "no model or adapter"),
+    ]
+    for path, options, expected in cases:
+        if options.get("without"):
+            (path / options.pop("without")).unlink()
+        with pytest.raises(UserError) as error:
+            write_model_folder(path, tmp_path / "pushed", online=False, **options)
+        assert expected in str(error.value) and "\n" not in str(error.value)
+        assert not (tmp_path / "pushed").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="isn't empty: name a folder that is"):
+        write_model_folder(run("full"), tmp_path / "full", online=False)
+
+
+def test_offline(run):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE=1 set: unset it, or drop --push_to_hub and push later"):
+        push_run(run("sft"), "ann/tiny")
+
+
+def test_command_line(run, tmp_path, capsys):
+    folder, target = run("sft"), tmp_path / "pushed"
+    assert main([str(folder), "ann/tiny", "--dry_run", str(target)]) == 0
+    assert (
+        capsys.readouterr().out.splitlines()[-1] == str(target) and '"ann/tiny"' in (target / "README.md").read_text()
+    )
+    for arguments, expected in (
+        ([str(folder)], "REPO is not set"),
+        ([], "required: run"),
+        ([str(folder), "a", "--token", "hf_x"], "unrecognized arguments: --token hf_x"),
+        ([str(tmp_path / "none"), "a"], "isn't a folder"),
+    ):
+        with pytest.raises(UserError) as error:
+            main(arguments)
+        assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_help_is_light():
+    code = "import sys; from hf_dskd.hub.command import main; main(['--help'])\n"
+    code += "print({'torch', 'transformers', 'huggingface_hub', 'numpy', 'yaml'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()"
+    assert "hf-dskd push RUN REPO" in done.stdout and "HF_TOKEN" in done.stdout
+
+
+def test_identity(tmp_path):
+    assert identity("ann/student", True) == {"base_model": "ann/student", "library_name": "peft"}
+    assert identity(str(tmp_path), False) == {"base_model": None, "library_name": "transformers"}
+    assert identity(SMOL, False)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (tmp_path / SMOL).mkdir()
+    (tmp_path / SMOL / MARKER).write_text("{}")
+    assert identity(str(tmp_path / SMOL), False)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,0 +1,305 @@
+"""Pushing runs: the real client of the hub talks to a stand-in, in processes of its own."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import hub_stand_in
+import pytest
+import torch
+from hub_runs import finished, of_pair, saved_student, saved_teacher
+from hub_stand_in import HubStandIn
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+USERS = {
+    "hf_write": {"name": "ann", "role": "write", "orgs": ["team"]},
+    "hf_read": {"name": "ann", "role": "read"},
+    "hf_fine": {"name": "bob", "role": "fineGrained"},
+    "hf_elsewhere": {
+        "name": "bob",
+        "role": "fineGrained",
+        "fineGrained": {
+            "global": [],
+            "scoped": [
+                {"entity": {"type": "user", "name": "bob"}, "permissions": ["repo.content.read"]},
+                {"entity": {"type": "model", "name": "bob/one"}, "permissions": ["repo.write"]},
+            ],
+        },
+    },
+}
+# Runs expressions, and prints what each gave or which error it raised.
+DRIVER = """
+import json, sys
+from hf_dskd.hub.card import model_card, write_model_folder
+from hf_dskd.hub.command import main
+from hf_dskd.hub.push import check_access, push_run
+found = []
+for expression in json.load(sys.stdin):
+    try:
+        found.append(str(eval(expression)))
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+print("\\n" + json.dumps(found))
+"""
+# Also where the tests run in the background of a shell, which has what it starts there ignore it.
+HEEDS_CTRL_C = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return saved_student(folder / "my_student"), saved_teacher(folder / "my_teacher")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, models):
+    """Runs of models of the stand-in; they are not changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    pair = ("base/gpt2-tiny", "base/qwen-tiny", "base/rows")
+    adapter = finished(folder / "adapter", *models, adapter=True, method="dskd_cma", analysis_steps=0)
+    return {
+        "full": of_pair(finished(folder / "full", *models, method="dskd_cma_ga"), *pair),
+        "adapter": of_pair(adapter, *pair),
+    }
+
+
+@pytest.fixture
+def hub(models):
+    with HubStandIn(USERS) as stand_in:
+        terms = {"license": "other", "license_name": "tiny-terms", "license_link": "TERMS.md"}
+        stand_in.add("base/gpt2-tiny", models[0], card=terms)
+        stand_in.add("base/qwen-tiny", models[1], card={"license": "mit"})
+        stand_in.add("base/rows", {"rows.jsonl": b"{}"}, "dataset", card={"license": "cc-by-sa-3.0"})
+        yield stand_in
+
+
+@pytest.fixture
+def call(hub, tmp_path):
+    """Runs expressions in a process whose hub is the stand-in."""
+
+    def run(*expressions, token="hf_write", driver=DRIVER, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", driver],
+            input=json.dumps(expressions),
+            env={**hub.environment(tmp_path / "home", token), "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def puts(hub):
+    return [path for method, path in hub.requests if method == "PUT"]
+
+
+def logits(model, tokenizer):
+    with torch.no_grad():
+        return model.float().eval()(**tokenizer("The cat sat", return_tensors="pt")).logits[0, -1, :8].tolist()
+
+
+def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, models):
+    full, adapter = made["full"], made["adapter"]
+    said = call(
+        f"push_run({str(full)!r}, 'tiny-full', private=True)",
+        f"main([{str(adapter)!r}, 'team/tiny-adapter', '--auxiliary', '--commit_message', 'Adapter'])",
+    )
+    assert said == [f"{hub.url}/ann/tiny-full/commit/{said[0][-40:]}", "0"]
+    first, second = hub.commits
+    assert (first.repo_id, first.message, first.deleted) == (
+        "ann/tiny-full",
+        "A student trained by dskd_cma_ga with hf_dskd",
+        [],
+    )
+    assert (second.repo_id, second.message, second.is_pr) == ("team/tiny-adapter", "Adapter", False)
+    assert (
+        hub.repositories["model", "ann/tiny-full"].private
+        and not hub.repositories["model", "team/tiny-adapter"].private
+    )
+    names = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    names |= {"images/curves.png"}
+    optional = {"special_tokens_map.json", "vocab.json", "merges.txt"}
+    assert set(first.added) - optional == names | {"config.json", "model.safetensors"}
+    assert set(second.added) - optional == names | {
+        *("adapter_config.json", "adapter_model.safetensors", "images/alignment.png"),
+        *("auxiliary/auxiliary.json", "auxiliary/projectors.safetensors"),
+    }
+    assert not list(full.glob(".push-*")) and not list(adapter.glob(".push-*"))
+    # Licences as the hub has them.
+    card = ModelCard(second.added["README.md"].decode())
+    data = card.data.to_dict()
+    terms = "https://huggingface.co/base/gpt2-tiny/blob/main/TERMS.md"
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "tiny-terms", terms)
+    assert (data["base_model"], data["base_model_relation"]) == ("base/gpt2-tiny", "adapter")
+    assert data["datasets"] == ["base/rows"]
+    assert "- teacher: `mit`, stated on its page" in card.text and "- training data: `cc-by-sa-3.0`" in card.text
+    # The generation config is the base's.
+    assert second.added["generation_config.json"] == hub.files("base/gpt2-tiny")["generation_config.json"]
+
+    codes = [re.search(r"```python\n(.*?)```", commit.added["README.md"].decode(), re.S)[1] for commit in hub.commits]
+    driver = "import json, torch\nfound = []\n"
+    for code in codes:
+        assert sum(line.startswith(("tokenizer", "base", "model")) for line in code.splitlines()) <= 3
+        driver += code + textwrap.dedent("""
+            with torch.no_grad():
+                given = tokenizer("The cat sat", return_tensors="pt")
+                found.append(model.float().eval()(**given).logits[0, -1, :8].tolist())
+            found.append(model.generation_config.eos_token_id in (0, [0]))  # transformers 4.57 has a list
+        """)
+    loaded = call(driver=driver + "print(json.dumps(found))")
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    whole = AutoModelForCausalLM.from_pretrained(full)
+    base = AutoModelForCausalLM.from_pretrained(models[0])
+    adapted = PeftModel.from_pretrained(base, adapter)
+    assert loaded == [pytest.approx(logits(whole, tokenizer), abs=1e-5), True] + [
+        pytest.approx(logits(adapted, tokenizer), abs=1e-5),
+        True,
+    ]
+    with adapted.disable_adapter():
+        assert loaded[2] != pytest.approx(logits(adapted, tokenizer), abs=1e-5)
+
+
+def test_what_stands_in_the_way(hub, call, made):
+    hub.add("ann/other", {"config.json": b"{}"})
+    hub.add("ann/readme", {"README.md": b"# Mine"})
+    tagged = {"tags": ["hf_dskd"], "base_model": "base/gpt2-tiny", "library_name": "transformers"}
+    hub.add("ann/same", {"config.json": b"{}"}, card=tagged)
+    hub.add("ann/adapter", {"config.json": b"{}"}, card={**tagged, "library_name": "peft"})
+    hub.add("ann/elsewhere", {"config.json": b"{}"}, card={**tagged, "base_model": "x/y"})
+    hub.add("ann/folder", {"config.json": b"{}"}, card={**tagged, "base_model": None})
+    hub.create("ann/empty", "model")
+    hub.create("bob/one", "model")
+    facts = "folder_facts={'base_model': 'base/gpt2-tiny', 'library_name': 'transformers'}"
+    cases = {
+        "check_access('new')": "ann/new",
+        "check_access('team/new')": "team/new",
+        f"check_access('ann/same', {facts})": "ann/same",
+        f"check_access('ann/empty', {facts})": "ann/empty",
+        f"check_access('ann/folder', {facts})": "ann/folder",
+        "check_access('ann/elsewhere')": "ann/elsewhere",
+        "check_access('ann/other', replace=True)": "ann/other",
+        "check_access('ann/other', create_pr=True)": "ann/other",
+        "check_access('bob/one', create_pr=True)": "bob/one",
+        "check_access('bob/one', token='hf_elsewhere')": "bob/one",
+        "check_access('bob/two', token='hf_fine')": "bob/two",
+        f"check_access('ann/same', revision='new', {facts})": "ann/same",
+        "check_access('a/b/c')": "'a/b/c' can't name a repository",
+        "check_access('-a')": "write NAMESPACE/NAME",
+        "check_access('ann/new', token='hf_read')": "the role 'read': take one with the role \"write\" from",
+        "check_access('ann/new', token='hf_unknown')": "the hub doesn't know the token; make another at",
+        "check_access('eve/new')": "isn't yours: name the repository in one of ann, team",
+        "check_access('bob/two', token='hf_elsewhere')": "fine-grained token, which may not write there",
+        "check_access('bob/none', create_pr=True)": "nothing to open a pull request in",
+        "check_access('ann/other')": "holds something else (its model card has no tag hf_dskd): choose another",
+        "check_access('ann/readme')": "holds something else",
+        "check_access('ann/other', revision='new')": "holds something else",
+        f"check_access('ann/elsewhere', {facts})": "(its base_model is 'x/y', this one's 'base/gpt2-tiny'): choose",
+        f"check_access('ann/adapter', {facts})": "(its library_name is 'peft', this one's 'transformers')",
+        f"push_run({str(made['adapter'])!r}, 'ann/same')": "(its library_name is 'transformers', this one's 'peft')",
+        f"push_run({str(made['full'])!r}, 'ann/x', token='hf_read')": "the role 'read'",
+    }
+    for (expression, expected), said in zip(cases.items(), call(*cases), strict=True):
+        if re.fullmatch(r"[\w-]+/[\w-]+", expected):
+            assert said == expected, expression
+        else:
+            assert said.startswith("UserError: ") and expected in said and "\n" not in said, (expression, said)
+    assert hub.commits == [] and ("model", "ann/new") not in hub.repositories
+    [nobody] = call("check_access('ann/new')", token=None)
+    assert "without a token: run `hf auth login` or set HF_TOKEN" in nobody and "hf-dskd push RUN REPO" in nobody
+    [nowhere] = call("check_access('ann/new')", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 didn't answer as it should" in nowhere and "check the network, or drop" in nowhere
+    assert "\n" not in nobody + nowhere
+
+
+def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
+    hub.add(
+        "ann/other",
+        {"config.json": b"{}", "old/weights.bin": b"1", "model.safetensors": b"2", "tokenizer.json": b"{}"},
+    )
+    hub.add("bob/one", {"README.md": b"# Bob's"})
+    hub.add("team/one", {"README.md": b"# The team's"})
+
+    def branch(handler, kind, repo_id, name):
+        repository = handler.repository(kind, repo_id, write=True)
+        repository.refs[name] = repository.refs["main"]
+        handler.answer({})
+
+    route = (rf"{hub_stand_in.KIND}/branch/(.+)", ("POST",), branch)
+    monkeypatch.setattr(hub_stand_in, "ROUTES", [route, *hub_stand_in.ROUTES])
+    adapter, full = str(made["adapter"]), str(made["full"])
+    said = call(
+        f"push_run({adapter!r}, 'ann/other', replace=True)",
+        f"push_run({adapter!r}, 'ann/other')",
+        f"push_run({full!r}, 'ann/full', revision='try')",
+        f"push_run({full!r}, 'bob/one', create_pr=True)",
+        f"push_run({full!r}, 'team/one', create_pr=True).pr_url",
+    )
+    assert not [line for line in said[:3] if "Error" in line], said
+    replaced, tried = hub.commits[:2]
+    assert replaced.repo_id == "ann/other" and sorted(replaced.deleted) == [
+        *("config.json", "model.safetensors", "old/weights.bin"),
+    ]
+    assert ".gitattributes" in hub.files("ann/other") and "adapter_model.safetensors" in hub.files("ann/other")
+    # Pushed again unchanged: no commit, and nothing of the models is sent again.
+    assert said[1].split("/commit/")[1] == said[0].split("/commit/")[1]
+    assert (tried.repo_id, tried.revision) == ("ann/full", "try") and set(hub.files("ann/full")) == {".gitattributes"}
+    # Of the repositories of others the stand-in, unlike the hub, takes no pull requests.
+    assert said[3].startswith("UserError: 'bob/one' may not be written with this token (403")
+    assert "nothing was published" in said[3] and "\n" not in said[3]
+    assert said[4] == f"{hub.url}/team/one/discussions/1" and set(hub.files("team/one")) == {
+        ".gitattributes",
+        "README.md",
+    }
+    assert len(hub.commits) == 3 and hub.commits[2].is_pr and hub.commits[2].deleted == []
+
+
+def test_interrupted_it_goes_on(hub, call, made, tmp_path):
+    adapter = str(made["adapter"])
+    push = f"main([{adapter!r}, 'ann/tiny', '--auxiliary'])"
+    hub.interrupt_uploads(after=2, status=403)
+    [said] = call(push)
+    assert said.startswith("UserError: 'ann/tiny': ") and "\n" not in said
+    assert "nothing was published and the same command goes on" in said
+    assert hub.commits == [] and set(hub.files("ann/tiny")) == {".gitattributes"}
+    stored, before = set(hub.objects), len(puts(hub))
+    assert len(stored) >= 2
+    # Ctrl-C, in the middle of what is left.
+    hub.interrupt_uploads(after=0)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{HEEDS_CTRL_C}from hf_dskd.hub.command import main\nsys.exit({push})"],
+        env={**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert hub.interrupted.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped; nothing was published, and the same command goes on" in printed
+    assert hub.commits == [] and not list(made["adapter"].glob(".push-*"))
+    assert call(push) == ["0"]
+    assert len(hub.commits) == 1 and "auxiliary/projectors.safetensors" in hub.files("ann/tiny")
+    sent_again = {path.removeprefix("/storage/") for path in puts(hub)[before:]}
+    assert not sent_again & stored and sent_again
+
+
+def test_a_dry_run_contacts_nobody(hub, call, made, tmp_path):
+    for name in made:
+        shutil.copytree(made[name], tmp_path / name)
+    said = call(
+        *(
+            f"main([{str(tmp_path / name)!r}, 'ann/tiny', '--dry_run', {str(tmp_path / f'{name}_pushed')!r}])"
+            for name in made
+        )
+    )
+    assert said == ["0", "0"] and hub.requests == []
+    assert (tmp_path / "full_pushed" / "model.safetensors").is_file()

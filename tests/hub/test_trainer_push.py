@@ -1,0 +1,122 @@
+"""The trainer and `hf-dskd train` with `push_to_hub`, against the stand-in of the hub."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import runs
+from hub_stand_in import HubStandIn
+
+from hf_dskd import UserError
+
+
+TESTS = Path(runs.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubStandIn() as hub:
+        yield hub
+
+
+def python(hub, home, code, token="hf_write"):
+    code = f"import sys\nsys.path[:0] = {[str(TESTS), str(TESTS.parent)]!r}\n{textwrap.dedent(code)}"
+    environment = {**hub.environment(home, token), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
+    """Also after a first run in the same folder, whose result must not be told again."""
+    lines = python(
+        hub,
+        tmp_path,
+        f"""
+        import runs, tiny
+        for steps in (1, 2):
+            trainer = runs.trainer(
+                {str(tmp_path / "out")!r}, push_to_hub=True, hub_model_id="tiny-student", max_steps=steps,
+                eval_dataset=tiny.dataset(4), push_auxiliary_to_hub=steps == 2, hub_token="hf_write",
+            )
+            trainer.train()
+            trainer.evaluate()
+            if steps == 1:
+                trainer.create_model_card(dataset_name="ann/first")
+        print(trainer.push_to_hub(dataset_name="ann/data").commit_url)
+        print(trainer.push_to_hub("in the background", blocking=False).result().commit_url)
+        """,
+        token=None,
+    )
+    assert lines[-2].startswith(f"{hub.url}/ann/tiny-student/commit/")
+    pushed = [commit for commit in hub.commits if commit.repo_id == "ann/tiny-student"]
+    assert len(pushed) == 1, "the second push had nothing new"
+    assert {"README.md", "model.safetensors", "images/curves.png", "auxiliary/projectors.safetensors"} <= set(
+        pushed[0].added
+    )
+    assert not any(name.startswith(("checkpoint", "training_args", "result")) for name in pushed[0].added)
+    card = pushed[0].added["README.md"].decode()
+    assert "ann/data" in card and "ann/first" not in card and "| optimizer steps | 2 |" in card
+    assert "hf_write" not in card and str(tmp_path) not in card
+    # What create_model_card left beside the run of one step.
+    first = (tmp_path / "out" / "README.md").read_text()
+    assert "ann/first" in first and (tmp_path / "out" / "images" / "curves.png").is_file()
+    assert "hf_write" not in (tmp_path / "out" / "result.json").read_text()
+
+
+def test_the_command_pushes_last_and_keeps_the_token_to_itself(hub, tmp_path):
+    lines = python(
+        hub,
+        tmp_path,
+        f"""
+        from hf_dskd import cli
+        sys.argv = [
+            "hf-dskd", "train", "--smoke",
+            "--model_name_or_path", "gpt2", "--teacher_model_name_or_path", "Qwen/Qwen1.5-1.8B",
+            "--max_steps", "1", "--output_dir", {str(tmp_path / "out")!r},
+            "--push_to_hub", "--hub_model_id", "by-command", "--hub_token", "hf_write",
+        ]
+        cli.main()
+        """,
+        token=None,
+    )
+    assert lines[-1].startswith(f"{hub.url}/ann/by-command/commit/")
+    (commit,) = (commit for commit in hub.commits if commit.repo_id == "ann/by-command")
+    # Drawn after the evaluation, which is why the push is the last of all.
+    assert "images/alignment.png" in commit.added
+    for name in ("result.json", "settings.yaml"):
+        assert "hf_write" not in (tmp_path / "out" / name).read_text(), name
+    assert "--hub_token ..." in json.loads((tmp_path / "out" / "result.json").read_text())["command"]
+
+
+@pytest.mark.parametrize(
+    "token, expected",
+    [(None, "without a token"), ("hf_read", "role 'read'")],
+)
+def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expected):
+    lines = python(
+        hub,
+        tmp_path,
+        f"""
+        import runs, tiny
+        from hf_dskd import UserError, trainer
+        def never(*args, **kwargs):
+            raise AssertionError("loaded")
+        trainer.load_causal_lm = trainer.tokenize_dataset = never
+        try:
+            runs.trainer({str(tmp_path / "out")!r}, push_to_hub=True, hub_model_id="ann/other")
+        except UserError as error:
+            print(error)
+        """,
+        token=token,
+    )
+    assert "'ann/other'" in lines[-1] and expected in lines[-1]
+
+
+def test_half_a_run_is_not_pushed():
+    for strategy in ("every_save", "checkpoint"):
+        with pytest.raises(UserError, match=f"hub_strategy='{strategy}' would publish.*leave it at 'end'"):
+            runs.config("out", push_to_hub=True, hub_strategy=strategy)

@@ -1,0 +1,418 @@
+"""What a pair of models needs: derived from configurations and tokenizers, fitted into a memory."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from hf_dskd import UserError, pair, run
+from hf_dskd.pair import derive
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPE = RECIPES / "your_pair.py"
+# Recipes are run as files; the sizes of real models are in one of them.
+sys.path.insert(0, str(RECIPES))
+
+from benchmark_step import model_config  # noqa: E402
+
+
+# Memory of cards, in bytes, as the table of README.md has it.
+T4, RTX_3060, RTX_4090 = 14.56 * 2**30, 11.75 * 2**30, 23.6 * 2**30
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+FITTED = ("load_teacher_in_4bit", "per_device_train_batch_size", "gradient_checkpointing")
+
+
+def write(folder, config, tokenizer, template=None, **changes):
+    """A model without weights: deriving must not load any."""
+    config.update(changes)
+    config.save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    names = {
+        "gpt2": ("openai-community/gpt2", tiny.byte_level_tokenizer),
+        "qwen-1.8b": ("Qwen/Qwen1.5-1.8B", tiny.sentencepiece_tokenizer),
+        "llama-1b": ("meta-llama/Llama-3.2-1B", tiny.byte_level_tokenizer),
+        "qwen-7b": ("Qwen/Qwen2.5-7B", tiny.sentencepiece_tokenizer),
+    }
+    found = {key: write(folder / key, model_config(name), make()) for key, (name, make) in names.items()}
+    found["same"] = write(folder / "same", model_config("Qwen/Qwen1.5-1.8B"), tiny.byte_level_tokenizer(), TEMPLATE)
+    found["short"] = write(
+        folder / "short", model_config("tiny teacher"), tiny.byte_level_tokenizer(), max_position_embeddings=300
+    )
+    return found
+
+
+def derived(models, student="gpt2", teacher="qwen-1.8b", memory=None, device="cuda", **given):
+    processes = given.pop("processes", 1)
+    dtype = given.pop("training_dtype", "bfloat16")
+    return derive(
+        models[student],
+        models[teacher],
+        memory=memory,
+        device=device,
+        given={"total_batch_size": 32, **given},
+        dtype=dtype,
+        processes=processes,
+    )
+
+
+def refused(call, *parts):
+    """Calls; expects a one-line error that contains each of `parts`."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+    return message
+
+
+def fitted(found):
+    return tuple(found.settings[name] for name in FITTED)
+
+
+# ---- What doesn't depend on memory
+
+
+def test_a_small_student_of_another_vocabulary(models):
+    found = derived(models)
+    assert found.settings == {
+        "model_name_or_path": models["gpt2"],
+        "teacher_model_name_or_path": models["qwen-1.8b"],
+        "output_dir": "runs/gpt2_qwen-1.8b",
+        "max_length": 512,
+        "method": "dskd_cma_ga",
+        "prompt_style": "plain",
+        "use_peft": False,
+        "learning_rate": 5e-5,
+        "load_teacher_in_4bit": False,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "gradient_checkpointing": False,
+    }
+    # Every one has a reason, on the line of its own value; the text is a configuration file.
+    assert found.reasons.keys() == found.settings.keys() and all(found.reasons.values())
+    lines = str(found).splitlines()
+    assert len({line.index("# ") for line in lines}) == 1 and yaml.safe_load(str(found)) == found.settings
+    assert "124 M parameters: all of them are trained" in str(found)
+
+
+def test_a_larger_student_gets_an_adapter(models):
+    found = derived(models, "llama-1b", "qwen-7b")
+    expected = {
+        "use_peft": True,
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "lora_dropout": 0.0,
+        "lora_target_modules": "all-linear",
+        "dtype": "bfloat16",
+        "learning_rate": 2e-4,
+    }
+    assert expected.items() <= found.settings.items()
+    assert "1,236 M parameters: above 500 M" in found.reasons["use_peft"]
+    assert derived(models, "llama-1b", "qwen-7b", training_dtype="float16").settings["dtype"] == "float16"
+
+
+def test_one_vocabulary_is_compared_token_by_token(models):
+    found = derived(models, "gpt2", "same")
+    assert found.settings["method"] == "dskd" and "one vocabulary" in found.reasons["method"]
+    # Queries and keys are set: a method that has them.
+    assert derived(models, "gpt2", "same", matching="mmd").settings["method"] == "dskd_cma_ga"
+
+
+def test_each_model_has_its_own_prompts(models):
+    found = derived(models, "gpt2", "same")
+    assert found.settings["prompt_style"] == "chat"
+    assert found.reasons["prompt_style"] == "gpt2: plain text, it has no template; same: its chat template"
+    assert "neither" in derived(models).reasons["prompt_style"]
+
+
+def test_the_length_is_what_both_have_positions_for(models):
+    for names in (("gpt2", "short"), ("short", "gpt2")):
+        found = derived(models, *names)
+        assert found.settings["max_length"] == 300 and found.reasons["max_length"] == "short has no more positions"
+
+
+# ---- What does
+
+
+def test_what_fits_on_the_cards_of_the_readme(models):
+    """There, at 4 x 512: 9.5 GB for the first pair; 16.0 for the second in 4 bits, 12.2 with checkpointing."""
+    first = {card: derived(models, memory=card) for card in (T4, RTX_3060, RTX_4090)}
+    assert {card: fitted(found) for card, found in first.items()} == {
+        T4: (False, 8, False),
+        RTX_3060: (False, 8, False),
+        RTX_4090: (False, 8, False),
+    }
+    assert not any(found.settings["use_peft"] for found in first.values())
+    assert first[RTX_3060].reasons["per_device_train_batch_size"] == "takes 12.0 of 12.6 GB"
+    second = {card: fitted(derived(models, "llama-1b", "qwen-7b", card)) for card in (T4, RTX_3060, RTX_4090)}
+    # 4 don't fit on a T4 without checkpointing and nothing does on the smaller card; the largest has room for two
+    # examples beside a teacher in 16 bits.
+    assert second == {T4: (True, 2, False), RTX_3060: (True, 2, True), RTX_4090: (False, 2, False)}
+
+
+def test_what_fits_is_tried_in_the_order_of_what_is_lost(models):
+    """Smaller batches first, then a teacher in 4 bits, then an adapter, then checkpointing."""
+    seen = []
+    for gigabytes in (16, 10, 7, 5.9, 5, 4.2):
+        found = derived(models, memory=gigabytes * 1e9)
+        seen.append((found.settings["use_peft"], *fitted(found)))
+    assert seen == sorted(seen, key=lambda row: (row[3], row[0], row[1], -row[2]))
+    assert len(set(seen)) >= 4 and any(row[0] for row in seen) and any(row[1] for row in seen)
+    small = derived(models, memory=5e9)
+    assert "training all of them doesn't fit" in small.reasons["use_peft"] or not small.settings["use_peft"]
+    assert float(small.reasons["per_device_train_batch_size"].split()[1]) <= 5.0
+
+
+def test_batches_share_the_examples_of_a_step(models):
+    assert derived(models, total_batch_size=12).settings["per_device_train_batch_size"] == 4
+    assert derived(models, processes=8).settings["per_device_train_batch_size"] == 4
+    assert derived(models, total_batch_size=3).settings["per_device_train_batch_size"] == 1
+    found = derived(models, total_batch_size=None, gradient_accumulation_steps=3)
+    assert found.settings["per_device_train_batch_size"] == 8
+
+
+def test_the_heap_of_a_cpu_needs_more_room(models):
+    memory = 13e9
+    gpu, cpu = (derived(models, memory=memory, device=device) for device in ("cuda", "cpu"))
+    assert gpu.settings["per_device_train_batch_size"] > cpu.settings["per_device_train_batch_size"]
+
+
+def test_given_settings_stay_and_are_fitted_around(models):
+    given = {"max_length": 128, "method": "alm", "learning_rate": 1e-3, "output_dir": "mine", "prompt_style": "plain"}
+    found = derived(models, "llama-1b", "qwen-7b", T4, **given)
+    assert not given.keys() & found.settings.keys() and not given.keys() & found.reasons.keys()
+    # A quarter of the length and no projectors: four times the batch of the test above.
+    assert fitted(found) == (True, 8, False)
+    found = derived(models, "llama-1b", "qwen-7b", T4, per_device_train_batch_size=4)
+    assert found.settings["gradient_checkpointing"] and "per_device_train_batch_size" not in found.settings
+    found = derived(models, memory=T4, load_teacher_in_4bit=True)
+    assert "load_teacher_in_4bit" not in found.settings
+    found = derived(models, memory=T4, gradient_checkpointing=True, per_device_train_batch_size=8)
+    assert "takes 1" in derived(models, memory=T4).reasons["per_device_train_batch_size"]
+    assert not {"gradient_checkpointing", "per_device_train_batch_size"} & found.settings.keys()
+
+
+def test_the_kind_of_training_can_be_given(models):
+    assert derived(models, use_peft=True).settings["lora_r"] == 64
+    found = derived(models, lora_r=8)
+    assert found.settings["use_peft"] and found.settings["lora_alpha"] == 16 and "lora_r" not in found.settings
+    assert "by your settings" in found.reasons["use_peft"] and found.settings["learning_rate"] == 2e-4
+    full = derived(models, "llama-1b", "qwen-7b", use_peft=False)
+    assert "lora_r" not in full.settings and full.settings["learning_rate"] == 5e-5
+    assert full.settings["per_device_train_batch_size"] == 8
+    # Weights of 4 bytes instead of 2 take their place: 2.5 GB.
+    sizes = [
+        float(derived(models, "llama-1b", "qwen-7b", memory=1e12, **given).reasons[FITTED[1]].split()[1])
+        for given in ({"dtype": "float32"}, {})
+    ]
+    assert sizes[0] > sizes[1] + 2
+
+
+def test_a_teacher_that_runs_elsewhere_takes_less(models):
+    takes = {}
+    for name, given in {
+        "live": {},
+        "cached": {"teacher_cache": "cache"},
+        "beside": {"teacher_device": "cuda:1"},
+        "none": {"method": "sft"},
+    }.items():
+        found = derived(models, "llama-1b", "qwen-7b", memory=1e12, **given)
+        takes[name] = float(found.reasons["per_device_train_batch_size"].split()[1])
+    assert takes["none"] < takes["beside"] < takes["cached"] or takes["beside"] == takes["cached"]
+    assert takes["cached"] < takes["live"]
+    assert "load_teacher_in_4bit" not in derived(models, method="sft").settings
+    # The cache is filled with a teacher that fits alone, and one in 4 bits makes another cache.
+    small = derived(models, "llama-1b", "qwen-7b", RTX_3060, teacher_cache="cache")
+    large = derived(models, "llama-1b", "qwen-7b", RTX_4090, teacher_cache="cache")
+    assert small.settings["load_teacher_in_4bit"] and not large.settings["load_teacher_in_4bit"]
+
+
+def test_without_nf4_the_teacher_stays_in_16_bits(models, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(lambda: derived(models, "llama-1b", "qwen-7b", T4), "pip install bitsandbytes")
+    assert "Qwen" not in message and "NF4 teacher" not in message
+    assert not derived(models, "llama-1b", "qwen-7b").settings["load_teacher_in_4bit"]
+
+
+def test_nf4_on_a_cpu_needs_shapes_that_it_can_run(models, tmp_path):
+    odd = write(
+        tmp_path / "odd", model_config("Qwen/Qwen2.5-7B"), tiny.sentencepiece_tokenizer(), intermediate_size=18_950
+    )
+    message = refused(lambda: derived({**models, "odd": odd}, "gpt2", "odd", 20e9, "cpu"), "multiples of 64")
+    assert "NF4 teacher" not in message
+    assert derived(models, "gpt2", "qwen-7b", 20e9, "cpu").settings["load_teacher_in_4bit"]
+
+
+def test_what_cannot_fit_is_refused_with_numbers_and_remedies(models):
+    message = refused(
+        lambda: derived(models, "llama-1b", "qwen-7b", 8.5e9),
+        "llama-1b from qwen-7b doesn't fit: it takes ",
+        "(LoRA r 64, NF4 teacher, gradient checkpointing, batches of 1 x 512) and 8.5 GB are free; ",
+        "GB from a --teacher_cache that hf-dskd cache-teacher fills on a larger machine; or name smaller models",
+        "nothing is offloaded to the CPU",
+    )
+    assert "leave" not in message
+    least = float(message.partition("takes ")[2].split()[0])
+    assert 8.5 < least < 12.5
+    # It says the truth: with as much it fits, with a bit less it doesn't.
+    assert fitted(derived(models, "llama-1b", "qwen-7b", (least + 0.06) * 1e9)) == (True, 1, True)
+    refused(lambda: derived(models, "llama-1b", "qwen-7b", (least - 0.06) * 1e9))
+    assert "--teacher_cache" not in refused(lambda: derived(models, "llama-1b", "qwen-7b", 3e9))
+    assert "--teacher_cache" not in refused(lambda: derived(models, "llama-1b", "qwen-7b", 3e9, teacher_cache="cache"))
+    refused(
+        lambda: derived(models, memory=5e9, use_peft=False, per_device_train_batch_size=32),
+        "leave use_peft=False and per_device_train_batch_size=32 out",
+        "all of the student trained, NF4 teacher, gradient checkpointing, batches of 32 x 512",
+    )
+
+
+# ---- Names
+
+
+def test_models_that_cannot_be_used_are_one_line(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(models["gpt2"]).parent)
+    refused(lambda: derive("gpt2", "./gpt2", memory=None, device="cpu", given={}), "'gpt2' is student and teacher")
+    refused(lambda: derive("a/b", "a/b", memory=None, device="cpu", given={}), "'a/b' is student and teacher")
+    # Names of the hub, offline; the tests run so.
+    refused(lambda: derive("gpt2", "no/such", memory=None, device="cpu", given={}), "the teacher 'no/such' can't be")
+    refused(lambda: derive("no/such", "gpt2", memory=None, device="cpu", given={}), "the student 'no/such'", "OFFLINE")
+    (tmp_path / "empty").mkdir()
+    refused(
+        lambda: derive("gpt2", str(tmp_path / "empty"), memory=None, device="cpu", given={}),
+        "the teacher",
+        "the folder has no config.json",
+    )
+    write(
+        tmp_path / "masked", model_config("tiny teacher"), tiny.byte_level_tokenizer(), architectures=["BForMaskedLM"]
+    )
+    refused(
+        lambda: derive("gpt2", str(tmp_path / "masked"), memory=None, device="cpu", given={}),
+        "a masked language model",
+    )
+
+
+def test_two_names_go_first():
+    assert pair.two_names(["a", "b", "--seed", "1", "c"]) == ("a", "b", ["--seed", "1", "c"])
+    refused(lambda: pair.two_names([]), "got nothing")
+    refused(lambda: pair.two_names(["--seed", "1", "a", "b"]), "got nothing")
+    refused(lambda: pair.two_names(["a", "--smoke"]), "got 'a'")
+    refused(lambda: pair.two_names(["a", "b", "c"]), "got 'a' 'b' 'c'")
+
+
+# ---- The recipe
+
+
+@pytest.fixture
+def started(models, monkeypatch, tmp_path):
+    """Starts the recipe up to the run itself, which it returns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_dskd.memory.free_memory", lambda device: 60e9)
+    runs = []
+    monkeypatch.setattr(run, "train", runs.append)
+
+    def start(*flags, student=models["gpt2"], teacher=models["qwen-1.8b"]):
+        pair.train(None, RECIPE.with_suffix(".yaml"), [student, teacher, "--use_cpu", *flags])
+        return runs.pop() if runs else None
+
+    return start
+
+
+def test_the_recipe_runs_what_is_derived(started, models, capsys):
+    found = started()
+    assert found.model.model_name_or_path == models["gpt2"]
+    assert found.options.teacher_model_name_or_path == models["qwen-1.8b"]
+    config = found.config
+    assert str(config.output_dir) == "runs/gpt2_qwen-1.8b" and config.method == "dskd_cma_ga"
+    assert (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps == found.options.total_batch_size == 32
+    )
+    assert config.learning_rate == 5e-5 and config.num_train_epochs == 3 and not found.model.use_peft
+    assert found.script.dataset_name == "databricks/databricks-dolly-15k"
+    assert found.options.rename_columns == "context=input,response=output"
+    printed = capsys.readouterr().out
+    assert "method: dskd_cma_ga" in printed and "of 60.0 GB" in printed and "dataset_name" not in printed
+
+
+def test_the_users_settings_win(started, capsys):
+    flags = [
+        "--learning_rate",
+        "1e-3",
+        "--use-peft",
+        "--lora_r=8",
+        "--dataset_name",
+        "my.jsonl",
+        "--output_dir",
+        "mine",
+    ]
+    found = started(*flags, "--total_batch_size", "4", "--no_correctness_mask")
+    assert found.config.learning_rate == 1e-3 and found.model.use_peft and found.model.lora_r == 8
+    assert found.model.lora_alpha == 16 and found.model.lora_target_modules == "all-linear"
+    assert found.config.per_device_train_batch_size == 4 and found.config.gradient_accumulation_steps == 1
+    assert str(found.config.output_dir) == "mine" and not found.config.correctness_mask
+    # The columns of the YAML file are those of its own dataset.
+    assert found.script.dataset_name == "my.jsonl" and not found.options.rename_columns
+    printed = capsys.readouterr().out
+    assert not any(f"{name}:" in printed for name in ("learning_rate", "use_peft", "lora_r", "output_dir"))
+    assert started("--dataset_name=my.jsonl", "--rename_columns", "a=b").options.rename_columns == "a=b"
+
+
+def test_a_configuration_file_of_ones_own_is_fitted_around(started, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "dataset_name: my.jsonl\nlearning_rate: 0.25\nper_device_train_batch_size: 2\n"
+    )
+    found = started("--config", "mine.yaml")
+    assert found.config.learning_rate == 0.25 and found.config.per_device_train_batch_size == 2
+    assert found.script.dataset_name == "my.jsonl" and found.config.method == "dskd_cma_ga"
+
+
+def test_a_dry_run_prints_a_configuration_file(started, capsys, tmp_path):
+    assert started("--dry_run", "--dataset_name", "my.jsonl", "--seed", "7", "--hub_token", "secret") is None
+    text = capsys.readouterr().out
+    (tmp_path / "pair.yaml").write_text(text)
+    kept = run.parse(None, tmp_path / "pair.yaml", [])
+    assert kept.config.greater_is_better is False
+    started_with = started("--dataset_name", "my.jsonl", "--seed", "7")
+    # What a machine computes in isn't kept; transformers 4 puts the time into the other.
+    left_out = {"bf16", "use_cpu", "logging_dir"}
+    was, is_now = (
+        {name: value for name, value in run.changed_settings(each).items() if name not in left_out}
+        for each in (started_with, kept)
+    )
+    assert is_now == was and is_now["seed"] == 7 and "secret" not in text
+
+
+def test_the_same_name_twice_is_refused_before_anything(started):
+    refused(lambda: started("--smoke", student="a", teacher="a"), "'a' is student and teacher")
+
+
+def test_the_recipe_refuses_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(RECIPE), "openai-community/gpt2", "--smoke"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: two names go before")
+
+
+def test_help_answers_without_heavy_imports():
+    code = (
+        "import sys; from pathlib import Path; from hf_dskd import pair\n"
+        f"try: pair.train('about', Path({str(RECIPE.with_suffix('.yaml'))!r}), ['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("about") and "your_pair.yaml" in done.stdout

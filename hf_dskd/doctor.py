@@ -538,7 +538,9 @@ def data(run: Run) -> Lines:
     columns = {"prompt_column": run.config.prompt_column, "response_column": run.config.response_column}
     rows = list(islice(train, ROWS))
     if not rows:
-        raise UserError(f"dataset {name!r} has no examples: name another")
+        held_out_size = run.options.held_out_size
+        beside = f" beside held_out_size={held_out_size}: set it to less, or" if held_out_size else ":"
+        raise UserError(f"dataset {name!r} has no examples{beside} name another")
     empty = sum(not read_example(row, **columns).response.strip() for row in rows)
     kind, prompt, response = detect_format(rows[0], **columns)
     if empty:

@@ -396,6 +396,8 @@ class DSKDTrainer(Trainer):
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
         self._trial: Any = None  # of a search
+        self._wrote_result = False
+        self._dataset_name: str | None = None
         self._staging: Path | None = None
         self.add_callback(_StepCallback(self))
 
@@ -813,16 +815,37 @@ class DSKDTrainer(Trainer):
             folder = str(self.args.output_dir)
             write_card(folder, folder, self._repository or model_name, token=self.args.hub_token)
 
+    def write_report(self, dataset_name: str | None = None) -> Path | None:
+        """
+        Ends a run as `hf-dskd train` does: saves the student, and writes `result.json`, the log and the report.
+
+        Its metrics are those of the last evaluation.
+
+        Args:
+            dataset_name (`str`, *optional*): Of the training data.
+
+        Returns:
+            `Path`: `report/report.html` in the output folder; `None` on other processes.
+        """
+        from .report.one import write_report
+
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._write_result(dataset_name)
+        return write_report(str(self.args.output_dir))
+
     def _write_result(self, dataset_name: str | None) -> None:
-        """What `hf-dskd train` writes at its end, for a run that it didn't start."""
+        """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays."""
         path = Path(str(self.args.output_dir)) / RESULT_NAME
-        if path.is_file():
+        if path.is_file() and not self._wrote_result:
             return
         history = evaluations(self.state.log_history)
-        runtime = next((log["train_runtime"] for log in self.state.log_history if "train_runtime" in log), None)
+        runtime = next((log["train_runtime"] for log in self.state.log_history[::-1] if "train_runtime" in log), None)
         last = history[max(history)] if history else {}
         self.save_state()
-        write_result(path, self, last, history, runtime, dataset_name)
+        write_result(path, self, last, history, runtime, dataset_name or self._dataset_name)
+        self._wrote_result, self._dataset_name = True, dataset_name or self._dataset_name
 
     # ---- Search
 

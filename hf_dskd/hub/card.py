@@ -357,9 +357,10 @@ def _teacher(run: RunFiles, settings: Mapping[str, Any]) -> Model | None:
     name = models.get("teacher")
     if METHODS[run.method].text == "teacher" or (name and settings.get("sft_teacher")):
         name = given if given is None or not Path(given).is_dir() else Path(given).resolve().name
-    if not name:
+    # One that was passed as a loaded model may have no name.
+    if not name and not models.get("teacher_parameters"):
         return None
-    teacher = _model(name, given, models.get("teacher_parameters"))
+    teacher = _model(name or None, given, models.get("teacher_parameters"))
     if not settings.get("sft_teacher"):
         return teacher
     # What it was before: its tokenizer and licence are the same.

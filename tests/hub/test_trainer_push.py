@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import tiny
 from hub_stand_in import HubStandIn
 
 from hf_dskd import UserError
@@ -61,6 +62,7 @@ def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
     card = pushed[0].added["README.md"].decode()
     assert "ann/data" in card and "ann/first" not in card and "| optimizer steps | 2 |" in card
     assert "hf_write" not in card and str(tmp_path) not in card
+    assert "| teacher | a model that isn't on the hub" in card
     # What create_model_card left beside the run of one step.
     first = (tmp_path / "out" / "README.md").read_text()
     assert "ann/first" in first and (tmp_path / "out" / "images" / "curves.png").is_file()
@@ -120,3 +122,26 @@ def test_half_a_run_is_not_pushed():
     for strategy in ("every_save", "checkpoint"):
         with pytest.raises(UserError, match=f"hub_strategy='{strategy}' would publish.*leave it at 'end'"):
             runs.config("out", push_to_hub=True, hub_strategy=strategy)
+
+
+def test_a_trainer_ends_its_run_as_the_command_does(tmp_path):
+    trainer = runs.trainer(tmp_path, eval_dataset=tiny.dataset(4), max_steps=2)
+    trainer.train()
+    first = trainer.evaluate()["eval_bits_per_byte"]
+    report = trainer.write_report("ann/data")
+    assert report == tmp_path / "report" / "report.html" and report.is_file()
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "trainer_state.json").is_file()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["eval_bits_per_byte"] == first and result["train_runtime"] > 0
+    assert result["data"]["source"] == "ann/data"
+    # Again, after another evaluation: not what it wrote before.
+    second = trainer.evaluate(tiny.dataset(2))["eval_bits_per_byte"]
+    trainer.write_report()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metrics"]["eval_bits_per_byte"] == second != first
+    assert result["data"]["source"] == "ann/data"
+    # What `hf-dskd train` wrote stays.
+    (tmp_path / "result.json").write_text(json.dumps({**result, "seed": 7}))
+    again = runs.trainer(tmp_path, eval_dataset=tiny.dataset(4))
+    again.write_report()
+    assert json.loads((tmp_path / "result.json").read_text())["seed"] == 7

@@ -238,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(USAGE)
             return
         check_name("command ", given[0], COMMANDS)
-        sys.exit(COMMANDS[given[0]](list(given[1:])))
+        code = COMMANDS[given[0]](list(given[1:]))
+        if code:
+            sys.exit(code)
 
     run.command(chosen)
 

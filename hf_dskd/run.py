@@ -77,12 +77,21 @@ def command(main: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         main()
+        leave_together()
     except (UserError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
         sys.exit(130)
+
+
+def leave_together() -> None:
+    """Ends the processes of a run together: one that exits while another still talks to it may abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def read_yaml(option: str, path: str | Path) -> dict[str, Any]:

@@ -312,3 +312,22 @@ def test_a_configuration_file_of_accelerate(folders, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "out" / "result.json").read_text())["hardware"]["processes"] == 2
+
+
+def test_processes_end_together(tmp_path):
+    """One that is done while another still writes its report would else end under the other's hands."""
+    (tmp_path / "script.py").write_text(
+        "import sys, time\nfrom pathlib import Path\n"
+        "import torch.distributed as dist\nfrom hf_dskd import run\n"
+        "done = Path(sys.argv[1])\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo')\n"
+        "    if dist.get_rank() == 0:\n        time.sleep(1)\n        done.touch()\n"
+        "run.command(main)\n"
+        "assert done.exists() and not dist.is_initialized()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path / "done")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -120,7 +120,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 import runs, tiny
-trainer = runs.trainer({out!r}, report_to=[{tracker!r}], run_name="tiny", project="hf_dskd_tests")
+trainer = runs.trainer({out!r}, report_to=[{tracker!r}], run_name="tiny", project="hf_dskd_tests", trackio_space_id=None)
 trainer.train()
 """
 

@@ -120,7 +120,8 @@ SCRIPT = """
 import sys
 sys.path[:0] = {paths!r}
 import runs, tiny
-trainer = runs.trainer({out!r}, report_to=[{tracker!r}], run_name="tiny", project="hf_dskd_tests", trackio_space_id=None)
+project = dict(project="hf_dskd_tests", trackio_space_id=None)
+trainer = runs.trainer({out!r}, report_to=[{tracker!r}], run_name="tiny", **project)
 trainer.train()
 """
 
@@ -130,7 +131,7 @@ def track(tmp_path, tracker, **environment):
     out = tmp_path / "out"
     source = SCRIPT.format(paths=[str(ROOT / "tests"), str(ROOT)], out=str(out), tracker=tracker)
     if tracker == "wandb":
-        source = source.replace(', project="hf_dskd_tests"', "")
+        source = source.replace(", **project", "")
     done = subprocess.run(
         [sys.executable, "-c", source],
         capture_output=True,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import runs
 import tiny
@@ -145,7 +146,6 @@ def track(tmp_path, tracker, **environment):
 
 
 def test_wandb_has_every_term(tmp_path):
-    pytest.importorskip("wandb")
     track(tmp_path, "wandb", WANDB_MODE="offline", WANDB_DIR=tmp_path, WANDB_PROJECT="hf_dskd_tests")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = file.read_bytes()
@@ -154,7 +154,6 @@ def test_wandb_has_every_term(tmp_path):
 
 
 def test_trackio_has_every_term(tmp_path):
-    pytest.importorskip("trackio")
     track(tmp_path, "trackio", TRACKIO_DIR=tmp_path / "trackio")
     import sqlite3
 
@@ -180,7 +179,6 @@ def searched(tmp_path, folders, **settings):
 
 
 def test_a_trial_is_the_run_that_its_settings_make(tmp_path, folders):
-    optuna = pytest.importorskip("optuna")
     space = {"kd_rate": [0.25, 0.75], "projector_learning_rate": [1e-3]}
     trainer = searched(tmp_path / "search", folders, logging_strategy="no")
 
@@ -205,7 +203,6 @@ def test_a_trial_is_the_run_that_its_settings_make(tmp_path, folders):
 
 
 def test_what_a_search_cannot_vary_is_refused(tmp_path, folders):
-    pytest.importorskip("optuna")
     trainer = searched(tmp_path, folders)
     for name, value, expected in (
         ("max_length", 128, r"can't vary max_length \(256, 128\).*hf-dskd compare"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,11 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
     ```
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs", "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "teacher_model_init_kwargs",
+        "chat_template_kwargs",
+    ]
 
     def __post_init__(self) -> None:
         self.check()
@@ -84,6 +89,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
             [kind.value for kind in SchedulerType],
         )
         check_name("prompt_style=", self.prompt_style, PROMPT_STYLES)
+        self._check_mappings()
         check_name("teacher_dtype=", self.teacher_dtype, DTYPES)
         for name, usual in (("kd_rate", "0.5"), ("discriminator_dropout", "0.1"), ("on_policy_fraction", "0.5")):
             if not 0 <= getattr(self, name) <= 1:
@@ -119,6 +125,28 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 " own: use 'group_by_length'"
             )
         check_sharding(self)
+
+    def _check_mappings(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except json.JSONDecodeError:
+                    pass
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{name}={value!r} isn't a mapping: write a JSON object, such as '{{\"name\": 1}}'")
+            if name == "chat_template_kwargs":
+                taken = [
+                    key
+                    for key in ("tokenize", "add_generation_prompt", "continue_final_message")
+                    if key in (value or {})
+                ]
+                if taken:
+                    raise UserError(
+                        f"chat_template_kwargs has {taken[0]!r}, which training decides: leave it out, and name what"
+                        " the chat template itself reads"
+                    )
 
     def _check_composition(self) -> None:
         """Refuses combinations that mean nothing, by name."""

@@ -512,7 +512,7 @@ def tokenizers(run: Run) -> Lines:
         if name is not None:
             found[role] = _tokenizer(name, options, f"the {role}'s tokenizer", "another model")
             _, config = _name_and_config(name, options, f"the {role}")
-            DSKDTrainer._check_tokenizer(found[role], name, config, role)
+            DSKDTrainer._check_tokenizer(found[role], name, config, role, run.config)
             template = "a chat template" if found[role].chat_template else "no chat template"
             yield OK, f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template}"
     if len(found) < 2:

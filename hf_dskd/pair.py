@@ -8,6 +8,7 @@ and tokens are aligned by the method.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -52,7 +53,13 @@ class Derived:
         """YAML with the reasons as comments."""
         import yaml
 
-        lines = [yaml.safe_dump({name: value}, width=math.inf).strip() for name, value in self.settings.items()]
+        lines = [
+            # JSON is YAML of one line.
+            f"{name}: {json.dumps(value)}"
+            if isinstance(value, dict)
+            else yaml.safe_dump({name: value}, width=math.inf).strip()
+            for name, value in self.settings.items()
+        ]
         width = max(map(len, lines))
         return "\n".join(f"{line:{width}}  # {reason}" for line, reason in zip(lines, self.reasons.values()))
 
@@ -100,6 +107,8 @@ def derive(
         "method": _method(tokenizers, given),
         "prompt_style": _prompt_style(tokenizers, student, teacher),
     }
+    if given.get("prompt_style", found["prompt_style"][0]) == "chat":
+        found |= _chat_template_kwargs(tokenizers)
     fixed = {**{name: value for name, (value, _) in found.items()}, **given}
     found |= _fit(configs, fixed, memory, device, dtype, processes)
     derived = {name: pair for name, pair in found.items() if name not in given}
@@ -162,6 +171,19 @@ def _prompt_style(tokenizers: dict[str, Any], student: str, teacher: str) -> tup
         return "plain", "neither has a chat template: both see plain text"
     sees = {True: "its chat template", False: "plain text, it has no template"}
     return "chat", f"{_short(student)}: {sees[has['student']]}; {_short(teacher)}: {sees[has['teacher']]}"
+
+
+def _chat_template_kwargs(tokenizers: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    templates = json.dumps([tokenizer.chat_template for tokenizer in tokenizers.values()])
+    values: dict[str, Any] = {}
+    reasons = []
+    if "enable_thinking" in templates:
+        values["enable_thinking"] = False
+        reasons.append("the data's responses don't think aloud")
+    if "date_string" in templates:
+        values["date_string"] = "26 Jul 2024"
+        reasons.append("with today's date, prompts would be others tomorrow")
+    return {"chat_template_kwargs": (values, "; ".join(reasons))} if values else {}
 
 
 @dataclass(frozen=True)
@@ -386,7 +408,10 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
         dtype=config.training_dtype,
         processes=config.world_size,
     )
-    chosen = [f"--{name}={value}" for name, value in derived.settings.items()]
+    chosen = [
+        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+        for name, value in derived.settings.items()
+    ]
     final = run.parse(None, config_file, [*chosen, *names, *flags])
     if PartialState().is_main_process:
         print(derived, flush=True)

@@ -533,7 +533,7 @@ def cache_teacher(run: Run) -> None:
         check_config(configs[role], name, f"the {role}")
         check_positions(config, configs[role], name, f"the {role}")
         tokenizers[role] = _tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
-        DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role)
+        DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role, config)
     if config.load_teacher_in_4bit and config.device.type == "cpu":
         check_four_bit_shapes(configs["teacher"], str(teacher))
     tokenize = _Tokenize(tokenizers["student"], tokenizers["teacher"], config, {})

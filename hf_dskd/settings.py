@@ -114,6 +114,10 @@ class DistillationSettings:
             Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"`: each model sees the prompt in its own chat template where it has one. `"plain"`: plain text.
+        chat_template_kwargs (`dict` or `str`, *optional*):
+            For both models' chat templates, of which each takes what it knows, such as
+            `{"enable_thinking": false}` for Qwen3, or `{"date_string": "26 Jul 2024"}` for Llama 3.2, which else
+            writes today's date into every prompt.
         prompt_column, response_column (`str`, *optional*): Columns of the dataset, where they have names of their own.
         dataset_num_proc (`int`, *optional*): Processes that tokenize.
         teacher_cache (`str`, *optional*):
@@ -233,6 +237,9 @@ class DistillationSettings:
         default=False, metadata={"help": "skip examples whose prompt leaves no room for a response, not an error"}
     )
     prompt_style: str = field(default="chat", metadata={"help": "chat (own template where there is one) or plain"})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON for both chat templates, such as '{\"enable_thinking\": false}'"}
+    )
     prompt_column: str | None = field(default=None, metadata={"help": "column that holds the prompt"})
     response_column: str | None = field(default=None, metadata={"help": "column that holds the response"})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})

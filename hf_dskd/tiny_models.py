@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MARKER = "tiny_model.json"
 # Raise this when folders made by an earlier version must be made again.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROLES = ("student", "teacher")
 WIDTHS = {"student": 64, "teacher": 128}
 POSITIONS = 1024
@@ -54,7 +54,9 @@ _QWEN3 = _CHATML.replace(
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
 )
 _LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "{% set date = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
+    "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date + '\n\n<|eot_id|>' }}"
+    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
     " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )

@@ -49,7 +49,7 @@ from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
-from .data.tokenization import TokenizationReport, set_pad_token, tokenize_dataset
+from .data.tokenization import TokenizationReport, depends_on_the_day, set_pad_token, tokenize_dataset
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
 from .evaluation.generation import check_generation_config, response_text, score_generation
@@ -106,8 +106,9 @@ logger = logging.getLogger(__name__)
 
 # Settings that go into what the trials of a search share.
 PREPARED_ONCE = (
-    *("method", "alignment", "as_published", "max_length", "prompt_style", "prompt_column", "response_column"),
-    *("skip_long_prompts", "teacher_cache", "load_teacher_in_4bit", "teacher_device", "teacher_dtype", "output_dir"),
+    *("method", "alignment", "as_published", "max_length", "prompt_style", "chat_template_kwargs", "prompt_column"),
+    *("response_column", "skip_long_prompts", "teacher_cache", "load_teacher_in_4bit", "teacher_device"),
+    *("teacher_dtype", "output_dir"),
 )
 
 
@@ -247,7 +248,7 @@ class DSKDTrainer(Trainer):
         tokenizer = processing_class or _tokenizer(
             student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
         )
-        self._check_tokenizer(tokenizer, model, student_config, "student")
+        self._check_tokenizer(tokenizer, model, student_config, "student", args)
         teacher_tokenizer: Any = teacher_processing_class
         teacher_name = None
         if teacher_model is not None:
@@ -261,7 +262,7 @@ class DSKDTrainer(Trainer):
             teacher_tokenizer = teacher_tokenizer or _tokenizer(
                 teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
             )
-            self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher")
+            self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher", args)
             check_vocabularies(args, tokenizer, teacher_tokenizer)
         vocabularies = [student_config.get_text_config().vocab_size]
         if row.needs_teacher:
@@ -442,11 +443,17 @@ class DSKDTrainer(Trainer):
     # ---- Data
 
     @staticmethod
-    def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, config: Any, role: str) -> None:
+    def _check_tokenizer(
+        tokenizer: PreTrainedTokenizerBase, model: Any, config: Any, role: str, args: DSKDConfig
+    ) -> None:
         check_eos(tokenizer, role)
         said = set_pad_token(tokenizer, role)
         if said:
             logger.warning(said)
+        if args.prompt_style == "chat":
+            said = depends_on_the_day(tokenizer, role, _options(args.chat_template_kwargs))
+            if said:
+                logger.warning(said)
         rows = config.get_text_config().vocab_size
         if not isinstance(model, str):
             rows = model.get_input_embeddings().weight.shape[0]
@@ -477,6 +484,7 @@ class DSKDTrainer(Trainer):
                 Path(str(args.output_dir)) / "teacher_responses",
                 max_length=args.max_length,
                 prompt_style=args.prompt_style,
+                chat_template_kwargs=_options(args.chat_template_kwargs),
                 prompt_column=args.prompt_column,
                 response_column=args.response_column,
                 facts={
@@ -1222,6 +1230,7 @@ class _Tokenize:
                 finished_column="finished" if self.args.method_row.text == "teacher" and split == "train" else None,
                 max_length=self.args.max_length,
                 prompt_style=self.args.prompt_style,
+                chat_template_kwargs=_options(self.args.chat_template_kwargs),
                 prompt_column=self.args.prompt_column,
                 response_column=self.args.response_column,
                 skip_long_prompts=self.args.skip_long_prompts,

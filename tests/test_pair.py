@@ -138,6 +138,27 @@ def test_each_model_has_its_own_prompts(models):
     assert "neither" in derived(models).reasons["prompt_style"]
 
 
+def test_what_chat_templates_are_told(models, tmp_path):
+    template = TEMPLATE + "{% if enable_thinking %}<think>{% endif %}"
+    name = write(tmp_path / "qwen3", model_config("Qwen/Qwen1.5-1.8B"), tiny.sentencepiece_tokenizer(), template)
+    models = {**models, "qwen3": name}
+    assert "chat_template_kwargs" not in derived(models, "gpt2", "same").settings
+    found = derived(models, "gpt2", "qwen3")
+    assert found.settings["chat_template_kwargs"] == {"enable_thinking": False}
+    assert found.reasons["chat_template_kwargs"] == "the data's responses don't think aloud"
+    # What is printed is a configuration file.
+    assert yaml.safe_load(str(found)) == found.settings
+    for given in ({"prompt_style": "plain"}, {"chat_template_kwargs": {"enable_thinking": True}}):
+        assert "chat_template_kwargs" not in derived(models, "gpt2", "qwen3", **given).settings
+    template = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}" + template
+    )
+    name = write(tmp_path / "dated", model_config("openai-community/gpt2"), tiny.byte_level_tokenizer(), template)
+    found = derived({**models, "dated": name}, "dated", "qwen3")
+    assert found.settings["chat_template_kwargs"] == {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    assert "tomorrow" in found.reasons["chat_template_kwargs"]
+
+
 def test_the_length_is_what_both_have_positions_for(models):
     for names in (("gpt2", "short"), ("short", "gpt2")):
         found = derived(models, *names)

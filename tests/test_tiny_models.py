@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_dskd import UserError
+from hf_dskd.data.tokenization import depends_on_the_day
 from hf_dskd.data.vocabulary import same_vocabulary
 from hf_dskd.tiny_models import FAMILIES, MARKER, family_of, learn_bpe, tiny_model
 
@@ -98,6 +99,11 @@ def test_classes_and_special_tokens_are_the_familys(made, family):
         assert prompt.endswith(answer) and "Hi" in prompt
         # TinyLlama's template leaves BOS to the tokenizer.
         assert prompt.count(bos or "no BOS") == (bos is not None and family != "llama2")
+        # The family's template writes a date, today's unless it is told another.
+        dated = tokenizer.apply_chat_template(chat, tokenize=False, date_string="1 May 1995")
+        assert (
+            ("1 May 1995" in dated) == (depends_on_the_day(tokenizer, "student") is not None) == (family == "llama3")
+        )
         whole = tokenizer.apply_chat_template(chat, tokenize=False)
         assert "Ho" in whole.split("Hi")[1]
         # Markers are single tokens where the family has tokens for them.

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -267,6 +268,28 @@ def test_byte_level_and_sentencepiece_both_ways(student, teacher, tmp_path):
 
 
 # ---- What a run leaves behind
+
+
+def test_chat_template_kwargs_and_a_template_of_the_day(tmp_path, caplog):
+    student, teacher = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
+    student.chat_template = "{{ messages[0].content }}{% if think is defined %}[{{ think }}]{% endif %}"
+    teacher.chat_template = "{{ date_string or strftime_now('%Y') }} {{ messages[0].content }}"
+    prompt = tiny.dataset(1)[0]["prompt"]
+
+    def prompts(given):
+        run = runs.trainer(
+            *(tmp_path,), processing_class=student, teacher_processing_class=teacher, chat_template_kwargs=given
+        )
+        row = run.train_dataset[0]
+        sides = ((student, ""), (teacher, "teacher_"))
+        return [tokenizer.decode(row[f"{side}input_ids"][: row[f"{side}prompt_length"]]) for tokenizer, side in sides]
+
+    found = prompts('{"think": false, "date_string": "then"}')
+    assert [text.strip() for text in found] == [f"{prompt}[False]".strip(), f"then {prompt}".strip()]
+    assert "today's date" not in caplog.text
+    found = prompts(None)
+    assert found[0].strip() == prompt.strip() and re.match(r"20\d\d ", found[1])
+    assert "the teacher's chat template writes today's date" in caplog.text
 
 
 def test_saved_student_is_a_plain_model_with_its_tokenizer(tmp_path):

@@ -114,7 +114,12 @@ def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     return ids, _byte_ends_from_offsets(offsets, text)
 
 
-def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", example: Example, prompt_style: str = "chat") -> list[int]:
+def prompt_tokens(
+    tokenizer: "PreTrainedTokenizerBase",
+    example: Example,
+    prompt_style: str = "chat",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """
     Tokenizes a prompt, the same way for training and for generation.
 
@@ -126,6 +131,8 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", example: Example, prompt
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"` renders the chat template, which then decides on every special token, and is plain for tokenizers
             without one. `"plain"` takes the plain text after the special tokens with which the tokenizer begins.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat template, such as `{"enable_thinking": False}`.
 
     Returns:
         `list[int]`: token ids.
@@ -139,7 +146,9 @@ def prompt_tokens(tokenizer: "PreTrainedTokenizerBase", example: Example, prompt
     from jinja2 import TemplateError
 
     try:
-        rendered = tokenizer.apply_chat_template(example.messages, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            example.messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
+        )
     except TemplateError as error:
         raise UserError(
             f"the chat template of {_name(tokenizer)} rejects the messages ({' '.join(str(error).split())}); change "
@@ -249,6 +258,38 @@ def set_pad_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> str | None
     return f"the {name}'s tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} is used"
 
 
+def depends_on_the_day(
+    tokenizer: "PreTrainedTokenizerBase", name: str, chat_template_kwargs: dict[str, Any] | None = None
+) -> str | None:
+    """
+    Tells of a chat template that writes today's date into every prompt.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Of the chat template.
+        name (`str`):
+            Whose tokenizer it is, such as `"student"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat template; Llama's takes the date as `date_string`.
+
+    Returns:
+        `str` or `None`: a sentence for the log, or `None` if prompts are the same on every day.
+    """
+    template = json.dumps(tokenizer.chat_template or "")
+    takes_date = "date_string" in template
+    if "strftime_now" not in template or (takes_date and "date_string" in (chat_template_kwargs or {})):
+        return None
+    remedy = (
+        """set chat_template_kwargs={"date_string": "26 Jul 2024"}, or another date"""
+        if takes_date
+        else "change tokenizer.chat_template, or set prompt_style='plain'"
+    )
+    return (
+        f"the {name}'s chat template writes today's date into the prompts, so that a run which goes on tomorrow, or a"
+        f" teacher_cache, sees other prompts: {remedy}"
+    )
+
+
 def tokenize_dataset(
     dataset: "Dataset | IterableDataset",
     student_tokenizer: "PreTrainedTokenizerBase",
@@ -256,6 +297,7 @@ def tokenize_dataset(
     *,
     max_length: int,
     prompt_style: str = "chat",
+    chat_template_kwargs: dict[str, Any] | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
     skip_long_prompts: bool = False,
@@ -280,6 +322,8 @@ def tokenize_dataset(
             The most tokens that prompt, response and end-of-sequence token may have together, on either side.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"` for each model's chat template where it has one, `"plain"` for the same plain text for both.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat templates of both, of which each takes what it knows.
         prompt_column (`str`, *optional*):
             Column of the prompt.
         response_column (`str`, *optional*):
@@ -318,6 +362,7 @@ def tokenize_dataset(
         teacher_tokenizer,
         max_length,
         prompt_style,
+        chat_template_kwargs,
         prompt_column,
         response_column,
         skip_long_prompts,
@@ -365,6 +410,7 @@ class _RowTokenizer:
     teacher_tokenizer: "PreTrainedTokenizerBase | None"
     max_length: int
     prompt_style: str
+    chat_template_kwargs: dict[str, Any] | None
     prompt_column: str | None
     response_column: str | None
     skip_long_prompts: bool
@@ -386,7 +432,8 @@ class _RowTokenizer:
         if self.teacher_tokenizer is not None:
             tokenizers["teacher"] = self.teacher_tokenizer
         prompts = {
-            name: prompt_tokens(tokenizer, example, self.prompt_style) for name, tokenizer in tokenizers.items()
+            name: prompt_tokens(tokenizer, example, self.prompt_style, self.chat_template_kwargs)
+            for name, tokenizer in tokenizers.items()
         }
         for name, prompt in prompts.items():
             if not prompt:

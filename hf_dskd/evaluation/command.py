@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError
 
@@ -30,6 +30,7 @@ match, and of the references bits per byte (comparable between tokenizers) and t
   --prompt_style          alpaca: MiniLLM's template, for students trained with prompt_style=plain; plain: instruction
                           and input alone; chat: the tokenizer's chat template (alpaca). A row's own `prompt` stays
                           as it is, except in a chat
+  --chat_template_kwargs  JSON for that template, such as '{"enable_thinking": false}'
   --seeds                 of the sampling, with commas between (10,20,30,40,50)
   --greedy_only           no sampling
   --temperature, --top_p  of the sampling (1.0, 1.0)
@@ -71,7 +72,8 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
     from .sets import HUB_SETS, parse_sets
 
     parser = _Parser(prog="hf-dskd evaluate", allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
-    for name in ("model", "base_model", "output_dir", "prompt_style", "dtype", "sets", "in_distribution", "seeds"):
+    texts = ("model", "base_model", "output_dir", "prompt_style", "chat_template_kwargs", "dtype", "sets", "seeds")
+    for name in (*texts, "in_distribution"):
         parser.add_argument(f"--{name}")
     for name in ("limit", "no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size"):
         parser.add_argument(f"--{name}", type=int)
@@ -84,6 +86,8 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
         if name not in given:
             raise UserError(f"--{name} is not set: name {what}")
     given["output_dir"] = Path(given["output_dir"])
+    if "chat_template_kwargs" in given:
+        given["chat_template_kwargs"] = _mapping("--chat_template_kwargs", given["chat_template_kwargs"])
     given["sets"] = parse_sets(given.get("sets", ",".join(HUB_SETS)))
     if "in_distribution" in given:
         given["in_distribution"] = tuple(given["in_distribution"].replace(",", " ").split())
@@ -104,6 +108,16 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
     from .protocol import EvaluationSettings
 
     return EvaluationSettings(**given)
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{option} {text!r} isn't a JSON object: write one, such as '{{\"enable_thinking\": false}}'")
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -78,6 +78,7 @@ class EvaluationSettings:
         load_in_4bit: Whether to quantize the model to NF4.
         dtype: What the model computes in: one of `DTYPES`. Only in `"float32"` is an answer the same in any batch.
         prompt_style: One of `PROMPT_STYLES` (see [`~hf_dskd.evaluation.sets.question_tokens`]).
+        chat_template_kwargs: For the chat template, such as `{"enable_thinking": False}`.
         in_distribution: Sets of the kind that the model was trained on; the others are averaged on their own.
         limit: Takes this many examples of each set, the first ones.
         seeds: Of the sampling; none for greedy answers alone.
@@ -95,6 +96,7 @@ class EvaluationSettings:
     load_in_4bit: bool = False
     dtype: str = "float32"
     prompt_style: str = "alpaca"
+    chat_template_kwargs: dict[str, Any] | None = None
     in_distribution: tuple[str, ...] = ("dolly",)
     limit: int | None = None
     seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
@@ -109,6 +111,8 @@ class EvaluationSettings:
         for name, known in (("dtype", DTYPES), ("prompt_style", PROMPT_STYLES)):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)!r} is unknown: one of {', '.join(known)}")
+        if self.chat_template_kwargs and self.prompt_style != "chat":
+            raise UserError(f"--chat_template_kwargs goes with --prompt_style chat, not {self.prompt_style!r}")
         for name in ("limit", "max_prompt_length", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -188,9 +192,11 @@ class Evaluation:
     def prompts(self, questions: QuestionSet) -> list[list[int]]:
         """Token ids of a set's prompts, whole."""
         if questions.name not in self._prompts:
-            style = self.settings.prompt_style
-            found = [question_tokens(self.tokenizer, question, style) for question in questions.questions]
-            self._prompts[questions.name] = found
+            settings = self.settings
+            self._prompts[questions.name] = [
+                question_tokens(self.tokenizer, question, settings.prompt_style, settings.chat_template_kwargs)
+                for question in questions.questions
+            ]
         return self._prompts[questions.name]
 
     def answers_path(self, questions: QuestionSet, seed: int | None) -> Path:

@@ -167,7 +167,12 @@ def read_question(row: Mapping[str, Any]) -> Question:
     return Question(read_example(given), references)
 
 
-def question_tokens(tokenizer: PreTrainedTokenizerBase, question: Question, prompt_style: str) -> list[int]:
+def question_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    prompt_style: str,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """
     Tokens of a prompt, as in training.
 
@@ -178,6 +183,7 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, question: Question, prom
             `"alpaca"` wraps an instruction in MiniLLM's template (training's `prompt_style="plain"`), `"plain"` takes
             instruction and input alone, `"chat"` renders the tokenizer's chat template. A row's own `prompt` stays as
             it is with the first two.
+        chat_template_kwargs (`dict`, *optional*): For the chat template.
 
     Raises:
         UserError: If there is no chat template where one is asked for.
@@ -192,7 +198,7 @@ def question_tokens(tokenizer: PreTrainedTokenizerBase, question: Question, prom
                 f"tokenizer {name!r} has no chat template: evaluate with --prompt_style alpaca or plain, or set"
                 " tokenizer.chat_template and save it"
             )
-        return prompt_tokens(tokenizer, example, "chat")
+        return prompt_tokens(tokenizer, example, "chat", chat_template_kwargs)
     if prompt_style == "plain":
         example = example._replace(prompt=example.messages[0]["content"])
     return prompt_tokens(tokenizer, example, "plain")

@@ -188,6 +188,7 @@ def model_card(
         gguf=[model for model in (student, teacher) if model and model.packaged],
         dataset=_dataset_words(run, source),
         prompt_style=run.result.get("settings", {}).get("prompt_style"),
+        chat_template_kwargs=run.result.get("settings", {}).get("chat_template_kwargs"),
         result=run.result,
         examples=(reports.get("train") or {}).get("kept"),
         held_out=(reports.get("eval") or {}).get("kept"),

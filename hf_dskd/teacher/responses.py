@@ -39,6 +39,7 @@ def write_responses(
     *,
     max_length: int,
     prompt_style: str,
+    chat_template_kwargs: dict[str, Any] | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
     batch_size: int = 8,
@@ -61,7 +62,8 @@ def write_responses(
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The teacher's tokenizer.
         folder (`str` or `Path`): Made if needed.
         max_length (`int`): The most tokens that prompt, response and EOS may have together.
-        prompt_style (`str`), prompt_column, response_column (`str`, *optional*): As in [`tokenize_dataset`].
+        prompt_style (`str`), chat_template_kwargs (`dict`, *optional*), prompt_column, response_column (`str`,
+            *optional*): As in [`tokenize_dataset`].
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         facts (`dict[str, Any]`):
             What must agree, with the prompts and the settings above, for responses to be used again, such as the
@@ -86,6 +88,7 @@ def write_responses(
         "prompts": _hash_prompts(dataset, columns),
         "max_length": max_length,
         "prompt_style": prompt_style,
+        "chat_template_kwargs": chat_template_kwargs or {},
         "generation": "greedy",
     }
     _check_facts(folder, facts)
@@ -95,7 +98,15 @@ def write_responses(
         folder.mkdir(parents=True, exist_ok=True)
         _write_facts(folder, facts)
         _write_rows(
-            dataset, done, path, columns, load_teacher(), teacher_tokenizer, max_length, prompt_style, batch_size
+            dataset,
+            done,
+            path,
+            columns,
+            load_teacher(),
+            teacher_tokenizer,
+            max_length,
+            lambda row: prompt_tokens(teacher_tokenizer, _read(row, columns), prompt_style, chat_template_kwargs),
+            batch_size,
         )
     with path.open(encoding="utf-8") as file:
         # Not with `from_json`, which reads a column of dates as dates, whatever features it is given.
@@ -110,7 +121,7 @@ def _write_rows(
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    prompt_style: str,
+    prompt_of: Callable[[dict[str, Any]], list[int]],
     batch_size: int,
 ) -> None:
     from tqdm.auto import tqdm
@@ -121,8 +132,7 @@ def _write_rows(
     ):
         for start in range(done, len(dataset), batch_size):
             rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            prompts = [prompt_tokens(tokenizer, _read(row, columns), prompt_style) for row in rows]
-            texts = _greedy_texts(teacher, tokenizer, prompts, max_length)
+            texts = _greedy_texts(teacher, tokenizer, [prompt_of(row) for row in rows], max_length)
             for index, (row, (text, finished)) in enumerate(zip(rows, texts), start=start):
                 line = {**_with_response(row, columns, text), "example_id": index, "finished": finished}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

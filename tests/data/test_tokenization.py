@@ -16,6 +16,7 @@ from hf_dskd.data.tokenization import (
     _RowTokenizer,
     _traits,
     common_cut,
+    depends_on_the_day,
     prompt_tokens,
     response_tokens,
     set_pad_token,
@@ -335,6 +336,43 @@ def test_chat_template_decides_on_bos():
     assert prompt_tokens(tokenizer, example(), "plain") == tokenizer("Hi")["input_ids"]
 
 
+def test_chat_template_kwargs_reach_both_templates():
+    student, teacher = build("bytes"), build("sentencepiece")
+    thinking = "{% if think is defined and not think %}no thoughts\n{% endif %}"
+    student.chat_template, teacher.chat_template = CHAT_TEMPLATE + thinking, CHAT_TEMPLATE + thinking.replace("k", "g")
+    rows = Dataset.from_list([{"prompt": "Hi", "completion": "Yes"}])
+
+    def prompts(**options):
+        row = tokenize_dataset(rows, student, teacher, max_length=99, **options)[0][0]
+        sides = ((student, ""), (teacher, "teacher_"))
+        return [tokenizer.decode(row[f"{side}input_ids"][: row[f"{side}prompt_length"]]) for tokenizer, side in sides]
+
+    without = prompts()
+    assert all(text.endswith("[assistant]\n") for text in without)
+    # Each takes what it knows.
+    assert prompts(chat_template_kwargs={"think": False}) == [without[0] + "no thoughts\n", without[1]]
+    assert prompts(chat_template_kwargs={"think": False, "thing": False})[1] == without[1] + "no thoughts\n"
+    plain = prompts(prompt_style="plain")
+    assert prompts(prompt_style="plain", chat_template_kwargs={"think": False}) == plain
+
+
+def test_template_that_writes_todays_date():
+    tokenizer = build("bytes")
+    assert depends_on_the_day(tokenizer, "student") is None
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert depends_on_the_day(tokenizer, "student") is None
+    tokenizer.chat_template = "{% set date_string = date_string or strftime_now('%d %b %Y') %}" + CHAT_TEMPLATE
+    said = depends_on_the_day(tokenizer, "student")
+    assert "the student's chat template writes today's date" in said and "teacher_cache" in said
+    assert """set chat_template_kwargs={"date_string": "26 Jul 2024"}""" in said
+    assert depends_on_the_day(tokenizer, "student", {"date_string": "1 May 2025"}) is None
+    assert depends_on_the_day(tokenizer, "student", {"enable_thinking": False}) == said
+    # One that can't be told the date.
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    said = depends_on_the_day(tokenizer, "teacher", {"date_string": "1 May 2025"})
+    assert "the teacher's" in said and "prompt_style='plain'" in said and "date_string" not in said
+
+
 def test_chat_prompt_is_the_one_of_generation():
     tokenizer = get("qwen1.5")
     ids = tokenizer.apply_chat_template(example().messages, add_generation_prompt=True, tokenize=True)
@@ -644,7 +682,7 @@ def test_cache_key_is_stable(tmp_path):
 
 
 def test_row_tokenizer_pickles():
-    tokenize_row = _RowTokenizer(get("bytes"), get("sentencepiece"), 50, "chat", None, None, False, "train")
+    tokenize_row = _RowTokenizer(get("bytes"), get("sentencepiece"), 50, "chat", {}, None, None, False, "train")
     row = {"prompt": "Hi\n", "completion": "there"}
     before = Hasher.hash(tokenize_row)
     result = tokenize_row(row, 0)

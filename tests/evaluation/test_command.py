@@ -26,7 +26,7 @@ def test_every_option():
     words = (
         "--sets x=a.jsonl,vicuna --in_distribution x --limit 3 --prompt_style chat --seeds 1,2 --temperature 0.5"
         " --top_p 0.9 --no_repeat_ngram_size 0 --max_prompt_length 10 --max_length 20 --batch_size 4 --dtype bfloat16"
-        " --load_in_4bit --base_model b"
+        """ --load_in_4bit --base_model b --chat_template_kwargs {"a":1}"""
     )
     settings = parse([*NEEDED, *words.split()])
     assert settings == EvaluationSettings(
@@ -37,6 +37,7 @@ def test_every_option():
         load_in_4bit=True,
         dtype="bfloat16",
         prompt_style="chat",
+        chat_template_kwargs={"a": 1},
         in_distribution=("x",),
         limit=3,
         seeds=(1, 2),
@@ -65,6 +66,8 @@ def test_every_option():
         ("--seeds 1 --greedy_only", "leave one of them out"),
         ("--sets doly", "'doly'"),
         ("--in_distribution doly", "'doly', which isn't one of --sets"),
+        ("--prompt_style chat --chat_template_kwargs think=0", "'think=0' isn't a JSON object"),
+        ('--chat_template_kwargs {"a":1}', "--chat_template_kwargs goes with --prompt_style chat, not 'alpaca'"),
         ("--prompt_style alpacca", "'alpacca' is unknown: one of alpaca, plain, chat"),
         ("--dtype int8", "'int8' is unknown"),
         ("--max_length 256", "--max_length 256 leaves no room"),

@@ -58,6 +58,11 @@ def test_prompt_styles():
         text("chat")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     assert text("chat") == "[user]Add.\n\n1 2[assistant]"
+    assert tokenizer.decode(question_tokens(tokenizer, question, "chat", {"then": "<think>"})) == text("chat")
+    tokenizer.chat_template += "{{ then }}"
+    assert tokenizer.decode(question_tokens(tokenizer, question, "chat", {"then": "<think>"})) == (
+        "[user]Add.\n\n1 2[assistant]<think>"
+    )
     assert text("alpaca") == question.example.prompt
     own = read_question({"prompt": "As it is.", "output": "3"})
     for style, expected in (("alpaca", "As it is."), ("plain", "As it is."), ("chat", "[user]As it is.[assistant]")):

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import datasets
@@ -79,6 +80,33 @@ def test_rows_are_the_teachers_greedy_responses(whole):
         assert row["completion"] == (text if row["finished"] else text.rstrip("\ufffd"))
 
 
+def test_chat_template_kwargs_are_in_the_teachers_prompts(tmp_path):
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = "{{ messages[0].content }}{{ then }}"
+    seen = []
+
+    def teacher():
+        model = make_teacher()
+        generate = model.generate
+
+        def watched(**kwargs):
+            seen.extend(kwargs["input_ids"].tolist())
+            return generate(**kwargs)
+
+        model.generate = watched
+        return model
+
+    options = {"max_length": MAX_LENGTH, "prompt_style": "chat", "batch_size": 1, "facts": FACTS}
+    for then in ("!", "?"):
+        write_responses(
+            *(tiny.dataset(2), teacher, tokenizer, tmp_path / str(ord(then))),
+            **options,
+            chat_template_kwargs={"then": then},
+        )
+    prompts = [row["prompt"] for row in tiny.dataset(2)]
+    assert [tokenizer.decode(ids) for ids in seen] == [prompt + then for then in "!?" for prompt in prompts]
+
+
 def test_file_is_plain_json_lines(whole, tmp_path):
     folder, written = whole
     lines = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
@@ -150,6 +178,7 @@ def test_half_line_that_is_the_last_missing_one(whole, tmp_path):
         ({"facts": {**FACTS, "dtype": "bfloat16"}}, "dtype=None, which is now 'bfloat16'"),
         ({"max_length": 80}, "max_length=90, which is now 80"),
         ({"prompt_style": "plain"}, "prompt_style='chat', which is now 'plain'"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs={}, which is now {'a': 1}"),
         ({"dataset": tiny.dataset(7)}, "rows=8, which is now 7"),
         ({"dataset": tiny.dataset(8).select([1, 0, *range(2, 8)])}, "prompts='"),
     ],

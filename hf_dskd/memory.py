@@ -28,6 +28,9 @@ CPU_HEAP = 1.35
 CPU_PROCESS = 50e6
 # Copies of queries and keys, in float32, that alignment, matching and their gradients hold at once.
 ROW_COPIES = 5
+# Conditional transport holds that many matrices of its networks' width squared, and of queries x keys, for an example
+# in its forward and backward pass, and that many rows of that width for a query or a key.
+TRANSPORT_PLANS, TRANSPORT_ROWS, TRANSPORT_WIDTH = 9, 17, 768
 
 
 @dataclass(frozen=True)
@@ -36,28 +39,34 @@ class Size:
     What the formulas need of a model.
 
     Attributes:
-        kind (`str`): `"gpt2"`, or `"llama"` for all that are taken to be built like it.
         width, layers, heads, attention, inner, vocabulary (`int`):
             Hidden size, layers, attention heads, their width together, width of the feed-forward layer, tokens.
+        activation (`str`):
+            Of the feed-forward layer: `"gated"` (SwiGLU and its like), `"written_out"` (gelu_new in Python),
+            `"native"` or `"relu"`.
         normed (`int`): Width of what a layer's norms get, together.
+        rms (`bool`): Whether these are RMS norms, written out in Python, and not `nn.LayerNorm`.
         parameters (`int`): Of the whole model.
         linear (`tuple[tuple[int, int], ...]`): Inputs and outputs of each linear layer but the head.
         tied (`bool`): Whether head and embedding are one matrix.
-        dropout (`bool`): Whether the model drops anything in training.
+        dropout, attention_dropout (`bool`): Whether anything is dropped in training, of the layers' outputs and of the
+            attention weights.
     """
 
-    kind: str
     width: int
     layers: int
     heads: int
     attention: int
     inner: int
+    activation: str
     normed: int
+    rms: bool
     vocabulary: int
     parameters: int
     linear: tuple[tuple[int, int], ...]
     tied: bool
     dropout: bool
+    attention_dropout: bool
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Size:
@@ -72,31 +81,41 @@ class Size:
         text = config.get_text_config()
         width, heads = text.hidden_size, text.num_attention_heads
         attention = heads * (getattr(text, "head_dim", None) or width // heads)
-        gpt2 = text.model_type == "gpt2"
         head = model.get_output_embeddings()  # type: ignore[operator]
         linear: list[tuple[int, int]] = []
-        normed = -width  # the last norm belongs to no layer
+        normed, rms = -width, False  # the last norm belongs to no layer
         for module in model.modules():
             if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-                linear.append(tuple(module.weight.shape))  # type: ignore[arg-type]
+                shape = module.weight.shape
+                linear.append((shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1]))
             elif type(module).__name__.endswith("Norm"):
+                rms |= not isinstance(module, nn.LayerNorm)
                 # Of Qwen3's and Gemma's norms of queries and keys each has the weights of one head.
                 normed += width if len(module.weight) == width else attention  # type: ignore[arg-type]
+        # Configurations call it intermediate_size, n_inner, ffn_dim, or nothing at all.
+        inner = max(inputs for inputs, _ in linear)
+        written = str(getattr(text, "hidden_act", None) or getattr(text, "activation_function", None))
+        activation = {"gelu_new": "written_out", "gelu_fast": "written_out", "relu": "relu"}.get(written, "native")
+        if (
+            sum(outputs // inner for _, outputs in linear if outputs in (inner, 2 * inner))
+            >= 2 * text.num_hidden_layers
+        ):
+            activation = "gated"  # two matrices, or one for both
         return cls(
-            kind="gpt2" if gpt2 else "llama",
             width=width,
             layers=text.num_hidden_layers,
             heads=heads,
             attention=attention,
-            # Configurations call it intermediate_size, n_inner, ffn_dim, or nothing at all.
-            inner=max(max(shape) for shape in linear),
-            # Phi has one for two branches, which cast its output apart.
-            normed=max(2 * width, normed // text.num_hidden_layers),
+            inner=inner,
+            activation=activation,
+            normed=normed // text.num_hidden_layers,
+            rms=rms,
             vocabulary=text.vocab_size,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             linear=tuple(linear),
             tied=head.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
-            dropout=gpt2 and text.resid_pdrop > 0,
+            dropout=any(getattr(text, name, 0) > 0 for name in ("resid_pdrop", "dropout", "hidden_dropout")),
+            attention_dropout=any(getattr(text, name, 0) > 0 for name in ("attn_pdrop", "attention_dropout")),
         )
 
     @property
@@ -106,6 +125,11 @@ class Size:
     @property
     def largest_linear(self) -> int:
         return max(inputs * outputs for inputs, outputs in self.linear)
+
+    @property
+    def inputs(self) -> int:
+        """Width of what a layer's linear layers get, together, but for those that end attention and feed-forward."""
+        return sum(inputs for inputs, _ in self.linear) // self.layers - self.attention - self.inner
 
     def adapter(self, rank: int) -> int:
         """Parameters of LoRA on all linear layers."""
@@ -217,12 +241,11 @@ def estimate(
     Memory of a training step with AdamW, in bytes; nothing is loaded.
 
     Checked on CPUs only, with models of a few million parameters (figures of GPUs are open). The activations against
-    the tensors that autograd saves: within 8% for Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi and GPT-2 at 256 tokens,
-    and 36 to 82% too high for GPT-NeoX and OPT, whose feed-forward layers have no gate. Whole runs against what the
-    system counted: `dskd_cma_ga`, live and cached, float32 and bfloat16, within 11%
-    (`python recipes/memory_table.py` repeats that, and measures on a GPU where there is one); in float32 `sft`,
-    `dskd_cma`, `dskd_clp`, `uld`, `alm` and `min_edit` 1 to 8% too high, and `dskd_cma_ct`, whose transport plans
-    aren't counted, 17 to 19% too low.
+    the tensors that autograd saves, of two layers at 64 tokens: from 6% too low to 21% too high for Llama, Mistral,
+    Qwen3, Gemma 3, Phi, GPT-NeoX, OPT and GPT-2, trained whole or with LoRA. Whole runs against what the system
+    counted: `dskd_cma_ga`, live and cached, float32 and bfloat16, within 11% (`python recipes/memory_table.py` repeats
+    that, and measures on a GPU where there is one); in float32 `sft`, `dskd_cma`, `dskd_clp`, `uld`, `alm` and
+    `min_edit` 1 to 8% too high.
 
     Args:
         student_config ([`~transformers.PretrainedConfig`]): Of the student.
@@ -275,6 +298,11 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
     if teacher is not None and row.has_queries:
         # Queries and keys, padded to the longest response.
         rows = 2 * step.batch_size * max(step.responses) * 2 * teacher.width * 4
+    matched = ROW_COPIES * rows
+    if row.matching == "ct":
+        longest = max(step.responses)
+        matched += 4 * step.batch_size * TRANSPORT_PLANS * (TRANSPORT_WIDTH**2 + longest**2)
+        matched += 4 * 2 * sum(step.responses) * TRANSPORT_ROWS * TRANSPORT_WIDTH
     weights = bytes_of(step.student_dtype) * student.parameters
     adapter = 4 * student.adapter(step.adapter_rank or 0)
     frozen = 0.0 if teacher is None else teacher_weights(teacher, step)
@@ -296,11 +324,11 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
     through_layer = step.tokens * (4 * student.inner * c + 3 * student.width * 4)
     phases = (
         earlier + kept + running,
-        earlier + kept + ROW_COPIES * rows + logits,
-        earlier + kept + ROW_COPIES * rows + head + through_layer,
+        earlier + kept + matched + logits,
+        earlier + kept + matched + head + through_layer,
         gradients + head + through_layer,
         # Its gradients, and on a GPU as much for AdamW over all of its parameters at once.
-        gradients + step.accumulation * rows + ROW_COPIES * rows + (4 if step.device == "cpu" else 8) * critic,
+        gradients + step.accumulation * rows + matched + (4 if step.device == "cpu" else 8) * critic,
     )
     return Memory(
         total=stays + max(phases),
@@ -313,7 +341,7 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
         activations=kept,
         teacher_pass=running,
         loss=logits,
-        queries_and_keys=ROW_COPIES * rows,
+        queries_and_keys=matched,
         process=process,
     )
 
@@ -348,26 +376,28 @@ def layer_activations(student: Size, step: Step) -> float:
     have `c` bytes a number and each keeps a cast copy of its input; with padding the attention's mask has a row per
     token, and keys and values are repeated for every head.
     """
-    c, d, a, inner = bytes_of(step.dtype), student.width, student.attention, student.inner
-    autocast = step.dtype != "float32"
+    c, d, a = bytes_of(step.dtype), student.width, student.attention
+    autocast, on_cpu = step.dtype != "float32", step.device == "cpu"
     # Queries, keys, values, output and mask; the logarithm of each softmax's sum.
     attention = 4 * a * c + step.max_length * c + 4 * student.heads
-    # The norms' inputs in float32.
-    norms = student.normed * 4
-    if student.kind == "gpt2":
-        # gelu_new is written out: five arrays, of which autocast on a GPU keeps three in float32.
-        gelu = 3 * 4 + 2 * c if autocast and step.device != "cpu" else 5 * c
-        dropout = 2 * d if student.dropout else 0
-        if student.dropout and step.device == "cpu":
-            # Masks are numbers there, and attention with dropout builds its weights, three times in float32.
-            dropout = 2 * d * c + (12 * student.heads - c) * step.max_length
-        return attention + norms + 2 * d * c + inner * gelu + dropout
-    feed_forward = 4 * inner * c
+    # The norms' inputs in float32, and for the weights of RMS norms, where they are trained, what they multiply.
+    norms = student.normed * 4 * (2 if student.rms and not step.adapter_rank else 1)
+    # Each autocast layer has its own copy of the input; in float32 they share the norm's output.
+    inputs = student.inputs * c if autocast else min(student.normed, 2 * d) * c
+    adapter = 0
     if step.adapter_rank:
-        # Every adapted layer has its own copy of the input; in float32 they share one.
-        inputs = 5 * d * c + a * c if autocast else 2 * d * c
-        return attention + norms + feed_forward + inputs + 7 * step.adapter_rank * c
-    return attention + 2 * norms + feed_forward + (5 if autocast else 2) * d * c
+        per_layer = len(student.linear) // student.layers
+        adapter = per_layer * step.adapter_rank * c + (a * c if autocast else 0)
+    # Of gelu_new's five arrays autocast on a GPU keeps three in float32.
+    written_out = 3 * 4 + 2 * c if autocast and not on_cpu else 5 * c
+    feed_forward = {"gated": 4 * c, "written_out": written_out, "native": 2 * c, "relu": c}[student.activation]
+    dropped = 0
+    if student.dropout:
+        dropped += 2 * d * (c if on_cpu else 1)  # masks, which on a CPU are numbers
+    if student.attention_dropout and on_cpu:
+        # Attention then builds its weights, three times in float32.
+        dropped += (12 * student.heads - c) * step.max_length
+    return attention + norms + inputs + adapter + feed_forward * student.inner + dropped
 
 
 def activations(student: Size, step: Step) -> float:

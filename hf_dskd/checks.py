@@ -174,14 +174,16 @@ def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(student_config)
     matrices = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
-    target, exclude, save = (
-        getattr(peft_config, key, None) for key in ("target_modules", "exclude_modules", "modules_to_save")
+    target, exclude, save, parameters = (
+        getattr(peft_config, key, None)
+        for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
     )
     for name in names:
         covers = {
             "target_modules": _lists_module(target, name) and not _lists_module(exclude, name),
             # PEFT takes the end of a name here: "head" is "lm_head" too.
             "modules_to_save": any(name.endswith(ending) for ending in save or ()),
+            "target_parameters": _lists_module(parameters, f"{name}.weight"),
         }
         for key, covered in covers.items():
             if covered:

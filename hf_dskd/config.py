@@ -28,6 +28,10 @@ from .settings import (
 )
 
 
+# Those that need no arguments of their own and no metric.
+DISCRIMINATOR_SCHEDULES = (
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
 # Settings that replace a part of a dual-space method's row.
 PARTS = {
     "alignment": DUAL_SPACE_ALIGNMENTS,
@@ -69,7 +73,16 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self.remove_unused_columns = False
         # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.
         self.logging_nan_inf_filter = False
+        self._set_best_metric()
         super().__post_init__()
+
+    def _set_best_metric(self) -> None:
+        # eval_loss would be Trainer's choice: it moves with the discriminator and with temperature schedules.
+        chooses = self.load_best_model_at_end or self.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+        if chooses and self.metric_for_best_model is None:
+            self.metric_for_best_model = "bits_per_byte"
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("bits_per_byte"):
+            self.greater_is_better = False
 
     def check(self) -> None:
         """Raises a [`UserError`] for a value that can't work; again where settings change, as in a search."""
@@ -83,11 +96,13 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         check_name("temperature_scaling=", self.temperature_scaling, TEMPERATURE_SCALINGS)
         check_name("temperature_schedule=", self.temperature_schedule, TEMPERATURE_SCHEDULES)
         self._check_composition()
-        check_name(
-            "discriminator_lr_scheduler_type=",
-            self.discriminator_lr_scheduler_type,
-            [kind.value for kind in SchedulerType],
-        )
+        check_name("discriminator_lr_scheduler_type=", self.discriminator_lr_scheduler_type, DISCRIMINATOR_SCHEDULES)
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.method_row.dual_space and (optim.endswith("_layerwise") or optim in ("lomo", "adalomo")):
+            raise UserError(
+                f"optim={optim!r} updates the student's parameters one by one in the backward pass, and would leave"
+                f" the projectors of method={self.method!r} as they are: choose another ('adamw_8bit' saves memory)"
+            )
         check_name("prompt_style=", self.prompt_style, PROMPT_STYLES)
         self._check_mappings()
         check_name("teacher_dtype=", self.teacher_dtype, DTYPES)

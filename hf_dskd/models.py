@@ -66,7 +66,10 @@ def backbone(model: nn.Module) -> nn.Module:
     if body is plain:
         body = plain.base_model
     if body is plain:
-        raise UserError(f"{type(plain).__name__} has no backbone apart from its head: use a causal language model")
+        raise UserError(
+            f"{type(plain).__name__} has no backbone apart from its head that transformers tells of: use a causal"
+            " language model of another type"
+        )
     return body
 
 
@@ -214,7 +217,8 @@ class LastHiddenState:
         model(**inputs, **self._arguments)
         hidden, self.value = self.value, None
         assert hidden is not None
-        return hidden
+        # PEFT's prompt tuning puts tokens of its own before the text.
+        return hidden[:, -inputs["input_ids"].shape[1] :]
 
     def _check_packing(self, model: nn.Module, takes_positions: bool) -> None:
         """

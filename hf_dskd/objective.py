@@ -214,6 +214,7 @@ def _method_terms(
             teacher_head,
             divergence,
             constants.vocabulary_map,
+            temperatures(config, "logits", progress).teacher,
             weights=student_weights,
             **chunks,
         )
@@ -321,6 +322,7 @@ def _logit_rows(
     teacher_head: LMHead,
     divergence: DivergenceFunction,
     vocabulary_map: Tensor | None,
+    teacher_temperature: float,
     **options: Any,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The student's own terms and `kd`, its divergence from the row of the teacher that stands for it."""
@@ -340,7 +342,9 @@ def _logit_rows(
     def terms(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> dict[str, Tensor]:
         if space == "mapped_logits":
             assert vocabulary_map is not None
-            kd = mapped_kd(student_logits, teacher_logits, paired, vocabulary_map, targets, divergence)
+            kd = mapped_kd(
+                student_logits, teacher_logits, paired, vocabulary_map, targets, divergence, teacher_temperature
+            )
         elif space == "sorted_logits":
             kd = uld(student_logits, teacher_logits) * paired
         else:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .random_stream import cpu_seed
+
 
 if TYPE_CHECKING:
     from .models import LMHead
@@ -32,8 +34,7 @@ class Projectors(nn.Module):
 
     def __init__(self, student_size: int, teacher_size: int, seed: int = 0, has_query: bool = True):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_seed(seed):
             query = nn.Linear(2 * student_size, 2 * teacher_size)
             if has_query:
                 self.query = query

@@ -36,6 +36,11 @@ LOG_NAMES = {value: name for name, (value, _) in RATIOS.items()}
 NEVER = float(2**30)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What sums over a run are added up in: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class RunningLog:
     """
     Adds up named sums without waiting for the device; one transfer reads them all.
@@ -53,7 +58,7 @@ class RunningLog:
 
     def add(self, **sums: Tensor | float) -> None:
         for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=torch.float64 if self.device.type != "mps" else torch.float32)
+            value = torch.as_tensor(value, dtype=exact_dtype(self.device))
             value = value.detach().to(self.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -98,7 +103,7 @@ class RunningLog:
         flags = list(self._first_bad)
         if not sums and not flags:
             return {}
-        values = [value.double() for value in sums.values()] + [self._first_bad[name].double() for name in flags]
+        values = [value.to(exact_dtype(value.device)) for value in (*sums.values(), *self._first_bad.values())]
         gathered = accelerator.gather(torch.stack(values).unsqueeze(0)).tolist()
         first_bad = [min(row[len(sums) + index] for row in gathered) for index in range(len(flags))]
         if flags and min(first_bad) < NEVER:

@@ -130,6 +130,9 @@ class DistillationSettings:
         padding_free (`bool`, *optional*, defaults to `False`):
             Run the student on the tokens of a micro-batch in one row, without padding. Without flash attention that
             pays for small batches of uneven lengths alone, since attention then runs over the whole row.
+        report_to (`str` or `list[str]`, *optional*, defaults to `"none"`):
+            Trackers of the log, such as `"tensorboard"`, `"wandb"`, `"trackio"`. Transformers 4 by itself would take
+            all that are installed.
         analysis_steps (`int`, *optional*):
             Optimizer steps between two analyses of the alignment, beside those before and after training; `0` for
             these two alone. Numbers and pictures go to `analysis` in the output folder. `None` analyses nothing.
@@ -254,6 +257,9 @@ class DistillationSettings:
 
     # Logs and evaluation
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
+    report_to: str | list[str] | None = field(
+        default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several of them, all or none"}
+    )
     analysis_steps: int | None = field(
         default=None, metadata={"help": "between two analyses of the alignment; 0: before and after training only"}
     )

@@ -361,8 +361,9 @@ def _marked(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_model(key: str, role: str, folder: Path) -> None:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from .random_stream import cpu_seed
 
     family, width = FAMILIES[key], WIDTHS[role]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -383,9 +384,7 @@ def _write_model(key: str, role: str, folder: Path) -> None:
     elif family.model_type != "gpt2":  # which makes it four times the width
         settings |= {"intermediate_size": 4 * width}
     config = AutoConfig.for_model(family.model_type, **{**settings, **family.config})
-    # The caller's own random numbers stay what they would have been.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(f"{key} {role}".encode()))
+    with cpu_seed(zlib.crc32(f"{key} {role}".encode())):
         model = AutoModelForCausalLM.from_config(config)
     ends = [special["eos_token_id"], *(tokenizer.convert_tokens_to_ids(token) for token in family.ends)]
     model.generation_config = GenerationConfig(**{**special, "eos_token_id": ends if family.ends else ends[0]})
@@ -502,6 +501,8 @@ def _write_tokenizer(family: Family, folder: Path) -> None:
     """`tokenizer.json` and `tokenizer_config.json`, as both supported versions of transformers read them."""
     config = {
         "tokenizer_class": family.tokenizer_class,
+        # None of these models takes the token types that transformers 4 would add.
+        "model_input_names": ["input_ids", "attention_mask"],
         **{name: token for name, token in family.tokens.items() if token is not None or name == "bos_token"},
         "add_bos_token": family.adds_bos,
         "clean_up_tokenization_spaces": False,

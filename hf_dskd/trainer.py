@@ -82,7 +82,7 @@ from .objective import (
 )
 from .projectors import Projectors
 from .result import RESULT_NAME, evaluations, write_result
-from .running_log import LOG_NAMES, RunningLog
+from .running_log import LOG_NAMES, RunningLog, exact_dtype
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
     Teacher,
@@ -128,10 +128,11 @@ class _StepCallback(TrainerCallback):
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Trainer zeroes the gradients of the student only.
-        for parameter in self.trainer._projector_parameters():
-            parameter.grad = None
+        self.trainer._zero_projectors()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Also where auto_find_batch_size begins once more, or an interrupted training does.
+        self.trainer._forget_step()
         self.trainer._begin_analyses()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,6 +171,9 @@ class DSKDTrainer(Trainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*): As in [`~transformers.Trainer`].
         optimizers (`tuple`, *optional*):
             Optimizer and schedule of the student. The projectors join the optimizer as a group of their own.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            As in [`~transformers.Trainer`]: of the logits of every batch, what `compute_metrics` needs, such as their
+            largest. Without it all logits of the evaluation are kept.
         peft_config ([`~peft.PeftConfig`], *optional*): Trains an adapter instead of the whole student.
         quantization_config, teacher_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             For a student or teacher given by name.
@@ -213,6 +217,7 @@ class DSKDTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
         teacher_quantization_config: Any = None,
@@ -367,6 +372,7 @@ class DSKDTrainer(Trainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.args: DSKDConfig
         self.model: nn.Module
@@ -523,6 +529,13 @@ class DSKDTrainer(Trainer):
                 self._cache.fill({"eval": eval_dataset}, self._load_teacher)
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
+        test_dataset = self._tokenize(test_dataset, "test")
+        if self._cache is not None:
+            self._cache.fill({"test": test_dataset}, self._load_teacher)
+        return super().get_test_dataloader(test_dataset)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -575,6 +588,14 @@ class DSKDTrainer(Trainer):
         return self._items[0]
 
     # ---- Loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in [`~transformers.Trainer`]; the projectors' gradients are averaged where data parallelism does it."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            # Before a gradient scaler looks for overflows: all ranks must find the same, to skip a step together.
+            reduce_over_ranks(self._projector_parameters(), self.accelerator, "mean")
+        return loss
 
     def _autocast(self) -> AbstractContextManager:
         """As `accelerator.autocast`, which in accelerate 1.10 stays on for good after an error inside it."""
@@ -732,12 +753,22 @@ class DSKDTrainer(Trainer):
             self.adversary.create_optimizer(num_training_steps)
         return scheduler
 
+    def _zero_projectors(self) -> None:
+        for parameter in self._projector_parameters():
+            parameter.grad = None
+
+    def _forget_step(self) -> None:
+        """What is left of a step that was begun and not ended."""
+        self._zero_projectors()
+        self._running = RunningLog(self.accelerator.device)
+        if self.adversary is not None:
+            self.adversary.forget()
+
     def _before_optimizer_step(self) -> None:
         projectors = self._projector_parameters()
         # As Trainer logs the student's: the rates of the step, not of the next one.
         if projectors:
             self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])  # type: ignore[union-attr]
-            reduce_over_ranks(projectors, self.accelerator, "mean")
             norm = clip(projectors, self.args.max_grad_norm)
             self._running.add(projector_grad_norm=norm, ranked_steps=1.0)
         if self.adversary is not None and not self.args.as_published:
@@ -793,7 +824,8 @@ class DSKDTrainer(Trainer):
         from huggingface_hub import HfApi
 
         args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # Callbacks are told of a push since transformers 5.
+        getattr(self.callback_handler, "on_push_begin", lambda *args: None)(args, self.state, self.control)
         token = token or args.hub_token
         self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
@@ -877,6 +909,12 @@ class DSKDTrainer(Trainer):
             )
         if self.eval_dataset is None:
             raise UserError("hyperparameter_search compares evaluations, and eval_dataset=None: pass one")
+        if isinstance(self.eval_dataset, dict) and compute_objective is None:
+            names = ", ".join(f"eval_{name}_bits_per_byte" for name in self.eval_dataset)
+            raise UserError(
+                f"hyperparameter_search minimizes eval_bits_per_byte, and eval_dataset has {len(self.eval_dataset)}"
+                f" sets: pass compute_objective, a function of the metrics, which has {names}"
+            )
         # From now on every `train` loads the student anew, as with a model_init.
         model_init: Any = self._load_student
         self.model_init = model_init
@@ -925,13 +963,16 @@ class DSKDTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             result = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+        if self.accelerator.num_processes > 1 and self._evaluated:
+            # Without the examples with which ranks fill their last batch, which were already seen.
+            self._evaluated[-1] = self.accelerator.gather_for_metrics(self._evaluated[-1])
         if isinstance(result, tuple):
             return result[0].detach(), result[1]["logits"].float(), inputs["labels"]
         return result.detach(), None, None
 
     def _note_evaluated(self, student: ResponseStates, terms: Terms, inputs: dict[str, Any]) -> None:
         """One row of sums per example: exact means need neither equal batches nor equal ranks."""
-        if "example_ids" not in inputs or self.args.as_published:
+        if "example_ids" not in inputs:
             return
         assert terms.ce_rows is not None
         ends = inputs["byte_ends"]
@@ -939,13 +980,16 @@ class DSKDTrainer(Trainer):
         covers_text = ends[:, 1:] > ends[:, :-1].clamp_min(0)
         text = student.per_example(terms.ce_rows * covers_text[inputs["labels"][:, 1:] != -100])
         zeros = torch.zeros_like(text)
-        columns = [inputs["example_ids"], terms.student_tokens, zeros, inputs["response_bytes"], text]
-        if terms.teacher_tokens is not None:
-            columns[2] = terms.teacher_tokens
+        teacher_tokens = zeros if terms.teacher_tokens is None else terms.teacher_tokens
+        columns = [terms.student_tokens, teacher_tokens, inputs["response_bytes"], text]
         values = {**terms.student, **terms.teacher}
+        if self.args.as_published:
+            # Its other terms depend on what else is in a batch, and none has an exact mean.
+            values = {name: value for name, value in values.items() if name in ("ce", "correct")}
         self._evaluated_names = sorted(values)
         columns += [values[name] for name in self._evaluated_names]
-        self._evaluated.append(torch.stack([column.detach().double() for column in columns], dim=1))
+        exact = exact_dtype(self.accelerator.device)
+        self._evaluated.append(torch.stack([column.detach().to(exact) for column in columns], dim=1))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """
@@ -971,17 +1015,13 @@ class DSKDTrainer(Trainer):
     def _exact_metrics(self) -> dict[str, float]:
         if not self._evaluated:
             return {}
-        rows = torch.cat(self._evaluated)
+        sums = torch.cat(self._evaluated).sum(0).tolist()
         self._evaluated = []
-        if self.accelerator.num_processes > 1:
-            rows = self.accelerator.pad_across_processes(rows, dim=0, pad_index=-1)
-            rows = self.accelerator.gather(rows)
-        # Ranks fill their last batch with examples that were already seen.
-        unique = {int(row[0]): row for row in rows.cpu() if row[0] >= 0}
-        sums = torch.stack(list(unique.values())).sum(0).tolist()
-        _, student_tokens, teacher_tokens, response_bytes, text, *values = sums
+        student_tokens, teacher_tokens, response_bytes, text, *values = sums
         totals = dict(zip(self._evaluated_names, values))
-        metrics = {"loss": weighted_loss(self.args, totals, student_tokens, teacher_tokens)}
+        metrics = {}
+        if not self.args.as_published:
+            metrics["loss"] = weighted_loss(self.args, totals, student_tokens, teacher_tokens)
         for name, value in totals.items():
             shown = "t2s_accuracy" if name == "t2s_correct" else LOG_NAMES[name]
             metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)
@@ -1090,9 +1130,6 @@ class DSKDTrainer(Trainer):
             finished = self._finished_at(str(resume_from_checkpoint))
             if finished is not None:
                 return finished
-        self._running = RunningLog(self.accelerator.device)
-        if self.adversary is not None:
-            self.adversary.forget()
         if self.is_world_process_zero():
             # A folder that has it is complete, and this one now isn't.
             (Path(str(self.args.output_dir)) / RESULT_NAME).unlink(missing_ok=True)

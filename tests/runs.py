@@ -60,7 +60,7 @@ def trainer(folder: Path | str, *, student=None, teacher=None, rows: int = 16, *
     For methods that need one vocabulary the teacher has the student's tokenizer, and some rows more in its head.
     """
     of_trainer = ("peft_config", "callbacks", "compute_metrics", "data_collator", "optimizers", "eval_dataset")
-    of_trainer += ("train_dataset", "processing_class", "teacher_processing_class")
+    of_trainer += ("train_dataset", "processing_class", "teacher_processing_class", "preprocess_logits_for_metrics")
     options = {name: settings.pop(name) for name in of_trainer if name in settings}
     args = config(folder, **settings)
     teacher_tokenizer, teacher_rows = _TEACHER_TOKENIZER, len(_TEACHER_TOKENIZER)

@@ -452,6 +452,7 @@ def lora(**settings):
         (lora(modules_to_save=["lm_head"]), "modules_to_save", "lm_head"),
         (lora(modules_to_save=["head"]), "modules_to_save", "lm_head"),
         (lora(modules_to_save=["wte"]), "modules_to_save", "transformer.wte"),
+        (lora(target_parameters=["lm_head.weight"]), "target_parameters", "lm_head"),
     ],
 )
 def test_lora_on_head_or_embedding(make, adapter, setting, module):

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import runs
+import torch
+from transformers import get_scheduler
 
+from hf_dskd.config import DISCRIMINATOR_SCHEDULES
 from hf_dskd.errors import UserError
 from hf_dskd.losses.divergences import DIVERGENCES
 from hf_dskd.losses.likelihood import BINARY_DIVERGENCES
@@ -214,6 +217,12 @@ REFUSED = [
     ),
     ({"teacher_space_divergence": "jss"}, "teacher_space_divergence='jss' is unknown: did you mean 'js'?"),
     ({"alm_divergence": "symmetric_kl"}, "alm_divergence='symmetric_kl' is unknown: "),
+    *(
+        ({"discriminator_lr_scheduler_type": name}, f"discriminator_lr_scheduler_type={name!r} is unknown: ")
+        for name in ("reduce_lr_on_plateau", "cosine_with_min_lr", "warmup_stable_decay")
+    ),
+    ({"optim": "galore_adamw_layerwise"}, "optim='galore_adamw_layerwise' updates"),
+    ({"optim": "lomo"}, "leave the projectors of method='dskd_cma_ga' as they are"),
 ]
 
 
@@ -236,8 +245,33 @@ def test_refused(settings, expected, tmp_path):
         *({"method": name, "as_published": True} for name in ("sft", "kd", "dskd", "dskd_cma_ct", "dskd_clp", "uld")),
         *({"adversarial_loss": name} for name in ADVERSARIAL_LOSSES),
         *({"temperature_scaling": name} for name in TEMPERATURE_SCALINGS),
+        {"method": "sft", "optim": "lomo"},
     ],
 )
 def test_accepted(settings, tmp_path):
     config = runs.config(tmp_path, **settings)
     assert all(getattr(config, name) == value for name, value in settings.items())
+
+
+def test_every_schedule_of_the_discriminator_can_be_made():
+    optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
+    for name in DISCRIMINATOR_SCHEDULES:
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=3)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_best_checkpoint_is_that_of_the_fewest_bits_per_byte(tmp_path):
+    """Not of the least eval_loss, which moves with the discriminator and with temperature schedules."""
+    chosen = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    for settings, expected in (
+        (chosen, ("bits_per_byte", False)),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}, ("bits_per_byte", False)),
+        ({**chosen, "metric_for_best_model": "eval_x_bits_per_byte"}, ("eval_x_bits_per_byte", False)),
+        ({**chosen, "metric_for_best_model": "rouge_l"}, ("rouge_l", True)),
+        ({**chosen, "metric_for_best_model": "loss"}, ("loss", False)),
+        ({**chosen, "greater_is_better": True}, ("bits_per_byte", True)),
+        ({}, (None, None)),
+    ):
+        config = runs.config(tmp_path, **settings)
+        assert (config.metric_for_best_model, config.greater_is_better) == expected

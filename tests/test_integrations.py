@@ -215,6 +215,9 @@ def test_what_a_search_cannot_vary_is_refused(tmp_path, folders):
         setattr(trainer.args, name, before)
     with pytest.raises(UserError, match="pass model as a name or folder instead of a GPT2LMHeadModel"):
         runs.trainer(tmp_path, eval_dataset=tiny.dataset(4)).hyperparameter_search(lambda trial: {})
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+    with pytest.raises(UserError, match=r"2 sets: pass compute_objective.*eval_a_bits_per_byte, eval_b_bits_per_byte"):
+        trainer.hyperparameter_search(lambda trial: {})
     trainer.eval_dataset = None
     with pytest.raises(UserError, match="eval_dataset=None: pass one"):
         trainer.hyperparameter_search(lambda trial: {})

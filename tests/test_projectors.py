@@ -3,6 +3,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_dskd.analysis.distributions import pca
+from hf_dskd.losses.conditional_transport import TransportCritics
+from hf_dskd.losses.key_query import Discriminator
 from hf_dskd.models import LMHead
 from hf_dskd.projectors import Projectors, least_squares
 
@@ -111,6 +114,28 @@ def test_both_maps_are_the_least_squares_solutions():
         assert layer.bias.eq(0).all()
         assert residuals[name] == pytest.approx(float((a @ expected - b).norm() / b.norm()), rel=1e-9)
     assert torch.equal(projectors.query.weight, query)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: Projectors(4, 6, seed=1).s2t.weight,
+        lambda: Discriminator(4, 8, seed=1).linear1.weight,
+        lambda: TransportCritics(4, 8, seed=1).critic1.linear1.weight,
+        lambda: pca(torch.arange(12.0).view(3, 4), torch.ones(2, 4))[0],
+    ],
+    ids=["projectors", "discriminator", "transport critics", "pca"],
+)
+def test_no_device_is_seeded(draw, monkeypatch):
+    """`torch.manual_seed` would seed every GPU, and the student's dropout would depend on what is made beside it."""
+
+    def seeded(seed):
+        raise AssertionError("every device was seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", seeded)
+    first = draw()
+    torch.rand(1)
+    assert torch.equal(first, draw())
 
 
 def test_seed():

@@ -8,7 +8,8 @@ import pytest
 import runs
 import tiny
 import torch
-from peft import LoraConfig, PeftModel
+from datasets import concatenate_datasets
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -57,6 +58,44 @@ def test_discriminator_learns_on_fixed_features(tmp_path):
     after = runs.weights(run)
     for name in after:
         assert torch.equal(before[name], after[name]) == (not name.startswith("critic")), name
+
+
+def test_projectors_are_averaged_before_a_scaler_looks(tmp_path, monkeypatch):
+    """Another rank's overflow must reach this one's search for overflows, so that both skip the step."""
+    events = []
+    monkeypatch.setattr(
+        "hf_dskd.trainer.reduce_over_ranks", lambda parameters, *_: events.append(("averaged", len(parameters)))
+    )
+    run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2)
+    unscale = run.accelerator.clip_grad_norm_
+    monkeypatch.setattr(
+        run.accelerator,
+        "clip_grad_norm_",
+        lambda *args, **kwargs: events.append("clipped") or unscale(*args, **kwargs),
+    )
+    run.train()
+    assert events == [("averaged", 6), "clipped"] * 2
+
+
+def test_a_training_that_begins_again_has_nothing_left_of_the_interrupted_one(tmp_path):
+    class Look(TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            if self.interrupts:
+                self.interrupts = False
+                raise KeyboardInterrupt
+
+        def on_step_begin(self, *args, **kwargs):
+            self.left.append([p.grad is not None for p in run.projectors.parameters()])
+            self.features.append(len(run.adversary._features))
+
+    look = Look()
+    look.interrupts, look.left, look.features = True, [], []
+    run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1, callbacks=[look])
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert any(p.grad is not None for p in run.projectors.parameters())
+    run.train()
+    assert not any(look.left[1]) and look.features == [0, 0]
 
 
 @pytest.mark.parametrize("as_published", [False, True])
@@ -388,6 +427,66 @@ def test_compute_metrics_sees_logits_and_labels(tmp_path):
     run = runs.trainer(tmp_path, compute_metrics=accuracy)
     metrics = run.evaluate(run.train_dataset)
     assert metrics["eval_accuracy"] == pytest.approx(metrics["eval_token_accuracy"], abs=1e-6)
+    # Of 400 logits a token, one number is kept.
+    shapes = []
+
+    def hits(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {}
+
+    run = runs.trainer(
+        tmp_path, compute_metrics=hits, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1)
+    )
+    run.evaluate(run.train_dataset)
+    assert len(shapes[0]) == 2
+
+
+def test_predict_tokenizes_what_it_is_given(tmp_path):
+    run = runs.trainer(tmp_path)
+    text = tiny.dataset(6)
+    metrics = run.predict(text).metrics
+    assert metrics["test_bits_per_byte"] == run.evaluate(text)["eval_bits_per_byte"]
+
+
+def test_every_row_counts_whatever_its_number(tmp_path):
+    """Two tokenized sets, both numbered from 0."""
+    run = runs.trainer(tmp_path, method="sft")
+    parts = [tiny.dataset(8).select(rows) for rows in (range(3), range(3, 8))]
+    tokenized = [run._tokenize(part, "eval") for part in parts]
+    assert set(tokenized[0]["example_id"]) < set(tokenized[1]["example_id"])
+    both = run.evaluate(concatenate_datasets(tokenized))["eval_bits_per_byte"]
+    assert both == pytest.approx(run.evaluate(tiny.dataset(8))["eval_bits_per_byte"], rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dskd_cma_ga", "kd"])
+def test_as_published_evaluates_what_has_an_exact_mean(method, tmp_path):
+    plain, published = (
+        runs.trainer(tmp_path, method=method, as_published=as_published, max_length=128).evaluate(tiny.dataset(6))
+        for as_published in (False, True)
+    )
+    for name in ("eval_bits_per_byte", "eval_ce_loss", "eval_token_accuracy"):
+        assert published[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    ],
+    ids=["prompt tuning", "prefix tuning"],
+)
+def test_virtual_tokens_are_no_rows_of_the_text(adapter, tmp_path):
+    run = runs.trainer(tmp_path, method="sft", peft_config=adapter)
+    metrics = run.evaluate(run.train_dataset)
+    nats = tokens = 0.0
+    for row in run.train_dataset:
+        ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
+        with torch.no_grad():
+            logits = run.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
+        nats += torch.nn.functional.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").item()
+        tokens += ids.shape[1] - start
+    assert metrics["eval_ce_loss"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_best_model_brings_its_projectors_back(tmp_path):
@@ -401,8 +500,6 @@ def test_best_model_brings_its_projectors_back(tmp_path):
         max_steps=3,
         learning_rate=0.5,  # every step makes it worse, so that the first is the best
         load_best_model_at_end=True,
-        metric_for_best_model="eval_bits_per_byte",
-        greater_is_better=False,
         save_total_limit=1,
     )
     run.train()
@@ -508,6 +605,7 @@ def test_trainer_is_a_transformers_trainer_with_trls_signature():
         "compute_metrics",
         "callbacks",
         "optimizers",
+        "preprocess_logits_for_metrics",
         "peft_config",
         "quantization_config",
         "teacher_quantization_config",

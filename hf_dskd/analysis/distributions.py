@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.key_query import squared_distances
+from ..random_stream import cpu_seed
 
 
 MOST_ROWS = 1000
@@ -237,10 +238,9 @@ def pca(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
         `tuple[Tensor, Tensor, tuple[float, float]]`: points `[n, 2]` and `[m, 2]`, float64, and the share of the
         variance along each axis.
     """
-    rows = torch.cat([x, y]).double()
+    rows = torch.cat([x, y]).cpu().double()
     rows = rows - rows.mean(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with cpu_seed(0):
         _, spread, axes = torch.svd_lowrank(rows, q=min(32, *rows.shape), niter=8)
     axes = axes[:, :2]
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()

@@ -342,7 +342,7 @@ def _random_stream(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    # All devices, because the seed is set on all of them.
+    # All devices, because the seed is set on all of them: what is sampled is sampled where the model is.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

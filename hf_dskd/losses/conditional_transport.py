@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..random_stream import cpu_seed
 from .key_query import ReverseGradient, highway, squared_distances
 
 
@@ -65,8 +66,7 @@ class TransportCritics(nn.Module):
     def __init__(self, feature_size: int, hidden_size: int = 768, dropout: float = 0.1, seed: int = 0):
         super().__init__()
         self.dropout = dropout
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_seed(seed):
             self.critic1 = _Critic(feature_size, hidden_size)
             self.navigator1 = _Navigator(feature_size, hidden_size)
             self.critic2 = _Critic(feature_size, hidden_size)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..random_stream import cpu_seed
+
 
 def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
     """
@@ -76,8 +78,7 @@ class Discriminator(nn.Module):
     def __init__(self, feature_size: int, hidden_size: int = 768, dropout: float = 0.1, seed: int = 0):
         super().__init__()
         self.dropout = dropout
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with cpu_seed(seed):
             self.highway = nn.Linear(feature_size, feature_size)
             self.linear1 = nn.Linear(feature_size, hidden_size)
             self.linear2 = nn.Linear(hidden_size, 1)

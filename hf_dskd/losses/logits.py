@@ -7,6 +7,8 @@ V_s and V_t vocabularies. Logits come already divided by their temperatures; val
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,7 +91,12 @@ def packed_partners(partner: Tensor, student_mask: Tensor, teacher_mask: Tensor)
 
 
 def mapped_target(
-    teacher_logits: Tensor, paired: Tensor, vocabulary_map: Tensor, targets: Tensor, student_vocabulary: int
+    teacher_logits: Tensor,
+    paired: Tensor,
+    vocabulary_map: Tensor,
+    targets: Tensor,
+    student_vocabulary: int,
+    temperature: float = 1.0,
 ) -> Tensor:
     """
     What minimum-edit-distance distillation teaches, as log-probabilities `[N, V_s]` (FuseLLM, arXiv 2401.10491).
@@ -99,8 +106,10 @@ def mapped_target(
     teacher's softmax. The released code takes the largest of their logits instead, which hands the others' mass to
     unrelated tokens. A row without a partner gets its response token alone, as released.
 
-    No entry is below `TARGET_FLOOR`, so that every divergence is finite and adding up the floors changes none of them
-    by more than rounding. Reverse KL charges 27.6 nats for a token that the target rules out.
+    Divided by `temperature`, no entry is below the logarithm of `TARGET_FLOOR`, so that every divergence is finite and
+    adding up the floors changes none of them by more than rounding. A floor before the temperature would become
+    `TARGET_FLOOR^(1/τ)`, which outweighs the rest of the target in a large vocabulary. Reverse KL charges 27.6 nats
+    for a token that the target rules out.
 
     Args:
         teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Of the partner's row; anything where there is none.
@@ -108,13 +117,15 @@ def mapped_target(
         vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
         targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
         student_vocabulary (`int`): V_s.
+        temperature (`float`, *optional*, defaults to `1.0`): What the target will be divided by.
     """
     nothing = vocabulary_map < 0
     p = precise(teacher_logits.detach()).masked_fill(nothing, -torch.inf).softmax(-1)
     nowhere = p.new_zeros(len(p), student_vocabulary)
     carried = nowhere.index_add(1, vocabulary_map.masked_fill(nothing, 0), p)
     alone = nowhere.scatter(1, targets.unsqueeze(1), 1.0)
-    return torch.where(paired.unsqueeze(1), carried, alone).clamp(min=TARGET_FLOOR).log()
+    target = torch.where(paired.unsqueeze(1), carried, alone).log()
+    return target.clamp(min=temperature * math.log(TARGET_FLOOR))
 
 
 def mapped_kd(
@@ -124,6 +135,7 @@ def mapped_kd(
     vocabulary_map: Tensor,
     targets: Tensor,
     divergence: DivergenceFunction,
+    temperature: float = 1.0,
 ) -> Tensor:
     """
     Divergence from the teacher's distribution over the student's vocabulary, per row `[N]`; see [`mapped_target`].
@@ -135,6 +147,7 @@ def mapped_kd(
         vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
         targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
         divergence: Of `(student_logits, teacher_logits)`, per row.
+        temperature (`float`, *optional*, defaults to `1.0`): By which `divergence` divides the teacher's side.
     """
-    target = mapped_target(teacher_logits, paired, vocabulary_map, targets, student_logits.shape[-1])
+    target = mapped_target(teacher_logits, paired, vocabulary_map, targets, student_logits.shape[-1], temperature)
     return divergence(student_logits, target)

@@ -7,6 +7,7 @@ import torch
 from hf_dskd.losses import logits as module
 from hf_dskd.losses.divergences import DIVERGENCES, forward_kl, reverse_kl
 from hf_dskd.losses.logits import mapped_kd, mapped_target, packed_partners, paired_rows, shared_prefix_kd, uld
+from hf_dskd.losses.temperature import Temperatures, with_temperature
 
 
 FLOAT64 = torch.float64
@@ -215,6 +216,20 @@ class TestMapped:
         value = mapped_kd(student, teacher.expand(2, -1), paired, torch.arange(50), targets, forward_kl)
         log_q = student.double().log_softmax(-1)
         p = teacher[0].double().softmax(-1)
+        expected = torch.stack([(p * (p.log() - log_q[0, :50])).sum(), -log_q[1, 7]])
+        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("tau", [2.0, 4.0])
+    def test_a_temperature_leaves_the_floor_below_rounding(self, tau):
+        """At 4, a floor put under the target before would hold 98% of it."""
+        torch.manual_seed(0)
+        student = torch.randn(2, 50_257)
+        teacher = 3 * torch.randn(1, 50)
+        paired, targets = torch.tensor([True, False]), torch.tensor([0, 7])
+        divergence = with_temperature(forward_kl, Temperatures(1.0, tau))
+        value = mapped_kd(student, teacher.expand(2, -1), paired, torch.arange(50), targets, divergence, tau)
+        log_q = student.double().log_softmax(-1)
+        p = (teacher[0].double() / tau).softmax(-1)
         expected = torch.stack([(p * (p.log() - log_q[0, :50])).sum(), -log_q[1, 7]])
         torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
 

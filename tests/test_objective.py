@@ -9,6 +9,7 @@ import torch
 from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
 from hf_dskd.losses.dual_space import response_states
 from hf_dskd.losses.likelihood import likelihood_matching
+from hf_dskd.losses.logits import mapped_kd
 from hf_dskd.methods import METHODS
 from hf_dskd.models import LMHead
 from hf_dskd.objective import (
@@ -362,3 +363,17 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
     # The cross entropy has the end.
     assert torch.equal(without.student["ce"], expected.student["ce"])
     assert (without.student_tokens == rows["labels"].ne(-100).sum(1)).all()
+
+
+def test_min_edit_knows_the_teachers_temperature(tmp_path, monkeypatch):
+    """Of the logits' space, where its schedule stands: the target's floor is below what is divided by it."""
+    given = []
+
+    def watched(*args):
+        given.append(args[-1])
+        return mapped_kd(*args)
+
+    monkeypatch.setattr("hf_dskd.objective.mapped_kd", watched)
+    settings = {"kd_temperature": 4.0, "temperature_schedule": "linear", "final_kd_temperature": 2.0}
+    runs.trainer(tmp_path, method="min_edit", max_steps=2, **settings).train()
+    assert given[0] == 4.0 and given[-1] == 3.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import tempfile
@@ -125,9 +126,32 @@ def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterat
         if os.path.isdir(name) and not any(any(Path(name).glob(pattern)) for pattern in files):
             raise OSError(f"the folder has no {files[0]}")
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, (OSError, ValueError, SafetensorError)):
+            raise
         reason = str(error).split("\n")[0].strip().rstrip(".")
         raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error
+
+
+def check_quantized_student(device: Any, quantization_config: Any, peft_config: Any) -> None:
+    """A student given by name can be loaded in 4 bits for an adapter, on a GPU."""
+    if quantization_config is None:
+        return
+    four_bit = bool(getattr(quantization_config, "load_in_4bit", False))
+    setting = "load_in_4bit" if four_bit else "load_in_8bit"
+    if four_bit and device.type == "cpu":
+        # bitsandbytes packs the weights for the CPU at the first forward pass without gradient, and what it then
+        # computes with has no backward.
+        raise UserError(
+            f"{setting}=True: a 4-bit student can't be trained on a CPU, where bitsandbytes has no gradients for it:"
+            " leave that out (--load_teacher_in_4bit is for the teacher)"
+        )
+    if peft_config is None:
+        raise UserError(f"{setting}=True needs an adapter to train: set --use_peft (peft_config)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{setting}=True needs bitsandbytes: pip install bitsandbytes")
 
 
 def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: str, role: str) -> None:
@@ -168,7 +192,9 @@ def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
     there, and the student would be distilled towards a head that it doesn't have.
     """
     import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(student_config)
@@ -178,6 +204,13 @@ def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
         getattr(peft_config, key, None)
         for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
     )
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if isinstance(target, (list, set)) and not any(_lists_module(target, name) for name, _ in model.named_modules()):
+        known = sorted({name.rpartition(".")[2] for name in linear - set(names)})
+        raise UserError(
+            f"peft_config.target_modules={sorted(target)} names no module of the student: choose among"
+            f" {', '.join(known)}, or set 'all-linear'"
+        )
     for name in names:
         covers = {
             "target_modules": _lists_module(target, name) and not _lists_module(exclude, name),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import UserError
 from .methods import METHODS
 
 
@@ -76,6 +77,11 @@ class Size:
         from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
+        if not getattr(config.get_text_config(), "num_attention_heads", None):
+            raise UserError(
+                f"the memory of a {config.model_type!r} model is not known, for it has no attention: choose"
+                " per_device_train_batch_size, use_peft and load_teacher_in_4bit yourself, for `hf-dskd train`"
+            )
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
         text = config.get_text_config()

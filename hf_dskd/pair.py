@@ -9,6 +9,7 @@ and tokens are aligned by the method.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -25,9 +26,13 @@ from .methods import METHODS
 if TYPE_CHECKING:
     from .memory import Size, Step
 
+logger = logging.getLogger(__name__)
+
 MAX_LENGTH = 512
 TOTAL_BATCH_SIZE = 32
 BATCH_SIZES = (8, 4, 2, 1)
+# Of the free memory, what is kept back: the formulas have errors of about that size.
+MARGIN = 0.1
 # Students with more parameters than that get an adapter, whatever the memory.
 FULLY_TRAINED = 0.5e9
 LORA_R = 64
@@ -226,10 +231,11 @@ def _choices(
     cached = fixed.get("teacher_cache") is not None
     # Beside the student are then its head and embedding alone.
     elsewhere = cached or fixed.get("teacher_device") is not None
-    for checkpointing, adapter_rank, nf4, size in product(
-        options("gradient_checkpointing", False, True),
+    # What changes no result gives way first: the micro-batch, then checkpointing; after that a rounded teacher.
+    for adapter_rank, nf4, checkpointing, size in product(
         ranks,
         options("load_teacher_in_4bit", *((False, True) if four_bit else (False,))),
+        options("gradient_checkpointing", False, True),
         options("per_device_train_batch_size", *batch_sizes),
     ):
         live = Step(
@@ -260,10 +266,16 @@ def _fit(
     from .memory import Size
 
     student, teacher = Size.of(configs["student"]), Size.of(configs["teacher"])
+    if student.parameters > teacher.parameters:
+        logger.warning(
+            "the student has more parameters (%s) than the teacher (%s): name the student first",
+            f"{student.parameters:,}",
+            f"{teacher.parameters:,}",
+        )
     no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device)
     refused: list[_Choice] = []
     for choice in _choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None):
-        if memory is None or choice.needed <= memory:
+        if memory is None or choice.needed <= (1 - MARGIN) * memory:
             break
         refused.append(choice)
     else:
@@ -302,7 +314,7 @@ def _fit(
     found["per_device_train_batch_size"] = step.batch_size, f"takes {choice.needed / 1e9:.1f}{of} GB"
     found["per_device_eval_batch_size"] = step.batch_size, "as in training"
     checkpointing = step.gradient_checkpointing
-    found["gradient_checkpointing"] = checkpointing, "nothing fits without" if checkpointing else "it fits without"
+    found["gradient_checkpointing"] = checkpointing, "doesn't fit without" if checkpointing else "it fits without"
     return found
 
 
@@ -337,15 +349,15 @@ def _too_large(
         if no_four_bit is not None:
             remedies.append(no_four_bit)
         cached = room(step_memory(student, teacher, replace(step, teacher="cached")).total, step.device)
-        if cached <= memory:
+        if cached <= (1 - MARGIN) * memory:
             remedies.append(
                 f"train with {cached / 1e9:.1f} GB from a --teacher_cache that hf-dskd cache-teacher fills on a larger"
                 " machine"
             )
     remedies.append("name smaller models or a smaller --max_length (nothing is offloaded to the CPU)")
     return (
-        f"{names[0]} from {names[1]} doesn't fit: it takes {least.needed / 1e9:.1f} GB at least ({least}) and"
-        f" {memory / 1e9:.1f} GB are free; {'; or '.join(remedies)}"
+        f"{names[0]} from {names[1]} doesn't fit: it takes {least.needed / 1e9:.1f} GB at least ({least}), and of"
+        f" {memory / 1e9:.1f} GB that are free {MARGIN:.0%} are kept back; {'; or '.join(remedies)}"
     )
 
 
@@ -370,15 +382,13 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
 
     student, teacher, flags = two_names(arguments)
     check_two(student, teacher)
-    dry_run = "--dry_run" in flags
-    flags = [flag for flag in flags if flag != "--dry_run"]
-    told = {
-        flag[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for flag in flags if flag.startswith("--")
-    }
+    dry_run = bool({"--dry_run", "--dry-run"} & set(flags))
+    flags = [flag for flag in flags if flag not in ("--dry_run", "--dry-run")]
+    told = {name.removeprefix("no_") for name in run.flag_names(flags)}
     if "dataset_name" in told and "rename_columns" not in told:
         # The file's are of the file's dataset.
         flags.append("--rename_columns=")
-    smoke = "smoke" in told
+    smoke = run.wants_smoke(flags, {})
     names = [
         f"--model_name_or_path={student}",
         f"--teacher_model_name_or_path={teacher}",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,7 +15,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .errors import NonFiniteLossError, UserError
+from .checkpoint import checkpoints
+from .errors import NonFiniteLossError, UserError, check_name
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
 
 
@@ -121,15 +125,16 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     if "--help" in arguments or "-h" in arguments:
         print(help_text(description, config_file))
         sys.exit(0)
+    arguments = [part for argument in arguments for part in _split_config(argument)]
     if "--config" not in arguments and config_file is not None:
         arguments = ["--config", str(config_file), *arguments]
-    named = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
-    settings: dict[str, Any] = {}
+    given = flag_names(arguments)
+    named, settings = set(given), {}
     if "--config" in arguments:
         path = [*arguments, ""][arguments.index("--config") + 1]
         settings = read_yaml("--config", path)
         named |= set(settings)
-    smoke = smoke_flags(settings) if "smoke" in named else []
+    smoke = smoke_flags(settings, given) if wants_smoke(arguments, settings) else []
 
     from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -141,17 +146,27 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
             raise UserError(message)
 
     # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
-    precision = [flag for flag in fastest_precision() if flag == "--use_cpu" or not named & {"bf16", "fp16"}]
-    parser = Parser((ScriptArguments, DSKDConfig, ModelConfig, RunArguments))  # type: ignore[arg-type]
+    precision = [flag for flag in fastest_precision() if flag == "--use_cpu=true" or not named & {"bf16", "fp16"}]
+    groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
+    # Half of a name would be understood by the parser, but not by what looks for names here.
+    parser = Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]
+    known = [setting.name for group in groups for setting in fields(group) if setting.init]
+    for name in settings:
+        check_name(f"{path!r} has a setting ", name, [*known, "env"])
     try:
         script, config, model, options = parser.parse_args_and_config(args=[*precision, *smoke, *arguments])
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise _not_parsed(" ".join(str(error).split()), known) from None
     run = Run(script, config, model, options)
     set_accumulation(run)
     if options.smoke:
+        folder = Path(str(config.output_dir))
+        if folder.name.endswith("_smoke") and not config.resume_from_checkpoint:
+            # A smoke run's folder is of no worth, and the same command is to work again.
+            with config.main_process_first(desc="the last smoke run"):
+                forget_run(folder)
         with config.main_process_first(desc="tiny models"):
             names = smoke_models(
                 model.model_name_or_path, options.teacher_model_name_or_path, Path(str(config.output_dir))
@@ -160,6 +175,63 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
         # What is written of the run names these models, and its settings alone make it again.
         options.smoke = False
     return run
+
+
+def _split_config(argument: str) -> list[str]:
+    return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
+
+
+def flag_names(arguments: list[str]) -> set[str]:
+    """Names of the settings that a command line sets."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+
+
+def wants_smoke(arguments: list[str], settings: dict[str, Any]) -> bool:
+    """Whether `--smoke` is set, on the command line or else in the file."""
+    wanted = bool(settings.get("smoke", False))
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        name, _, value = word.partition("=")
+        if name == "--smoke":
+            wanted = (value or following).lower() not in ("false", "no", "n", "f", "0")
+        elif name in ("--no_smoke", "--no-smoke"):
+            wanted = False
+    return wanted
+
+
+def _not_parsed(message: str, known: list[str]) -> UserError:
+    """What the parser says, or of a word that it doesn't know, the nearest name."""
+    words = re.search(r"not used by the HfArgumentParser: \[(.*?)\]", message)
+    word = words.group(1).split(",")[0].strip(" '\"") if words else ""
+    if not word:
+        return UserError(message)
+    if not word.startswith("--"):
+        return UserError(
+            f"{word!r} belongs to no setting: name a configuration file with --config, a value with --NAME"
+        )
+    name = word[2:].partition("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists the settings"
+    return UserError(f"{word.partition('=')[0]} is no setting: {hint}")
+
+
+def check_fresh(config: DSKDConfig) -> None:
+    """Refuses to mix a new run with one that is in the output folder."""
+    if config.resume_from_checkpoint:
+        return
+    folder = Path(str(config.output_dir))
+    there = [path.name for path in (*checkpoints(folder)[-1:], folder / RESULT_NAME) if path.exists()]
+    if there:
+        raise UserError(
+            f"output_dir={str(folder)!r} holds another run ({', '.join(there)}): go on with it by"
+            " --resume_from_checkpoint last, name another --output_dir, or delete that folder"
+        )
+
+
+def forget_run(folder: Path) -> None:
+    """Deletes what makes a folder that of a run."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path)
+    (folder / RESULT_NAME).unlink(missing_ok=True)
 
 
 # What `--smoke` puts in the place of a recipe's own settings; those of the command line go before.
@@ -185,9 +257,15 @@ SMOKE: dict[str, Any] = {
 }
 
 
-def smoke_flags(settings: dict[str, Any]) -> list[str]:
-    """Flags for a short run of a recipe's `settings`, in a folder of its own and on data that are always there."""
+def smoke_flags(settings: dict[str, Any], given: set[str]) -> list[str]:
+    """
+    Flags for a short run of a recipe's `settings`, in a folder of its own and on data that are always there; of those
+    data are left out that the command line, which names the settings `given`, replaces.
+    """
     changed = {"output_dir": f"{settings.get('output_dir', 'runs/run')}_smoke", **SMOKE}
+    if "dataset_name" in given:
+        for name in ("prompt_column", "response_column", "train_size"):
+            del changed[name]
     if "dataset_num_proc" in settings:
         changed["dataset_num_proc"] = 1
     return [f"--{name}={value}" for name, value in changed.items()]
@@ -208,11 +286,13 @@ def help_text(description: str | None, config_file: Path | None = None) -> str:
     from .settings import DistillationSettings
 
     source = "the YAML file of --config" if config_file is None else config_file.name
+    defaults = {} if config_file is None else read_yaml("--config", config_file)
     lines = [(description or "").strip(), "", f"Defaults come from {source}; any value can be overridden."]
     for title, group in (("The run", RunArguments), ("Distillation", DistillationSettings)):
         lines += ["", f"{title}:"]
         for setting in fields(group):
-            lines.append(f"  --{setting.name} ({setting.default})".ljust(46) + f" {setting.metadata['help']}")
+            default = defaults.get(setting.name, setting.default)
+            lines.append(f"  --{setting.name} ({default})".ljust(46) + f" {setting.metadata['help']}")
     lines += [
         "",
         "The student: --model_name_or_path, --use_peft, --lora_r, --lora_target_modules, ... (trl.ModelConfig).",
@@ -229,11 +309,11 @@ def fastest_precision() -> list[str]:
     import torch
 
     if torch.cuda.is_available():
-        return ["--bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["--fp16"]
+        return ["--bf16=true"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["--fp16=true"]
     # Processors without such instructions are slower in bf16 than in float32.
     has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     # transformers wants to be told that bf16 on a CPU is meant.
-    return ["--bf16", "--use_cpu"] if has_bf16 and not torch.backends.mps.is_available() else []
+    return ["--bf16=true", "--use_cpu=true"] if has_bf16 and not torch.backends.mps.is_available() else []
 
 
 def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:
@@ -278,7 +358,8 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
     name = run.script.dataset_name
     if name is None:
         raise UserError(
-            f"dataset_name is not set: name a dataset on the hub, a folder, a .jsonl file or {PYTHON_FUNCTIONS}"
+            f"dataset_name is not set: name a dataset on the hub, a folder, a .jsonl file or {PYTHON_FUNCTIONS} with"
+            " --dataset_name, or a configuration file that does with --config"
         )
     streaming = run.script.dataset_streaming
     if streaming:
@@ -286,6 +367,8 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
     if name == PYTHON_FUNCTIONS and not Path(name).exists():
         return choose_splits(run, standard_library(run))
     formats = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    if Path(name).is_file() and Path(name).suffix not in formats:
+        raise UserError(f"dataset {name!r} can't be read: the formats are {', '.join(formats)}")
     try:
         if Path(name).suffix in formats:
             if not Path(name).is_file():
@@ -305,7 +388,8 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     """What stood in the way of a dataset, and what to do about it."""
     from huggingface_hub import constants
 
-    reason = " ".join(str(error).split())[:200]
+    # datasets puts what was wrong with a file into the cause of an error that says less.
+    reason = " ".join(str(error.__cause__ or error).split())[:200]
     local = "give --dataset_name a local .jsonl, .csv or .parquet file"
     if "gated" in reason:
         return (
@@ -424,6 +508,10 @@ def make_trainer(
     given = {"attn_implementation": run.model.attn_implementation, "dtype": run.model.dtype}
     kwargs = {name: value for name, value in given.items() if value is not None}
     config.model_init_kwargs = {**kwargs, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+    targets = run.model.lora_target_modules
+    if isinstance(targets, str) and re.fullmatch(r"\w+", targets):
+        # trl makes a word of a list of one, and peft reads that as a pattern for a module's whole name.
+        run.model.lora_target_modules = [targets]
     if held_out is None and config.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={str(config.eval_strategy)!r} but there is nothing to evaluate on: set held_out_size"
@@ -548,6 +636,7 @@ def cache_teacher(run: Run) -> None:
 
 def train(run: Run) -> None:
     """A whole run: data, models, training, evaluation, [`write_result`], report, push; prints the files to look at."""
+    check_fresh(run.config)
     examples, held_out = load_data(run)
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     settings = changed_settings(run)

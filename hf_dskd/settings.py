@@ -257,7 +257,7 @@ class DistillationSettings:
 
     # Logs and evaluation
     logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # transformers 4 reads the second type
         default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several of them, all or none"}
     )
     analysis_steps: int | None = field(

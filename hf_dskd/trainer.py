@@ -42,6 +42,7 @@ from .checks import (
     check_pair,
     check_peft,
     check_positions,
+    check_quantized_student,
     check_vocabularies,
     loading,
 )
@@ -237,6 +238,7 @@ class DSKDTrainer(Trainer):
         ):
             if quantization is not None and not isinstance(given, str):
                 raise UserError(f"{name} needs its model as a name: a loaded model can't be quantized")
+        check_quantized_student(args.device, quantization_config, peft_config)
         if args.load_teacher_in_4bit and teacher_quantization_config is not None:
             raise UserError("load_teacher_in_4bit=True and teacher_quantization_config: pass only one of them")
         if args.load_teacher_in_4bit and not isinstance(teacher_model, str):

@@ -6,6 +6,7 @@ Any pair of models: two names, and everything else is derived from their configu
     python recipes/your_pair.py STUDENT TEACHER --dry_run > pair.yaml        (for hf-dskd train --config pair.yaml)
     python recipes/your_pair.py STUDENT TEACHER --smoke
 
+--dry_run prints all settings and stops.
 Names are those of the hub, of folders, or of packaged models. What is derived (length, method, adapter or all weights,
 a teacher in 4 bits, batch size, prompts) is printed with its reason before anything is loaded; any setting of yours
 wins, and the rest is fitted around it. Projectors need no file: they take their sizes from the two models. A run goes

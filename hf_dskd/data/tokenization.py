@@ -7,6 +7,7 @@ at which it ends is kept, so that tokens of the two models can be matched throug
 
 import json
 import re
+import reprlib
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
@@ -421,7 +422,8 @@ class _RowTokenizer:
         try:
             return self._tokenize(row, index)
         except UserError as error:
-            raise UserError(f"{self.description} data set, row {index}: {error}") from error
+            # The number is that of what is left after shuffling and holding out: the row itself tells which one.
+            raise UserError(f"{self.description} data set, row {index} ({_excerpt(row)}): {error}") from error
 
     def _tokenize(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         example = read_example(row, prompt_column=self.prompt_column, response_column=self.response_column)
@@ -464,6 +466,10 @@ class _RowTokenizer:
         if self.teacher_tokenizer is not None:
             result |= {"chunk_ids": [], "teacher_chunk_ids": []}
         return result
+
+
+def _excerpt(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={reprlib.repr(value)}" for name, value in row.items())[:200]
 
 
 def _is_kept(row: dict[str, Any]) -> bool:

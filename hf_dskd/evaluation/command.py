@@ -12,6 +12,8 @@ from ..errors import UserError
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .protocol import EvaluationSettings
 
 HELP = """\
@@ -28,8 +30,8 @@ match, and of the references bits per byte (comparable between tokenizers) and t
   --in_distribution       sets of the kind that the model was trained on; the others are averaged apart (dolly)
   --limit                 takes this many examples of each set, the first ones
   --prompt_style          alpaca: MiniLLM's template, for students trained with prompt_style=plain; plain: instruction
-                          and input alone; chat: the tokenizer's chat template (alpaca). A row's own `prompt` stays
-                          as it is, except in a chat
+                          and input alone; chat: the tokenizer's chat template. A row's own `prompt` stays as it is,
+                          except in a chat (alpaca; chat for a run that was trained in its student's template)
   --chat_template_kwargs  JSON for that template, such as '{"enable_thinking": false}'
   --seeds                 of the sampling, with commas between (10,20,30,40,50)
   --greedy_only           no sampling
@@ -107,7 +109,24 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
 
     from .protocol import EvaluationSettings
 
+    if "prompt_style" not in given:
+        given |= _as_trained(Path(given["model"]))
     return EvaluationSettings(**given)
+
+
+def _as_trained(folder: Path) -> dict[str, Any]:
+    """The chat template and what it was told, for the output folder of a run whose student saw it in training."""
+    from ..result import RESULT_NAME
+
+    template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not (folder / RESULT_NAME).is_file() or not (
+        template.is_file() or (tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8"))
+    ):
+        return {}
+    settings = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8")).get("settings", {})
+    if settings.get("prompt_style") != "chat":
+        return {}
+    return {"prompt_style": "chat", "chat_template_kwargs": settings.get("chat_template_kwargs")}
 
 
 def _mapping(option: str, text: str) -> dict[str, Any]:

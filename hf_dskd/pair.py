@@ -237,6 +237,7 @@ def _choices(
             max_length=fixed["max_length"],
             method=fixed["method"],
             adapter_rank=adapter_rank,
+            adapter_targets=fixed.get("lora_target_modules"),
             student_dtype=fixed.get("dtype") or (dtype if adapter_rank else "float32"),
             teacher="4bit" if nf4 else "live",
             gradient_checkpointing=checkpointing,

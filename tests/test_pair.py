@@ -237,9 +237,9 @@ def test_the_kind_of_training_can_be_given(models):
     # Weights of 4 bytes instead of 2 take their place: 2.5 GB.
     sizes = [
         float(derived(models, "llama-1b", "qwen-7b", memory=1e12, **given).reasons[FITTED[1]].split()[1])
-        for given in ({"dtype": "float32"}, {})
+        for given in ({"dtype": "float32"}, {}, {"lora_target_modules": ["q_proj", "v_proj"]})
     ]
-    assert sizes[0] > sizes[1] + 2
+    assert sizes[0] > sizes[1] + 2 and sizes[1] > sizes[2] + 1
 
 
 def test_a_teacher_that_runs_elsewhere_takes_less(models):

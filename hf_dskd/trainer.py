@@ -163,7 +163,7 @@ class DSKDTrainer(Trainer):
         data_collator (`Callable`, *optional*): Defaults to [`DualCollator`].
         train_dataset ([`~datasets.Dataset`], *optional*), eval_dataset (same or `dict` of such, *optional*):
             With columns `prompt`/`completion`, `messages`, `instruction`(`/input`)`/output`, the columns named in
-            `args`, or already tokenized by [`tokenize_dataset`].
+            `args`, or already tokenized by [`tokenize_dataset`]. Of `messages` the last answer alone is learnt.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's tokenizer.
         compute_metrics (`Callable`, *optional*): As in [`~transformers.Trainer`]; receives the student's logits.

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +175,7 @@ def check_eos(tokenizer: Any, role: str) -> None:
         raise UserError(f"the {role}'s tokenizer {name!r} has no EOS token: set tokenizer.eos_token first")
 
 
-def _lists_module(target: str | list[str] | set[str] | None, module: str) -> bool:
+def _lists_module(target: str | Collection[str] | None, module: str) -> bool:
     if not target:
         return False
     if isinstance(target, str):

@@ -574,6 +574,8 @@ def output(run: Run) -> Lines:
 
 def step_memory(run: Run) -> Lines:
     """What a training step needs, by the formulas of [`hf_dskd.memory`], beside what is free."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     from .memory import estimate, free_memory, room
     from .teacher.load import check_four_bit_shapes
     from .trainer import _name_and_config
@@ -586,13 +588,19 @@ def step_memory(run: Run) -> Lines:
     config, device = run.config, run.config.device
     if config.load_teacher_in_4bit and device.type == "cpu" and "teacher" in configs:
         check_four_bit_shapes(configs["teacher"], str(found["teacher"][0]))
+    adapter: dict[str, Any] = {}
+    if run.model.use_peft:
+        # Without a choice PEFT makes one, by the kind of model.
+        own = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(configs["student"].model_type)
+        targets = run.model.lora_target_modules or own
+        adapter = {"adapter_rank": run.model.lora_r, "adapter_targets": targets}
     needed = estimate(
         configs["student"],
         configs.get("teacher"),
         batch_size=config.per_device_train_batch_size,
         max_length=config.max_length,
         method=config.method,
-        adapter_rank=run.model.lora_r if run.model.use_peft else None,
+        student_dtype=run.model.dtype or "float32",
         four_bit_teacher=config.load_teacher_in_4bit,
         cached_teacher=config.teacher_cache is not None,
         gradient_checkpointing=bool(config.gradient_checkpointing),
@@ -600,6 +608,7 @@ def step_memory(run: Run) -> Lines:
         device=device.type,
         accumulation=config.gradient_accumulation_steps,
         loss_memory_mb=config.loss_memory_mb,
+        **adapter,
     ).total
     free = free_memory(device)
     text = (

@@ -7,8 +7,9 @@ The formulas count what transformers, peft, AdamW and the losses here keep. What
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UserError
 from .methods import METHODS
@@ -34,6 +35,15 @@ ROW_COPIES = 5
 TRANSPORT_PLANS, TRANSPORT_ROWS, TRANSPORT_WIDTH = 9, 17, 768
 
 
+class Linear(NamedTuple):
+    """A linear layer; `ends` says that it is the last one of attention or feed-forward layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    ends: bool
+
+
 @dataclass(frozen=True)
 class Size:
     """
@@ -48,7 +58,7 @@ class Size:
         normed (`int`): Width of what a layer's norms get, together.
         rms (`bool`): Whether these are RMS norms, written out in Python, and not `nn.LayerNorm`.
         parameters (`int`): Of the whole model.
-        linear (`tuple[tuple[int, int], ...]`): Inputs and outputs of each linear layer but the head.
+        linear (`tuple[Linear, ...]`): Each linear layer but the head.
         tied (`bool`): Whether head and embedding are one matrix.
         dropout, attention_dropout (`bool`): Whether anything is dropped in training, of the layers' outputs and of the
             attention weights.
@@ -64,7 +74,7 @@ class Size:
     rms: bool
     vocabulary: int
     parameters: int
-    linear: tuple[tuple[int, int], ...]
+    linear: tuple[Linear, ...]
     tied: bool
     dropout: bool
     attention_dropout: bool
@@ -88,22 +98,24 @@ class Size:
         width, heads = text.hidden_size, text.num_attention_heads
         attention = heads * (getattr(text, "head_dim", None) or width // heads)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        linear: list[tuple[int, int]] = []
+        shapes: dict[str, tuple[int, int]] = {}
         normed, rms = -width, False  # the last norm belongs to no layer
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
                 shape = module.weight.shape
-                linear.append((shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1]))
+                shapes[name] = (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
             elif type(module).__name__.endswith("Norm"):
                 rms |= not isinstance(module, nn.LayerNorm)
                 # Of Qwen3's and Gemma's norms of queries and keys each has the weights of one head.
                 normed += width if len(module.weight) == width else attention  # type: ignore[arg-type]
+        last = {name.rpartition(".")[0]: name for name in shapes}.values()
+        linear = tuple(Linear(name, *shape, ends=name in last) for name, shape in shapes.items())
         # Configurations call it intermediate_size, n_inner, ffn_dim, or nothing at all.
-        inner = max(inputs for inputs, _ in linear)
+        inner = max(layer.inputs for layer in linear)
         written = str(getattr(text, "hidden_act", None) or getattr(text, "activation_function", None))
         activation = {"gelu_new": "written_out", "gelu_fast": "written_out", "relu": "relu"}.get(written, "native")
         if (
-            sum(outputs // inner for _, outputs in linear if outputs in (inner, 2 * inner))
+            sum(layer.outputs // inner for layer in linear if layer.outputs in (inner, 2 * inner))
             >= 2 * text.num_hidden_layers
         ):
             activation = "gated"  # two matrices, or one for both
@@ -118,7 +130,7 @@ class Size:
             rms=rms,
             vocabulary=text.vocab_size,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            linear=tuple(linear),
+            linear=linear,
             tied=head.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
             dropout=any(getattr(text, name, 0) > 0 for name in ("resid_pdrop", "dropout", "hidden_dropout")),
             attention_dropout=any(getattr(text, name, 0) > 0 for name in ("attn_pdrop", "attention_dropout")),
@@ -126,20 +138,26 @@ class Size:
 
     @property
     def linear_parameters(self) -> int:
-        return sum(inputs * outputs for inputs, outputs in self.linear)
+        return sum(layer.inputs * layer.outputs for layer in self.linear)
 
     @property
     def largest_linear(self) -> int:
-        return max(inputs * outputs for inputs, outputs in self.linear)
+        return max(layer.inputs * layer.outputs for layer in self.linear)
 
-    @property
-    def inputs(self) -> int:
-        """Width of what a layer's linear layers get, together, but for those that end attention and feed-forward."""
-        return sum(inputs for inputs, _ in self.linear) // self.layers - self.attention - self.inner
+    def adapted(self, targets: str | Sequence[str] | None = None) -> list[Linear]:
+        """
+        The linear layers that LoRA with these `target_modules` adapts, as PEFT reads them: ends of names, a regular
+        expression of a whole name, or `"all-linear"`, which `None` is here too.
+        """
+        from .checks import _lists_module
 
-    def adapter(self, rank: int) -> int:
-        """Parameters of LoRA on all linear layers."""
-        return sum(rank * (inputs + outputs) for inputs, outputs in self.linear)
+        if targets is None or targets == "all-linear":
+            return list(self.linear)
+        return [layer for layer in self.linear if _lists_module(targets, layer.name)]
+
+    def adapter(self, rank: int, targets: str | Sequence[str] | None = None) -> int:
+        """Parameters of LoRA on the layers of [`Size.adapted`]."""
+        return sum(rank * (layer.inputs + layer.outputs) for layer in self.adapted(targets))
 
 
 @dataclass(frozen=True)
@@ -150,7 +168,8 @@ class Step:
     Attributes:
         batch_size, max_length (`int`): Examples at a time, and tokens of each: all are taken to be as long as that.
         method (`str`): A key of `METHODS`.
-        adapter_rank (`int`, *optional*): Of LoRA on all linear layers; without, the whole student is trained.
+        adapter_rank (`int`, *optional*): Of LoRA; without, the whole student is trained.
+        adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.
         student_dtype (`str`): Of the student's weights.
         teacher (`str`): `"live"`, `"4bit"` (NF4) or `"cached"`, which leaves its head and embedding.
         gradient_checkpointing (`bool`): As in `TrainingArguments`.
@@ -165,6 +184,7 @@ class Step:
     max_length: int
     method: str = "dskd_cma_ga"
     adapter_rank: int | None = None
+    adapter_targets: str | Sequence[str] | None = None
     student_dtype: str = "float32"
     teacher: str = "live"
     gradient_checkpointing: bool = False
@@ -233,6 +253,7 @@ def estimate(
     max_length: int,
     method: str = "dskd_cma_ga",
     adapter_rank: int | None = None,
+    adapter_targets: str | Sequence[str] | None = None,
     student_dtype: str = "float32",
     four_bit_teacher: bool = False,
     cached_teacher: bool = False,
@@ -248,10 +269,10 @@ def estimate(
 
     Checked on CPUs only, with models of a few million parameters (figures of GPUs are open). The activations against
     the tensors that autograd saves, of two layers at 64 tokens: from 6% too low to 21% too high for Llama, Mistral,
-    Qwen3, Gemma 3, Phi, GPT-NeoX, OPT and GPT-2, trained whole or with LoRA. Whole runs against what the system
-    counted: `dskd_cma_ga`, live and cached, float32 and bfloat16, within 11% (`python recipes/memory_table.py` repeats
-    that, and measures on a GPU where there is one); in float32 `sft`, `dskd_cma`, `dskd_clp`, `uld`, `alm` and
-    `min_edit` 1 to 8% too high.
+    Qwen3, Gemma 3, Phi, GPT-NeoX, OPT and GPT-2, trained whole or with LoRA on all linear layers; on some of them,
+    from 8% too low to 28% too high. Whole runs against what the system counted: `dskd_cma_ga`, live and cached,
+    float32 and bfloat16, within 11% (`python recipes/memory_table.py` repeats that, and measures on a GPU where there
+    is one); in float32 `sft`, `dskd_cma`, `dskd_clp`, `uld`, `alm` and `min_edit` 1 to 8% too high.
 
     Args:
         student_config ([`~transformers.PretrainedConfig`]): Of the student.
@@ -259,7 +280,8 @@ def estimate(
         batch_size (`int`): Examples of a micro-batch on one device.
         max_length (`int`): Tokens of each; all are taken to be as long as that.
         method (`str`, *optional*, defaults to `"dskd_cma_ga"`): See `hf-dskd methods`.
-        adapter_rank (`int`, *optional*): Of LoRA on all linear layers; without, the whole student is trained.
+        adapter_rank (`int`, *optional*): Of LoRA; without, the whole student is trained.
+        adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.
         student_dtype (`str`, *optional*, defaults to `"float32"`): Of the student's weights.
         four_bit_teacher (`bool`, *optional*, defaults to `False`): An NF4 teacher instead of one in `dtype`.
         cached_teacher (`bool`, *optional*, defaults to `False`): With `teacher_cache`, which is filled elsewhere.
@@ -281,6 +303,7 @@ def estimate(
         max_length=max_length,
         method=method,
         adapter_rank=adapter_rank,
+        adapter_targets=adapter_targets,
         student_dtype=student_dtype,
         teacher="cached" if cached_teacher else "4bit" if four_bit_teacher else "live",
         gradient_checkpointing=gradient_checkpointing,
@@ -298,7 +321,8 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
     row, c = METHODS[step.method], bytes_of(step.dtype)
     if not row.needs_teacher:
         teacher = None
-    trained = student.adapter(step.adapter_rank) if step.adapter_rank else student.parameters
+    added = student.adapter(step.adapter_rank or 0, step.adapter_targets)
+    trained = added if step.adapter_rank else student.parameters
     projected, critic = (0, 0) if teacher is None else auxiliary_parameters(student, teacher, step.method)
     rows = 0
     if teacher is not None and row.has_queries:
@@ -310,7 +334,7 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
         matched += 4 * step.batch_size * TRANSPORT_PLANS * (TRANSPORT_WIDTH**2 + longest**2)
         matched += 4 * 2 * sum(step.responses) * TRANSPORT_ROWS * TRANSPORT_WIDTH
     weights = bytes_of(step.student_dtype) * student.parameters
-    adapter = 4 * student.adapter(step.adapter_rank or 0)
+    adapter = 4 * added
     frozen = 0.0 if teacher is None else teacher_weights(teacher, step)
     auxiliary = 4 * (projected + critic)
     # AdamW's two moments.
@@ -388,15 +412,24 @@ def layer_activations(student: Size, step: Step) -> float:
     attention = 4 * a * c + step.max_length * c + 4 * student.heads
     # The norms' inputs in float32, and for the weights of RMS norms, where they are trained, what they multiply.
     norms = student.normed * 4 * (2 if student.rms and not step.adapter_rank else 1)
+    # What is trained keeps its input: all linear layers of the student, or those with an adapter.
+    trained = student.adapted(step.adapter_targets) if step.adapter_rank else student.linear
+    within = [layer for layer in trained if not layer.ends]
+    ends = {layer.inputs for layer in trained if layer.ends}
     # Each autocast layer has its own copy of the input; in float32 they share the norm's output.
-    inputs = student.inputs * c if autocast else min(student.normed, 2 * d) * c
+    inputs = sum(layer.inputs for layer in within) // student.layers * c
+    if not autocast:
+        modules = {layer.name.rpartition(".")[0] for layer in within}
+        inputs = min(student.normed, len(modules) * d // student.layers) * c
     adapter = 0
     if step.adapter_rank:
-        per_layer = len(student.linear) // student.layers
-        adapter = per_layer * step.adapter_rank * c + (a * c if autocast else 0)
+        adapter = len(trained) // student.layers * step.adapter_rank * c
+        adapter += a * c if autocast and a in ends else 0
     # Of gelu_new's five arrays autocast on a GPU keeps three in float32.
     written_out = 3 * 4 + 2 * c if autocast and not on_cpu else 5 * c
     feed_forward = {"gated": 4 * c, "written_out": written_out, "native": 2 * c, "relu": c}[student.activation]
+    if student.inner not in ends and student.activation != "relu":
+        feed_forward -= c  # the input of its last layer, which relu keeps as its own output
     dropped = 0
     if student.dropout:
         dropped += 2 * d * (c if on_cpu else 1)  # masks, which on a CPU are numbers
@@ -413,7 +446,8 @@ def activations(student: Size, step: Step) -> float:
     # Autocast's half-precision copies of weights that aren't: the backward pass needs them too.
     casts = 0.0
     if step.dtype != "float32":
-        casts = c * (student.adapter(step.adapter_rank or 0) + (0 if step.half_student else student.linear_parameters))
+        added = student.adapter(step.adapter_rank or 0, step.adapter_targets)
+        casts = c * (added + (0 if step.half_student else student.linear_parameters))
     # Embedding, last norm.
     ends = step.tokens * student.width * 12
     if step.gradient_checkpointing:

@@ -243,6 +243,7 @@ def _choices(
             max_length=fixed["max_length"],
             method=fixed["method"],
             adapter_rank=adapter_rank,
+            adapter_targets=fixed.get("lora_target_modules"),
             student_dtype=fixed.get("dtype") or (dtype if adapter_rank else "float32"),
             teacher="4bit" if nf4 else "live",
             gradient_checkpointing=checkpointing,
@@ -273,15 +274,15 @@ def _fit(
             f"{teacher.parameters:,}",
         )
     no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device)
-    refused: list[_Choice] = []
-    for choice in _choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None):
-        if memory is None or choice.needed <= (1 - MARGIN) * memory:
-            break
-        refused.append(choice)
-    else:
-        assert memory is not None
-        least = min(refused, key=lambda choice: choice.needed)
-        raise UserError(_too_large(least, student, teacher, fixed, memory, no_four_bit))
+    choices = list(_choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None))
+    choice, tight = choices[0], False
+    if memory is not None:
+        roomy = [choice for choice in choices if choice.needed <= (1 - MARGIN) * memory]
+        choice = roomy[0] if roomy else min(choices, key=lambda choice: choice.needed)
+        tight = not roomy
+        if choice.needed > memory:
+            raise UserError(_too_large(choice, student, teacher, fixed, memory, no_four_bit))
+    refused = choices[: choices.index(choice)]
 
     step = choice.step
     found: dict[str, tuple[Any, str]] = {}
@@ -311,7 +312,8 @@ def _fit(
             why = f"{size} aren't beside the student"
         found["load_teacher_in_4bit"] = choice.four_bit, why
     of = "" if memory is None else f" of {memory / 1e9:.1f}"
-    found["per_device_train_batch_size"] = step.batch_size, f"takes {choice.needed / 1e9:.1f}{of} GB"
+    takes = f"takes {choice.needed / 1e9:.1f}{of} GB"
+    found["per_device_train_batch_size"] = step.batch_size, takes + ": tight, and nothing takes less" * tight
     found["per_device_eval_batch_size"] = step.batch_size, "as in training"
     checkpointing = step.gradient_checkpointing
     found["gradient_checkpointing"] = checkpointing, "doesn't fit without" if checkpointing else "it fits without"
@@ -349,15 +351,15 @@ def _too_large(
         if no_four_bit is not None:
             remedies.append(no_four_bit)
         cached = room(step_memory(student, teacher, replace(step, teacher="cached")).total, step.device)
-        if cached <= (1 - MARGIN) * memory:
+        if cached <= memory:
             remedies.append(
                 f"train with {cached / 1e9:.1f} GB from a --teacher_cache that hf-dskd cache-teacher fills on a larger"
                 " machine"
             )
     remedies.append("name smaller models or a smaller --max_length (nothing is offloaded to the CPU)")
     return (
-        f"{names[0]} from {names[1]} doesn't fit: it takes {least.needed / 1e9:.1f} GB at least ({least}), and of"
-        f" {memory / 1e9:.1f} GB that are free {MARGIN:.0%} are kept back; {'; or '.join(remedies)}"
+        f"{names[0]} from {names[1]} doesn't fit: it takes {least.needed / 1e9:.1f} GB at least ({least}) and"
+        f" {memory / 1e9:.1f} GB are free; {'; or '.join(remedies)}"
     )
 
 

@@ -35,7 +35,12 @@ class DistillationSettings:
     r"""
     Everything that [`DSKDConfig`] adds to [`~transformers.TrainingArguments`].
 
-    Where the paper and its released code differ, the defaults follow the paper; `as_published=True` follows the code.
+    Where the paper and its released code differ, the defaults follow the paper, except: `correctness_mask=True` and no
+    factor τ², and `dskd_clp` and `dskd_cla` that stay inside a chunk, are the code's. `as_published=True` follows the
+    code, except: adaptive KL divides by its temperature once, and both responses are cut at one byte.
+
+    In names, t2s is what leads from the teacher into the student's space, and s2t what leads from the student into the
+    teacher's. Of `messages` with several turns the last answer is learnt; earlier ones are part of the prompt.
 
     Parameters:
         method (`str`, *optional*, defaults to `"dskd_cma_ga"`):
@@ -109,6 +114,7 @@ class DistillationSettings:
             Reproduce the released code: sequences padded to `max_length`, prompt and padding in the attention's
             statistics and in the matching, forward KL in teacher space, teacher-space sums divided by student tokens,
             a discriminator that is never trained, and its loss as a mean divided by the number of tokens once more.
+            (Not reproduced: see above.)
         max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Skip examples whose prompt leaves no room for a response, instead of stopping with an error.

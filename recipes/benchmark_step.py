@@ -195,9 +195,10 @@ class Shape:
 
     Attributes:
         student, teacher (`str`): Keys of `MODELS`.
-        lora_r (`int`): Rank of the adapter on all linear layers; 0 trains the whole student.
+        lora_r (`int`): Rank of the adapter; 0 trains the whole student.
         half_student (`bool`): Whether the student is loaded in the training precision instead of float32.
         packaged (`tuple[str, str]`, *optional*): Names of the packaged models with the real weights.
+        lora_targets (`str` or `tuple[str, ...]`): The adapter's `target_modules`.
     """
 
     student: str
@@ -205,12 +206,17 @@ class Shape:
     lora_r: int
     half_student: bool = False
     packaged: tuple[str, str] | None = None
+    lora_targets: str | tuple[str, ...] = "all-linear"
 
 
 SHAPES = {
     "gpt2-qwen1.5": Shape("openai-community/gpt2", "Qwen/Qwen1.5-1.8B", 0),
     "tinyllama-mistral": Shape(
-        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "mistralai/Mistral-7B-v0.1", 256, half_student=True
+        "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        "mistralai/Mistral-7B-v0.1",
+        256,
+        half_student=True,
+        lora_targets=("q_proj", "v_proj"),
     ),
     "smollm2-qwen-coder": Shape(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -235,7 +241,7 @@ class Cell:
         teacher (`str`): One of `TEACHERS`, or `"none"` for a method without.
         student_folder, teacher_folder (`str`): The models, with their tokenizers.
         folder (`str`): For the cache of the teacher's states and for what a run writes.
-        lora_r, half_student: As in [`Shape`].
+        lora_r, half_student, lora_targets: As in [`Shape`].
         batch_size, max_length, response_tokens (`int`): Examples, longest example, mean tokens of a response.
         steps, warmup_steps (`int`): Optimizer steps that are measured, and those before them that aren't.
         device, dtype (`str`): One of `DEVICES` and of `DTYPES`, the training precision.
@@ -258,6 +264,7 @@ class Cell:
     dtype: str
     gradient_checkpointing: bool = False
     accumulation: int = 1
+    lora_targets: str | tuple[str, ...] = "all-linear"
 
     @property
     def cache_folder(self) -> str:
@@ -634,7 +641,7 @@ def make_trainer(
         from peft import LoraConfig
 
         peft_config = LoraConfig(
-            r=cell.lora_r, lora_alpha=2 * cell.lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=cell.lora_r, lora_alpha=2 * cell.lora_r, target_modules=cell.lora_targets, task_type="CAUSAL_LM"
         )
     return InOrder(
         cell.student_folder,
@@ -863,6 +870,7 @@ def benchmark(args: argparse.Namespace, folder: Path, run: Callable = isolated) 
         teacher_folder=teacher,
         folder=str(folder),
         lora_r=lora_r,
+        lora_targets=shape.lora_targets,
         half_student=shape.half_student,
         batch_size=args.batch_size,
         max_length=args.max_length,

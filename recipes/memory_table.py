@@ -74,7 +74,7 @@ RECIPES = {
         "`smollm2_qwen_coder`: SmolLM2-135M, LoRA r 16 ← Qwen2.5-Coder-0.5B", "smollm2-qwen-coder", 2, 384, 2
     ),
     "tinyllama_mistral": Recipe(
-        "TinyLlama-1.1B, LoRA r 256 ← Mistral-7B in 4 bits", "tinyllama-mistral", 4, 512, 8, four_bit=True
+        "TinyLlama-1.1B, LoRA r 256 on q and v ← Mistral-7B in 4 bits", "tinyllama-mistral", 4, 512, 8, four_bit=True
     ),
     "llama3_qwen2": Recipe(
         "Llama-3.2-1B, LoRA r 64 ← Qwen2.5-7B in 4 bits", "llama3.2-qwen2.5", 4, 512, 8, four_bit=True
@@ -106,6 +106,7 @@ def make_cell(
         teacher_folder="",
         folder="",
         lora_r=shape.lora_r,
+        lora_targets=shape.lora_targets,
         half_student=shape.half_student,
         batch_size=batch_size,
         max_length=max_length,
@@ -129,6 +130,7 @@ def computed(student: Size, teacher: Size, cell: Cell) -> dict[str, float]:
         max_length=cell.max_length,
         method=cell.method,
         adapter_rank=cell.lora_r or None,
+        adapter_targets=cell.lora_targets,
         student_dtype=cell.dtype if cell.half_student else "float32",
         teacher=cell.teacher,
         gradient_checkpointing=cell.gradient_checkpointing,

@@ -6,7 +6,7 @@ TinyLlama-1.1B (LoRA) from Mistral-7B in 4 bits on Dolly: the larger pair of the
     accelerate launch recipes/tinyllama_mistral.py --sft_teacher --sft_teacher_lora_r 256 --sft_teacher_epochs 10
     python recipes/tinyllama_mistral.py --smoke                 (tiny random models, a minute on a CPU, no network)
 
-A 16 GB card is enough (README.md, "Memory"), one of 12 GB with `--teacher_cache`. The paper's teacher had been
+A card of 12 GB is enough (README.md, "Memory"), computed and not measured. The paper's teacher had been
 fine-tuned on the same data with the adapter of the third command; that trains the 7B model in bfloat16, before it is
 quantized, and takes a card of its size (from 40 GB).
 """

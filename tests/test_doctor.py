@@ -443,6 +443,8 @@ def test_what_saves_memory_counts(examined, monkeypatch):
         "max_length": 128,
         "method": "dskd_cma",
         "adapter_rank": 4,
+        "adapter_targets": ["c_attn"],  # PEFT's own choice for GPT-2
+        "student_dtype": "float32",
         "four_bit_teacher": True,
         "cached_teacher": True,
         "gradient_checkpointing": True,
@@ -452,6 +454,8 @@ def test_what_saves_memory_counts(examined, monkeypatch):
         "loss_memory_mb": 64.0,
     }
     assert settings == expected
+    examined(**changed, lora_target_modules=["c_attn", "c_proj"], dtype="bfloat16")
+    assert asked[1][2]["adapter_targets"] == ["c_attn", "c_proj"] and asked[1][2]["student_dtype"] == "bfloat16"
 
 
 def test_four_bit_shapes_on_a_cpu(examined, pair, tmp_path):

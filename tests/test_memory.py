@@ -22,6 +22,7 @@ from hf_dskd.memory import (
     auxiliary_parameters,
     estimate,
     free_memory,
+    layer_activations,
     room,
     step_memory,
     teacher_weights,
@@ -60,10 +61,10 @@ def small_config(kind: str) -> PretrainedConfig:
     return AutoConfig.for_model(kind.split()[0], **sizes, **KINDS[kind], **ends)
 
 
-def student_model(config, rank, dtype=torch.float32):
+def student_model(config, rank, dtype=torch.float32, targets="all-linear"):
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     if rank:
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
     return model.train()
 
 
@@ -115,6 +116,40 @@ def test_activations_are_what_a_forward_pass_keeps(name, rank, student_dtype, dt
 def test_activations_of_other_architectures(kind, rank, student_dtype):
     computed, kept = computed_and_kept(small_config(kind), rank, student_dtype, "bfloat16")
     assert 0.95 * kept < computed < 1.2 * kept, computed / kept
+
+
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("llama", ["q_proj", "v_proj"]),
+        ("qwen3", ["o_proj", "up_proj"]),
+        ("gpt2", r".*\.mlp\.(c_fc|c_proj)"),
+        ("gpt2", ["attn.c_proj"]),
+        ("opt", ["fc2"]),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_adapted_keeps_no_input(kind, targets, dtype):
+    config = small_config(kind)
+    size, model = Size.of(config), student_model(config, 16, targets=targets)
+    assert size.adapter(16, targets) == sum(
+        weights.numel() for name, weights in model.named_parameters() if "lora_" in name
+    )
+    # As in a deep model, where nearly every layer has an adapter below it.
+    model.enable_input_require_grads()
+    step = Step(2, 64, adapter_rank=16, adapter_targets=targets, dtype=dtype, device="cpu")
+    kept = kept_bytes(model, 2, 64, dtype)
+    assert 0.93 * kept < activations(size, step) < 1.1 * kept
+    assert activations(size, step) < activations(size, replace(step, adapter_targets=None))
+
+
+def test_an_adapter_on_the_output_of_attention_keeps_a_copy():
+    size, step = Size.of(small_config("llama")), Step(1, 64, adapter_rank=16)
+    with_it, without = (
+        layer_activations(size, replace(step, adapter_targets=targets))
+        for targets in (["o_proj", "q_proj"], ["q_proj"])
+    )
+    assert with_it - without == 2 * (16 + 128)
 
 
 def test_sizes_are_those_of_the_models():
@@ -202,6 +237,7 @@ def test_what_takes_more_and_what_takes_less(sizes):
     assert total() < total(accumulation=8) and total(student_dtype="float32") > total()
     assert total(dtype="float32", student_dtype="float32") > total()
     assert total(adapter_rank=None, student_dtype="float32") > total(adapter_rank=256) > total()
+    assert total(adapter_targets="all-linear") == total() > total(adapter_targets=["q_proj", "v_proj"])
     assert total(method="sft") < total(method="dskd_clp") < total(method="dskd_cma") < total()
     assert total(response_tokens=400) > total() > total(loss_memory_mb=100)
     assert step_memory(*sizes, replace(live, method="dskd_clp")).queries_and_keys == 0

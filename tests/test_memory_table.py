@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from hf_dskd import UserError
 
@@ -22,6 +23,20 @@ import memory_table as recipe  # noqa: E402
 def test_a_run_takes_what_is_computed(tmp_path):
     (row,) = recipe.check((("small", 8, 384, "float32", "live"),), tmp_path)
     assert row["error"] == pytest.approx(0, abs=0.15), row
+
+
+@pytest.mark.parametrize(
+    "row, name",
+    [(name, name) for name in recipe.RECIPES if name != "llama3_qwen2"] + [("llama3_qwen2", "llama32_1b_qwen25_7b")],
+)
+def test_rows_are_the_recipes(row, name):
+    given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    shape, found = recipe.SHAPES[recipe.RECIPES[row].shape], recipe.RECIPES[row]
+    assert shape.lora_r == given.get("lora_r", 0)
+    assert not shape.lora_r or given["lora_target_modules"] in (shape.lora_targets, [*shape.lora_targets])
+    assert found.batch_size == given["per_device_train_batch_size"] and found.max_length == given["max_length"]
+    assert found.accumulation == given["total_batch_size"] // found.batch_size
+    assert found.four_bit == given.get("load_teacher_in_4bit", False)
 
 
 def test_the_table_says_what_fits():

@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COLAB = "https://colab.research.google.com/github/hf-dskd/hf_dskd/blob/main/notebooks"
+PACKAGE = '"hf-dskd[demo] @ git+https://github.com/hf-dskd/hf_dskd"'
 LARGEST = 400_000  # bytes
 MOST_LINES = 25  # of a code cell
 # Where machines keep files. After a letter, a dot or another slash it is part of an address or of a relative path.
@@ -67,6 +68,8 @@ def test_runs(notebook, tmp_path, monkeypatch):
     # Raises at the first error.
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     check_counts(notebook)
+    # It doesn't raise where a cell catches what it shows.
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
     assert pictures(notebook)
     assert list(map(text_of, outputs(notebook))) != committed  # which real models gave
 
@@ -118,7 +121,7 @@ def test_installs_first_where_it_has_to(notebook, monkeypatch, there):
     installed = []
     shell = SimpleNamespace(run_line_magic=lambda *words: installed.append(" ".join(words)))
     exec(TransformerManager().transform_cell(first.source), {"get_ipython": lambda: shell})
-    assert installed == ([] if there else ['pip install -q "hf-dskd[demo]"'])
+    assert installed == ([] if there else [f"pip install -q {PACKAGE} torchvision"])
     assert not any(re.search(r"^\s*[%!]\s*(pip|uv|apt|conda)", cell.source, re.M) for cell in others)
 
 
@@ -135,6 +138,11 @@ def test_cells_are_short(notebook):
     for cell in code_cells(notebook):
         lines = cell.source.splitlines()
         assert 0 < len(lines) <= MOST_LINES and max(map(len, lines)) <= 119, cell.source
+
+
+def test_errors_stop_it(notebook):
+    # A cell under %%capture fails without an error that stops those after it.
+    assert not any("%%capture" in cell.source for cell in code_cells(notebook))
 
 
 def test_is_a_valid_file(notebook):

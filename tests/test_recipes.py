@@ -135,6 +135,7 @@ def test_a_16_gb_card_is_enough(name, student, teacher):
         max_length=given["max_length"],
         method=given["method"],
         adapter_rank=given["lora_r"],
+        adapter_targets=given["lora_target_modules"],
         student_dtype=given["dtype"],
         four_bit_teacher=given["load_teacher_in_4bit"],
         gradient_checkpointing=given.get("gradient_checkpointing", False),

@@ -146,7 +146,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
             raise UserError(message)
 
     # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
-    precision = [flag for flag in fastest_precision() if flag == "--use_cpu=true" or not named & {"bf16", "fp16"}]
+    precision = [flag for flag in fastest_precision() if flag.startswith("--use_cpu") or not named & {"bf16", "fp16"}]
     groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
     # Half of a name would be understood by the parser, but not by what looks for names here.
     parser = Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]

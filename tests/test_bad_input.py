@@ -459,6 +459,52 @@ def test_lora_on_head_or_embedding(make, adapter, setting, module):
     refused(lambda: make(peft_config=adapter), f"peft_config.{setting}=", f"covers {module!r}", "leave it out")
 
 
+def test_lora_on_modules_that_are_not_there():
+    refused(
+        lambda: check_peft(lora(target_modules=["q_proj", "v_proj"]), tiny.gpt2().config),
+        "target_modules=['q_proj', 'v_proj'] names no module",
+        "c_attn, c_fc, c_proj, or set 'all-linear'",
+    )
+
+
+@pytest.mark.parametrize(
+    "quantization, adapter, expected",
+    [
+        ({"load_in_4bit": True}, lora(), "a 4-bit student can't be trained on a CPU"),
+        ({"load_in_8bit": True}, None, "load_in_8bit=True needs an adapter to train"),
+    ],
+)
+def test_a_quantized_student(quantization, adapter, expected, tmp_path):
+    tiny.gpt2(len(runs._STUDENT_TOKENIZER)).save_pretrained(tmp_path)
+    refused(
+        lambda: DSKDTrainer(
+            str(tmp_path),
+            args=runs.config(tmp_path, method="sft"),
+            train_dataset=tiny.dataset(4),
+            processing_class=runs._STUDENT_TOKENIZER,
+            peft_config=adapter,
+            quantization_config=BitsAndBytesConfig(**quantization),
+        ),
+        expected,
+    )
+
+
+def test_weights_that_are_cut_off(tmp_path):
+    tiny.gpt2(len(runs._STUDENT_TOKENIZER)).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused(
+        lambda: DSKDTrainer(
+            str(tmp_path / "cut"),
+            args=runs.config(tmp_path, method="sft"),
+            train_dataset=tiny.dataset(4),
+            processing_class=runs._STUDENT_TOKENIZER,
+        ),
+        "the student",
+        "cut' can't be loaded",
+    )
+
+
 def test_lora_on_the_head_of_a_loaded_student(make):
     student = get_peft_model(tiny.gpt2(len(runs._STUDENT_TOKENIZER)), lora(target_modules=["c_attn", "lm_head"]))
     refused(

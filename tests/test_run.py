@@ -117,6 +117,9 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
         (["--held_out_size", "16"], "held_out_size=16"),
         (["--train_size", "13"], "train_size=13: there are 12 examples"),
         (["--dataset_train_split", "training"], "the splits are train"),
+        (["--methd", "alm"], "--methd is no setting: did you mean --method?"),
+        (["--smok"], "--smok is no setting: did you mean --smoke?"),
+        (["--no-such-thing=1"], "--no-such-thing is no setting: --help lists the settings"),
     ],
 )
 def test_wrong_arguments(arguments, expected, pair, tmp_path):
@@ -125,6 +128,65 @@ def test_wrong_arguments(arguments, expected, pair, tmp_path):
     with pytest.raises(UserError) as error:
         run.load_data(run.parse(None, ROOT / "recipes" / "gpt2_qwen.yaml", [*given, *arguments]))
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_without_its_flag_and_a_setting_that_is_none(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nmethd: alm\n")
+    with pytest.raises(UserError, match=r"'.*my.yaml' belongs to no setting: name a configuration file with --config"):
+        run.parse(None, None, [str(file)])
+    for arguments in (["--config", str(file)], [f"--config={file}"]):
+        with pytest.raises(UserError, match=r"my.yaml' has a setting 'methd' is unknown: did you mean 'method'?"):
+            run.parse(None, None, arguments)
+    with pytest.raises(UserError, match="or a configuration file that does with --config"):
+        run.load_data(run.parse(None, None, ["--output_dir", str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    "arguments, in_file, expected",
+    [
+        (["--smoke"], {}, True),
+        (["--smoke", "--seed", "1"], {}, True),
+        (["--smoke=true"], {}, True),
+        (["--smoke", "false"], {"smoke": True}, False),
+        (["--smoke=False"], {}, False),
+        (["--no_smoke"], {"smoke": True}, False),
+        ([], {"smoke": False}, False),
+        ([], {"smoke": True}, True),
+    ],
+)
+def test_what_asks_for_a_smoke_run(arguments, in_file, expected):
+    assert run.wants_smoke(arguments, in_file) == expected
+
+
+def test_a_smoke_run_of_data_of_ones_own():
+    flags = run.smoke_flags({"output_dir": "runs/x"}, {"smoke", "dataset_name"})
+    assert "--output_dir=runs/x_smoke" in flags and "--max_steps=4" in flags
+    assert not run.flag_names(flags) & {"prompt_column", "response_column", "train_size"}
+    assert "--prompt_column=prompt" in run.smoke_flags({}, {"smoke"})
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    config = runs.config(tmp_path)
+    run.check_fresh(config)
+    (tmp_path / "settings.yaml").touch()  # stopped before its first checkpoint
+    run.check_fresh(config)
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with pytest.raises(UserError, match=r"holds another run \(checkpoint-10\): .*--resume_from_checkpoint last"):
+        run.check_fresh(config)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(UserError, match=r"\(checkpoint-10, result.json\)"):
+        run.train(run.Run(ScriptArguments(), config, None, run.RunArguments()))
+    config.resume_from_checkpoint = "last"
+    run.check_fresh(config)
+    run.forget_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+def test_a_recipes_help_has_its_own_defaults():
+    text = run.help_text("x", ROOT / "recipes" / "gpt2_qwen.yaml")
+    assert "--prompt_style (plain)" in text and "--prompt_style (chat)" in run.help_text("x")
 
 
 def test_a_recipes_error_is_one_line_without_traceback(pair, tmp_path):
@@ -215,7 +277,7 @@ def test_packaged_models_go_by_their_names_unless_a_folder_has_it(tmp_path, monk
 
 
 def test_precision_that_is_said_anywhere_is_not_overridden(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16", "--use_cpu"])
+    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16=true", "--use_cpu=true"])
     file = tmp_path / "config.yaml"
     file.write_text(f"output_dir: {tmp_path}\n")
     assert run.parse(None, None, ["--config", str(file)]).config.bf16
@@ -254,10 +316,10 @@ def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
 
 
 def test_settings_that_were_written_choose_the_same_checkpoint(tmp_path):
-    """Left out, `greater_is_better=False` would come back as True for every metric but the loss."""
+    """Left out, `greater_is_better` would come back as what it is by default."""
     arguments = ["--output_dir", str(tmp_path / "out"), "--save_strategy", "no", "--use_cpu", "--report_to", "none"]
     arguments += ["--metric_for_best_model", "eval_bits_per_byte", "--model_name_or_path", "student"]
-    for said, expected in (((), True), (("--greater_is_better", "false"), False)):
+    for said, expected in (((), False), (("--greater_is_better", "true"), True)):
         given = run.parse(None, None, [*arguments, "--load_best_model_at_end", "false", *said])
         result.write_settings(tmp_path / "settings.yaml", run.changed_settings(given))
         again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])

@@ -386,7 +386,7 @@ def test_template_that_rejects_the_messages():
     with pytest.raises(UserError, match=r"System role not supported.*prompt_style='plain'"):
         prompt_tokens(tokenizer, example(role="system"))
     row = {"messages": [{"role": role, "content": "x"} for role in ("system", "assistant")]}
-    with pytest.raises(UserError, match=r"^valid data set, row 0: the chat template of"):
+    with pytest.raises(UserError, match=r"^valid data set, row 0 \(messages=.*\): the chat template of"):
         tokenize_dataset(Dataset.from_list([row]), tokenizer, max_length=99, description="valid")
 
 
@@ -601,11 +601,14 @@ def test_error_names_row_and_remedy(num_proc):
         tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100, num_proc=num_proc)
     length = len(get("sentencepiece")("long " * 200)["input_ids"])
     assert str(error.value) == (
-        f"train data set, row 11: the prompt has {length} tokens for the teacher, which leaves no room for a response "
+        "train data set, row 11 (prompt='long long lo...ng long long ', completion='Answer number 11, naïve 👍',"
+        f" other=11): the prompt has {length} tokens for the teacher, which leaves no room for a response "
         "within max_length=100; raise max_length or set skip_long_prompts=True"
     )
     bad = dataset().map(lambda row, index: {"prompt": None} if index == 15 else row, with_indices=True)
-    with pytest.raises(UserError, match=r"^eval data set, row 15: column 'prompt' holds None; .*string$"):
+    with pytest.raises(
+        UserError, match=r"^eval data set, row 15 \(prompt=None, .*\): column 'prompt' holds None; .*string$"
+    ):
         tokenize_dataset(
             bad, get("bytes"), max_length=100, skip_long_prompts=True, num_proc=num_proc, description="eval"
         )
@@ -621,7 +624,9 @@ def test_nothing_left():
 
 def test_prompt_without_tokens():
     rows = Dataset.from_list([{"prompt": "", "completion": "x"}])
-    with pytest.raises(UserError, match="row 0: the prompt has no tokens for the student"):
+    with pytest.raises(
+        UserError, match=r"row 0 \(prompt='', completion='x'\): the prompt has no tokens for the student"
+    ):
         tokenize_dataset(rows, get("bytes"), max_length=50)
     row = tokenize_dataset(rows, get("sentencepiece"), max_length=50)[0][0]
     assert row["input_ids"][0] == get("sentencepiece").bos_token_id

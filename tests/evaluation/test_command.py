@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -49,6 +50,24 @@ def test_every_option():
         batch_size=4,
     )
     assert parse([*NEEDED, "--greedy_only"]).seeds == ()
+
+
+def test_a_run_is_evaluated_in_the_template_that_it_was_trained_in(tmp_path):
+    def parsed(*words):
+        settings = parse(["--model", str(tmp_path), "--output_dir", "o", *words])
+        return settings.prompt_style, settings.chat_template_kwargs
+
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    trained = {"settings": {"prompt_style": "chat", "chat_template_kwargs": {"a": 1}}}
+    (tmp_path / "result.json").write_text(json.dumps(trained))
+    assert parsed() == ("alpaca", None)  # without a template it saw plain text
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert parsed() == ("chat", {"a": 1}) and parsed("--prompt_style", "plain") == ("plain", None)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    assert parsed() == ("chat", {"a": 1})
+    (tmp_path / "result.json").write_text(json.dumps({"settings": {"prompt_style": "plain"}}))
+    assert parsed() == ("alpaca", None)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,8 @@ def push_run(
                     f"{full!r} may not be written with this token ({_line(error)}): give it write access to that"
                     " repository, nothing was published"
                 ) from None
-            if _status(error) == 400:
+            # The client asks about the metadata as well, and raises a bare ValueError.
+            if _status(error) == 400 or "Invalid metadata" in str(error):
                 raise _refused(full, _line(error)) from None
             raise _unreachable(full, error, ", nothing was published and the same command goes on") from None
 

@@ -337,6 +337,11 @@ def test_a_dry_run_is_what_would_be_pushed(hub, call, made, tmp_path):
 def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, call, made, tmp_path):
     full = tmp_path / "full"
     shutil.copytree(made["full"], full)
-    [said] = call(f"push_run({str(changed(full, card={'tags': [1]}))!r}, 'ann/new')")
-    assert '"tags' in said and "the hub doesn't take what is pushed" in said and "mend its README.md" in said
-    assert "\n" not in said and ("model", "ann/new") not in hub.repositories
+    push = f"push_run({str(changed(full, card={'tags': [1]}))!r}, 'ann/{{}}')"
+    # Where it couldn't be asked before, the commit is refused.
+    unasked = "setattr(sys.modules['hf_dskd.hub.push'], '_check_card', lambda *given: None)"
+    before, _, late = call(push.format("new"), unasked, push.format("late"))
+    for said in (before, late):
+        assert '"tags' in said and "the hub doesn't take what is pushed" in said and "mend its README.md" in said
+        assert "\n" not in said
+    assert ("model", "ann/new") not in hub.repositories and hub.commits == []

@@ -186,13 +186,19 @@ def parse(arguments: Sequence[str]) -> Grid:
     for row in rows.values():
         check_name("method ", str(row["method"]), METHODS)
     base = read_yaml("--config", config)
-    settings = [base, {name: _typed(values) for name, values in given.items()}, *rows.values()]
-    if any(_plain(part.get("sft_teacher")) is True for part in settings):
-        raise UserError(
-            "sft_teacher=True would train a teacher in every cell: train it once with `hf-dskd train --sft_teacher`,"
-            " then compare with --teacher_model_name_or_path OUTPUT_DIR/teacher"
-        )
-    return Grid(rows, [int(seed) for seed in seeds], base, Path(path), int(processes), given)
+    grid = Grid(rows, [int(seed) for seed in seeds], base, Path(path), int(processes), given)
+    for cell in grid.cells():
+        if _is_on(cell.settings.get("sft_teacher")):
+            raise UserError(
+                "sft_teacher=True would train a teacher in every cell: train it once with `hf-dskd train"
+                " --sft_teacher`, then compare with --teacher_model_name_or_path OUTPUT_DIR/teacher"
+            )
+        if _is_on(cell.settings.get("push_to_hub")):
+            raise UserError(
+                "push_to_hub=True would push every cell: add --push_to_hub false, and push the cell you choose with"
+                f" `hf-dskd push {cell.folder} REPO`"
+            )
+    return grid
 
 
 def named_values(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -243,6 +249,11 @@ def _list(given: dict[str, list[str]], name: str) -> list[str]:
 def _typed(values: list[str]) -> Any:
     """A setting of the command line as a YAML file would have it."""
     return True if not values else _plain(values[0]) if len(values) == 1 else values
+
+
+def _is_on(value: Any) -> bool:
+    """As the parser of `hf-dskd train` reads a switch."""
+    return str(value).lower() in ("true", "t", "yes", "y", "1")
 
 
 def _plain(value: Any) -> Any:

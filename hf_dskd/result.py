@@ -27,6 +27,7 @@ def write_result(
     history: dict[int, dict[str, float]],
     train_runtime: float | None,
     source: str | None = None,
+    card: dict[str, Any] | None = None,
 ) -> None:
     """
     Writes what a run came to and what it was made of, as JSON.
@@ -39,11 +40,14 @@ def write_result(
         train_runtime (`float`, *optional*):
             Seconds of training since the start or the last resume; `None` if there was nothing left to train.
         source (`str`, *optional*): Name of the dataset.
+        card (`dict[str, Any]`, *optional*):
+            What the user has for the model card: `language`, `license`, `tags`, `model_name`, `datasets`.
     """
     from .environment import command_line, hardware, versions
     from .settings import DistillationSettings
 
     config, state = trainer.args, trainer.state
+    student: Any = trainer.model
     best = state.best_model_checkpoint if config.load_best_model_at_end else None
     teacher = getattr(trainer.teacher, "model", None)
     result = {
@@ -62,7 +66,13 @@ def write_result(
         "models": {
             "student": trainer._facts["student"],
             "teacher": trainer._facts["teacher"],
-            "student_parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "base_model": trainer._identity["base_model"],
+            "student_type": trainer._identity["model_type"],
+            "student_bits": next(
+                (bits for bits in (4, 8) if getattr(student, f"is_loaded_in_{bits}bit", False)), None
+            ),
+            # Not the sum over parameters: two of four bits are packed into one byte.
+            "student_parameters": student.num_parameters(),
             "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "teacher_parameters": None if teacher is None else teacher.num_parameters(),
             "adapter": trainer._facts["adapter"],
@@ -70,6 +80,7 @@ def write_result(
         "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
         "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
         "changed_settings": differences(config),
+        **({"card": card} if card else {}),
     }
     write_text(path, json.dumps(result, indent=2, default=str) + "\n")
 

@@ -253,6 +253,7 @@ SMOKE: dict[str, Any] = {
     "save_steps": 2,
     "eval_steps": 2,
     "report_to": "none",
+    "push_to_hub": False,
     "sft_teacher_epochs": 1,
 }
 
@@ -637,8 +638,15 @@ def cache_teacher(run: Run) -> None:
 def train(run: Run) -> None:
     """A whole run: data, models, training, evaluation, [`write_result`], report, push; prints the files to look at."""
     check_fresh(run.config)
+    student = model_name(run.model.model_name_or_path)
+    if run.config.push_to_hub and run.options.sft_teacher and run.config.process_index == 0:
+        from .hub.card import identity
+        from .hub.push import check_training
+
+        # The trainer asks as well, but is made when the teacher is there.
+        check_training(run.config, identity(student, run.model.use_peft, run.config.method))
     examples, held_out = load_data(run)
-    student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
+    teacher = chosen_teacher(run, examples)
     settings = changed_settings(run)
     trainer = make_trainer(run, student, teacher, examples, held_out)
     if trainer.is_world_process_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -55,7 +56,7 @@ from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
 from .evaluation.generation import check_generation_config, response_text, score_generation
 from .hub.card import identity, write_card
-from .hub.push import check_access, push_run
+from .hub.push import TRAINING, check_training, push_run
 from .kernels.linear_divergence import chunk_sizes
 from .losses.attention import attention_kl, chunk_attention_kl
 from .losses.conditional_transport import TransportCritics
@@ -82,7 +83,7 @@ from .objective import (
     weighted_loss,
 )
 from .projectors import Projectors
-from .result import RESULT_NAME, evaluations, write_result
+from .result import RESULT_NAME, evaluations, write_result, write_text
 from .running_log import LOG_NAMES, RunningLog, exact_dtype
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
@@ -283,7 +284,7 @@ class DSKDTrainer(Trainer):
         adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
         for adapter in adapters:
             check_peft(adapter, student_config)
-        self._identity = identity(student_name, bool(adapters))
+        self._identity = identity(student_name, bool(adapters), args.method, student_config.model_type)
         self._repository: str | None = None
         if args.push_to_hub:
             self._check_hub(args)
@@ -408,6 +409,7 @@ class DSKDTrainer(Trainer):
         self._trial: Any = None  # of a search
         self._wrote_result = False
         self._dataset_name: str | None = None
+        self._card: dict[str, Any] = {}
         self._staging: Path | None = None
         self.add_callback(_StepCallback(self))
 
@@ -785,21 +787,15 @@ class DSKDTrainer(Trainer):
     def _check_hub(self, args: DSKDConfig, token: str | None = None) -> None:
         """Before any work: whether the student can be pushed."""
         if self._repository is None and args.process_index == 0:
-            self._repository = check_access(
-                args.hub_model_id or Path(str(args.output_dir)).absolute().name,
-                token=token or args.hub_token,
-                revision=args.hub_revision,
-                replace=args.replace_on_hub,
-                folder_facts=self._identity,
-            )
+            self._repository = check_training(args, self._identity, token)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Unlike in [`~transformers.Trainer`] the repository is made with the push, so that it is never empty."""
+        """Unlike in [`~transformers.Trainer`] the repository is made with the push, not before training."""
         self._check_hub(self.args, token)
         self.hub_model_id = self._repository  # type: ignore[assignment]
         self.push_in_progress = None
 
-    def push_to_hub(  # type: ignore[override]  # what Trainer's card is told, ours finds itself
+    def push_to_hub(
         self,
         commit_message: str | None = None,
         blocking: bool = True,
@@ -807,6 +803,7 @@ class DSKDTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         dataset_name: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """
         Pushes the student, or its adapter, with tokenizer and model card, in one commit (see
@@ -817,6 +814,7 @@ class DSKDTrainer(Trainer):
         Args:
             commit_message, blocking, token, revision, private: As in [`~transformers.Trainer`].
             dataset_name (`str`, *optional*): Of the training data, for the card of a run that `hf-dskd` didn't start.
+            kwargs: What else [`create_model_card`] takes.
 
         Returns:
             [`~huggingface_hub.CommitInfo`], or a `Future` of it unless `blocking`; `None` on other processes.
@@ -826,6 +824,7 @@ class DSKDTrainer(Trainer):
         """
         from huggingface_hub import HfApi
 
+        self._note_card(**kwargs)
         args = self.args
         # Callbacks are told of a push since transformers 5.
         getattr(self.callback_handler, "on_push_begin", lambda *args: None)(args, self.state, self.control)
@@ -843,20 +842,52 @@ class DSKDTrainer(Trainer):
             "revision": revision or args.hub_revision,
             "commit_message": commit_message,
             "replace": args.replace_on_hub,
+            "words": TRAINING,
         }
         folder = str(args.output_dir)
         if blocking:
             return push_run(folder, self._repository, **options)
         return HfApi().run_as_future(push_run, folder, self._repository, **options)
 
-    def create_model_card(
-        self, *args: Any, model_name: str | None = None, dataset_name: str | None = None, **kwargs: Any
-    ) -> None:
-        """Writes the model card, `README.md` with `images`, to the output folder (see [`push_to_hub`])."""
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """
+        Writes the model card, `README.md` with `images`, to the output folder (see [`push_to_hub`]).
+
+        Args:
+            language, license, tags, model_name, dataset_tags, dataset:
+                As in [`~transformers.Trainer`]; the card has them beside or in place of what it finds itself, from
+                here on. `dataset_tags`, the names on the hub, come before `dataset`.
+            finetuned_from, tasks, dataset_args: Of no account: the run knows them.
+            dataset_name (`str`, *optional*): Of the training data, for the card of a run that `hf-dskd` didn't start.
+        """
+        self._note_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._write_result(dataset_name)
             folder = str(self.args.output_dir)
-            write_card(folder, folder, self._repository or model_name, token=self.args.hub_token)
+            write_card(folder, folder, self._repository or self.args.hub_model_id, token=self.args.hub_token)
+
+    def _note_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Keeps what the user has for the card, for `result.json`. The signature is that of transformers."""
+        datasets = dataset_tags or dataset
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "model_name": model_name,
+            "datasets": [datasets] if isinstance(datasets, str) else datasets,
+        }
+        self._card |= {name: value for name, value in given.items() if value}
 
     def write_report(self, dataset_name: str | None = None) -> Path | None:
         """
@@ -879,15 +910,18 @@ class DSKDTrainer(Trainer):
         return write_report(str(self.args.output_dir))
 
     def _write_result(self, dataset_name: str | None) -> None:
-        """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays."""
+        """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays but for the card."""
         path = Path(str(self.args.output_dir)) / RESULT_NAME
         if path.is_file() and not self._wrote_result:
+            if self._card:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                write_text(path, json.dumps({**kept, "card": self._card}, indent=2) + "\n")
             return
         history = evaluations(self.state.log_history)
         runtime = next((log["train_runtime"] for log in self.state.log_history[::-1] if "train_runtime" in log), None)
         last = history[max(history)] if history else {}
         self.save_state()
-        write_result(path, self, last, history, runtime, dataset_name or self._dataset_name)
+        write_result(path, self, last, history, runtime, dataset_name or self._dataset_name, self._card)
         self._wrote_result, self._dataset_name = True, dataset_name or self._dataset_name
 
     # ---- Search
@@ -1134,11 +1168,23 @@ class DSKDTrainer(Trainer):
             if finished is not None:
                 return finished
         if self.is_world_process_zero():
-            # A folder that has it is complete, and this one now isn't.
-            (Path(str(self.args.output_dir)) / RESULT_NAME).unlink(missing_ok=True)
+            self._forget_earlier(bool(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self._running.check(self.accelerator)
         return result
+
+    def _forget_earlier(self, resumed: bool) -> None:
+        """Deletes what an earlier run left in the output folder and this one may not write again."""
+        from .analysis.record import forget
+
+        folder = Path(str(self.args.output_dir))
+        # A folder that has a result is complete, and this one now isn't.
+        for name in (RESULT_NAME, "alignment.png"):
+            (folder / name).unlink(missing_ok=True)
+        if not resumed:
+            forget(folder / "analysis", -1)
+            if os.path.realpath(getattr(self.model, "name_or_path", "")) != os.path.realpath(folder):
+                (folder / "chat_template.jinja").unlink(missing_ok=True)
 
     def _finished_at(self, checkpoint: str) -> TrainOutput | None:
         """

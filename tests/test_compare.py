@@ -68,6 +68,11 @@ def test_a_variant_comes_before_the_command_line_and_that_before_the_file(config
     assert nomask.command(resume=True)[6:] == ["--learning_rate", "5e-4", *words, "--resume_from_checkpoint", "last"]
 
 
+def test_what_a_run_alone_would_push_can_be_compared(config):
+    config.write_text("push_to_hub: true\n")
+    assert grid(config, "--methods", "sft", "--push_to_hub", "false").cells()[0].settings["push_to_hub"] is False
+
+
 def test_several_processes_go_through_accelerate(config):
     command = grid(config, "--methods", "sft", "--num_processes", "2").cells()[0].command(False)
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "hf_dskd.cli"]
@@ -88,6 +93,11 @@ def test_several_processes_go_through_accelerate(config):
         (["--methods", "sft", "--method", "sft"], "--methods"),
         (["--methods", "sft", "--resume_from_checkpoint", "last"], "resume_from_checkpoint"),
         (["--methods", "sft", "--sft_teacher"], "hf-dskd train --sft_teacher"),
+        (
+            ["--methods", "sft", "--push_to_hub"],
+            "push the cell you choose with `hf-dskd push out/cells/sft-seed0 REPO`",
+        ),
+        (["--methods", "sft", "--push_to_hub", "True"], "hf-dskd push"),
         (["--methods", "sft", "--config"], "--config"),
         (["--seeds", "1"], "nothing to compare"),
         (["sft", "--seeds", "1"], "'sft' belongs to no setting"),

@@ -16,8 +16,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,7 @@ from ..checkpoint import AUXILIARY_NAME, ROLES
 from ..errors import UserError
 from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
-from ..report.files import RunFiles, changed_settings, metrics_before, read_run
+from ..report.files import RunFiles, changed_settings, metrics_before, read_run, runs_in
 from ..report.words import duration, measured, measures_of, millions, setting, title_of
 
 
@@ -37,14 +38,40 @@ logger = logging.getLogger(__name__)
 TAG = "hf_dskd"
 HUB = "https://huggingface.co"
 TEMPLATE = Path(__file__).with_name("card.md")
-# What `from_pretrained` reads of a model or an adapter, and of its tokenizer. A run leaves other files beside them.
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model*.safetensors", "pytorch_model*.bin")
-MODEL_FILES = (
-    *WEIGHTS,
-    *("config.json", "generation_config.json", "adapter_config.json", "*.index.json"),
+# What `from_pretrained` reads of an adapter, of a model, and of either's tokenizer. A run leaves other files beside
+# them, and the run before it in the same folder may have left what is not its own.
+WEIGHTS = {
+    True: ("adapter_model.safetensors", "adapter_model.bin"),
+    False: ("model*.safetensors", "pytorch_model*.bin"),
+}
+MODEL_FILES = {
+    True: (*WEIGHTS[True], "adapter_config.json"),
+    False: (*WEIGHTS[False], "config.json", "generation_config.json", "*.index.json"),
+}
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja", "chat_template.json"),
     "additional_chat_templates/*.jinja",
+)
+# All that a push may write.
+PUSHED = (
+    *("README.md", "LICENSE", "images/curves.png", "images/alignment.png"),
+    *MODEL_FILES[True],
+    *MODEL_FILES[False],
+    *TOKENIZER_FILES,
+    *(f"auxiliary/{name}" for name in (AUXILIARY_NAME, *(f"{role}.safetensors" for role in ROLES))),
+)
+# https://huggingface.co/docs/hub/repositories-licenses: what else is "other" there.
+LICENCES = frozenset(
+    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+    other""".split()
 )
 # Where these files name the model or tokenizer that they were made from.
 NAME_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
@@ -84,18 +111,24 @@ class Model:
 
     Attributes:
         hub_id: Its name on the hub; `None` for a folder of this machine, which means nothing elsewhere.
-        words: For people.
+        name: For people.
+        size: Its parameters, for people.
         folder: Where it lies on this machine, as far as that is known.
         packaged: Where it came from, if it is a packaged model.
     """
 
     hub_id: str | None
-    words: str
+    name: str
+    size: str | None = None
     folder: Path | None = None
     packaged: PackagedModel | None = None
 
+    @property
+    def words(self) -> str:
+        return self.name if self.size is None else f"{self.name}, {self.size} parameters"
 
-def identity(student: str | None, adapter: bool) -> dict[str, str | None]:
+
+def identity(student: str | None, adapter: bool, method: str, model_type: str | None = None) -> dict[str, str | None]:
     """
     What tells a pushed student from other models in a repository, as its card has it: for
     [`~hf_dskd.hub.push.check_access`] before there is a run.
@@ -103,20 +136,47 @@ def identity(student: str | None, adapter: bool) -> dict[str, str | None]:
     Args:
         student (`str`, *optional*): Name or folder of the model that is trained.
         adapter (`bool`): Whether an adapter of it is.
+        method (`str`): By which it is.
+        model_type (`str`, *optional*): Its architecture, as its config says; that of the folder by default.
     """
-    name = student if student is None or not os.path.isdir(student) else Path(student).resolve().name
-    return {"base_model": _hub_id(name, student), "library_name": "peft" if adapter else "transformers"}
+    is_folder = student is not None and os.path.isdir(student)
+    name = Path(str(student)).resolve().name if is_folder else student
+    if model_type is None and is_folder:
+        model_type = _json(Path(str(student)) / "config.json").get("model_type")
+    return {
+        "base_model": _hub_id(name, student),
+        "library_name": "peft" if adapter else "transformers",
+        "method": method,
+        "model_type": model_type,
+    }
 
 
 def run_identity(folder: str | Path) -> dict[str, str | None]:
     """[`identity`] of the student of a finished run."""
-    run = read_run(folder)
-    library_name = "peft" if _is_adapter(run) else "transformers"
-    return {"base_model": _student(run, _settings(run)).hub_id, "library_name": library_name}
+    run = read_finished(folder)
+    return {
+        "base_model": _student(run, _settings(run)).hub_id,
+        "library_name": "peft" if _is_adapter(run) else "transformers",
+        "method": run.method,
+        "model_type": (run.result.get("models") or {}).get("student_type"),
+    }
+
+
+def read_finished(folder: str | Path) -> RunFiles:
+    """[`~hf_dskd.report.files.read_run`]; of a comparison, which is several runs, it names them."""
+    if (Path(folder) / "cells").is_dir():
+        cells = ", ".join(str(cell) for cell in runs_in([folder])[0])
+        raise UserError(f"{str(folder)!r} holds the runs of a comparison: push one of them, {cells}")
+    return read_run(folder)
 
 
 def model_card(
-    folder: str | Path, repo_id: str | None = None, *, token: str | None = None, online: bool = True
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    alignment: bool = True,
+    token: str | None = None,
+    online: bool = True,
 ) -> ModelCard:
     """
     The model card of a finished run, from the files in its folder.
@@ -126,8 +186,10 @@ def model_card(
     Args:
         folder (`str` or `Path`): What `hf-dskd train` wrote.
         repo_id (`str`, *optional*): Where the model will be, as `namespace/name`.
+        alignment (`bool`, *optional*, defaults to `True`): With the picture of the alignment, where there is one.
         token (`str`, *optional*): Of the hub; the one of `HF_TOKEN` or `hf auth login` by default.
-        online (`bool`, *optional*, defaults to `True`): Whether to ask the hub for licences.
+        online (`bool`, *optional*, defaults to `True`):
+            Whether to ask the hub for licences; not with HF_HUB_OFFLINE=1.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: with `images/curves.png` and `images/alignment.png` where
@@ -136,29 +198,36 @@ def model_card(
     Raises:
         UserError: If it is no folder of a finished run, or a file in it can't be read.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData, constants
 
-    run = read_run(folder)
-    models = run.result.get("models") or {}
+    run, online = read_finished(folder), online and not constants.HF_HUB_OFFLINE
+    models, given = run.result.get("models") or {}, run.result.get("card") or {}
     settings, adapter = _settings(run), _is_adapter(run)
     student, teacher, source = _student(run, settings), _teacher(run, settings), _dataset(run)
-    licence = _licence(student, token, online)
+    sources = [name for name in given.get("datasets", ()) if _is_on_hub(run, name)] or ([source] if source else [])
+    of_student = _licence(student, token, online)
+    licence = _given_licence(given["license"]) if given.get("license") else of_student
     method = METHODS[run.method]
     scores = _scores(run)
     name = repo_id.split("/")[-1] if repo_id else f"{(student.hub_id or 'student').split('/')[-1]}-{run.method}"
-    results = _eval_results(run, scores, source)
+    name = given.get("model_name") or name
+    results = _eval_results(run, scores, sources[0] if sources else None)
     across = _vocabularies_differ(run, teacher)
+    # By its tags a repository is told from one with another model: a base of the hub says enough.
+    architecture = models.get("student_type") if student.hub_id is None else None
+    tags = [TAG, teacher and "knowledge-distillation", across and "cross-tokenizer", run.method, architecture]
     data = ModelCardData(
+        language=given.get("language"),
         model_name=name,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=student.hub_id,
         base_model_relation=("adapter" if adapter else "finetune") if student.hub_id else None,
-        datasets=[source] if source else None,
+        datasets=sources or None,
         license=licence and licence.ids,  # type: ignore[arg-type]  # a list is as good
         license_name=licence and licence.name,
         license_link=licence and licence.link,
-        tags=[TAG, "knowledge-distillation", *(["cross-tokenizer"] if across else []), run.method],
+        tags=[tag for tag in (*tags, *given.get("tags", ())) if tag],
         eval_results=results or None,
     )
     if not results:
@@ -167,6 +236,9 @@ def model_card(
 
     before = metrics_before(run.result, run.history)
     reports = run.result.get("data") or {}
+    held_out = (reports.get("eval") or {}).get("kept")
+    answered = run.result.get("settings", {}).get("eval_generation_samples")
+    seeds = _training_seeds(run)
     hardware = run.result.get("hardware")
     return ModelCard.from_template(
         data,
@@ -181,34 +253,39 @@ def model_card(
         method_has_paper="arXiv" in method.source,
         student=student,
         student_parameters=millions(models["student_parameters"]) if models.get("student_parameters") else None,
-        trained_parameters=millions(models["trained_parameters"]) if models.get("trained_parameters") else None,
+        trained_parameters=_trained(models),
+        student_bits=models.get("student_bits"),
         teacher=teacher,
         teacher_in_4bit=bool(run.result.get("settings", {}).get("load_teacher_in_4bit")),
         across=across,
         gguf=[model for model in (student, teacher) if model and model.packaged],
-        dataset=_dataset_words(run, source),
+        dataset=_dataset_words(run, source, given.get("datasets", ())),
         prompt_style=run.result.get("settings", {}).get("prompt_style"),
+        chat_template=_has_chat_template(run.folder),
         chat_template_kwargs=run.result.get("settings", {}).get("chat_template_kwargs"),
         result=run.result,
         examples=(reports.get("train") or {}).get("kept"),
-        held_out=(reports.get("eval") or {}).get("kept"),
+        held_out=held_out,
         seconds=duration(run.result["train_runtime"]) if run.result.get("train_runtime") is not None else None,
         hardware=in_words(hardware) if hardware else None,
         versions=", ".join(f"{package} {version}" for package, version in run.result.get("versions", {}).items()),
         changed=_told_settings(settings, [model.hub_id for model in (student, teacher) if model], source),
         measures=[
-            (title_of(key), measured(before.get(key)), measured(value))
+            (title_of(key), measured(before.get(key)), measured(value), _over_seeds(seeds, key))
             for key in measures_of(run.result.get("metrics", {}))
             if isinstance(value := run.result["metrics"][key], (int, float))
         ],
         measured_before=bool(before),
-        answered=run.result.get("settings", {}).get("eval_generation_samples"),
+        answered=min(answered, held_out) if answered and held_out else answered,
         scores=[_scores_table(found) for found in scores],
         seeds_of_training=run.result.get("seed"),
+        compared_seeds=", ".join(str(line["seed"]) for line in seeds),
         curves=_has_curves(run),
-        alignment=_alignment_picture(run),
-        licences=_licence_lines(licence, student, teacher, source, token, online),
+        alignment=_alignment_picture(run) if alignment else None,
+        licence_given=given.get("license"),
+        licences=_licence_lines(of_student, student, teacher, source, token, online),
         licence_found=licence is not None,
+        licence_sought=_is_sought(student, online),
     )
 
 
@@ -218,6 +295,7 @@ def write_model_folder(
     repo_id: str | None = None,
     *,
     auxiliary: bool = False,
+    alignment: bool = True,
     token: str | None = None,
     online: bool = True,
 ) -> Path:
@@ -229,9 +307,12 @@ def write_model_folder(
         destination (`str` or `Path`): A folder that is empty or doesn't exist.
         repo_id (`str`, *optional*): Where the model will be, as `namespace/name`.
         auxiliary (`bool`, *optional*, defaults to `False`): Projectors and discriminator too, in `auxiliary/`.
+        alignment (`bool`, *optional*, defaults to `True`):
+            The picture of the alignment too, where there is one: it shows the text of an example.
         token (`str`, *optional*): Of the hub; the one of `HF_TOKEN` or `hf auth login` by default.
         online (`bool`, *optional*, defaults to `True`):
-            Whether to ask the hub for licences and for the generation config of an adapter's base.
+            Whether to ask the hub for licences and for the generation config of an adapter's base; not with
+            HF_HUB_OFFLINE=1.
 
     Returns:
         `Path`: `destination`.
@@ -239,19 +320,20 @@ def write_model_folder(
     Raises:
         UserError: If it is no folder of a finished run, has no model, or `destination` has files already.
     """
-    run, destination = read_run(folder), Path(destination)
-    settings = _settings(run)
+    run, destination = read_finished(folder), Path(destination)
+    settings, adapter = _settings(run), _is_adapter(run)
     student = _student(run, settings)
-    if not any(path for pattern in WEIGHTS for path in run.folder.glob(pattern)):
+    if not any(path for pattern in WEIGHTS[adapter] for path in run.folder.glob(pattern)):
         raise UserError(f"{str(folder)!r} has no model or adapter: it must have been moved; name the run's own folder")
     if auxiliary and not (run.folder / AUXILIARY_NAME).is_file():
         raise UserError(f"{str(folder)!r} has no {AUXILIARY_NAME}: leave --auxiliary out")
     if destination.is_dir() and any(destination.iterdir()):
         raise UserError(f"{str(destination)!r} isn't empty: name a folder that is, or a new one")
-    write_card(folder, destination, repo_id, token=token, online=online)
-    for path in sorted({path for pattern in MODEL_FILES for path in run.folder.glob(pattern) if path.is_file()}):
+    write_card(folder, destination, repo_id, alignment=alignment, token=token, online=online)
+    patterns = (*MODEL_FILES[adapter], *TOKENIZER_FILES)
+    for path in sorted({path for pattern in patterns for path in run.folder.glob(pattern) if path.is_file()}):
         target = destination / path.relative_to(run.folder)
-        content = _renamed(path, student) if path.name.endswith("config.json") else None
+        content = _for_others(path, student) if path.name.endswith("config.json") else None
         if content is None:
             _put(path, target)
         else:
@@ -271,20 +353,21 @@ def write_card(
     destination: str | Path,
     repo_id: str | None = None,
     *,
+    alignment: bool = True,
     token: str | None = None,
     online: bool = True,
 ) -> None:
     """Writes the [`model_card`] of a finished run to `README.md` in a folder, and its pictures to `images` there."""
     from ..analysis.curves import plot_curves
 
-    run, destination = read_run(folder), Path(destination)
-    card = model_card(folder, repo_id, token=token, online=online)
+    run, destination = read_finished(folder), Path(destination)
+    card = model_card(folder, repo_id, alignment=alignment, token=token, online=online)
     destination.mkdir(parents=True, exist_ok=True)
     if _has_curves(run):
         plot_curves({run.method: run.history}, destination / "images" / "curves.png")
-    picture = _alignment_picture(run)
+    picture = _alignment_picture(run) if alignment else None
     if picture is not None:
-        _put(picture[0], destination / "images" / "alignment.png")
+        _put(picture.path, destination / "images" / "alignment.png")
     (destination / "README.md").write_text(str(card).rstrip("\n") + "\n", encoding="utf-8")
 
 
@@ -303,7 +386,9 @@ def _settings(run: RunFiles) -> dict[str, Any]:
 
 
 def _is_adapter(run: RunFiles) -> bool:
-    return (run.folder / "adapter_config.json").is_file()
+    """As the run says; files of a run before it may lie in its folder."""
+    said = (run.result.get("models") or {}).get("adapter")
+    return (run.folder / "adapter_config.json").is_file() if said is None else bool(said)
 
 
 def _packaged(name: str | None, given: str | None) -> PackagedModel | None:
@@ -333,18 +418,22 @@ def _model(name: str | None, given: str | None, parameters: int | None, like: Pa
     folder = Path(given) if given is not None and Path(given).is_dir() else None
     if packaged is not None:
         folder = ready_folder(packaged.name)
-    size = [f"{millions(parameters)} parameters"] if parameters else []
+    size = millions(parameters) if parameters else None
     if hub_id is not None:
-        return Model(hub_id, ", ".join([f"[`{hub_id}`]({HUB}/{hub_id})", *size]), folder, packaged)
+        return Model(hub_id, f"[`{hub_id}`]({HUB}/{hub_id})", size, folder, packaged)
     known = folder or like
     config = _json(known / "config.json") if known is not None else {}
-    parts = [*(f"`{kind}`" for kind in config.get("architectures") or []), *size]
-    return Model(None, ", ".join(["a model that isn't on the hub", *parts]), folder)
+    kinds = ", ".join(f"`{kind}`" for kind in config.get("architectures") or [])
+    # A model that was passed as an object may be on the hub all the same.
+    where = "a local model" if given is not None else "a model whose origin was not recorded"
+    return Model(None, f"{where} ({kinds})" if kinds else where, size, folder)
 
 
 def _student(run: RunFiles, settings: Mapping[str, Any]) -> Model:
     models, given = run.result.get("models") or {}, settings.get("model_name_or_path")
     parameters = models.get("student_parameters")
+    if given is None and models.get("base_model") == models.get("student"):
+        given = models.get("base_model")  # of a run that `hf-dskd` didn't start: a name without a slash is no folder's
     if not _is_adapter(run):
         return _model(models.get("student"), given, parameters, run.folder)
     # Where its base was when it was loaded: a packaged model's own folder.
@@ -365,33 +454,51 @@ def _teacher(run: RunFiles, settings: Mapping[str, Any]) -> Model | None:
     if not settings.get("sft_teacher"):
         return teacher
     # What it was before: its tokenizer and licence are the same.
-    return Model(
-        teacher.hub_id, f"{teacher.words}, first fine-tuned on the same data", teacher.folder, teacher.packaged
-    )
+    return replace(teacher, name=f"{teacher.name}, first fine-tuned on the same data")
+
+
+def _trained(models: Mapping[str, Any]) -> str | None:
+    """How many of the student's parameters were trained."""
+    trained = models.get("trained_parameters")
+    if not trained:
+        return None
+    return "all" if trained == models.get("student_parameters") else millions(trained)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    saved = (folder / "chat_template.jinja").is_file()
+    return saved or bool(_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def _dataset(run: RunFiles) -> str | None:
     """Name of the training data on the hub; `None` for what lies on this machine."""
+    source = (run.result.get("data") or {}).get("source")
+    return source if source is not None and _is_on_hub(run, source) else None
+
+
+def _is_on_hub(run: RunFiles, source: str) -> bool:
+    """Whether that is the name of a dataset on the hub, as far as names and this machine's folders tell."""
     from ..run import PYTHON_FUNCTIONS
 
-    source = (run.result.get("data") or {}).get("source")
-    if source in (None, PYTHON_FUNCTIONS) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-        return None
+    if source == PYTHON_FUNCTIONS or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        return False
     # A path is relative to where the run was started: here, or in a folder that its own is in.
     places = (Path.cwd(), *run.folder.resolve().parents)
-    if source.endswith((".json", ".jsonl", ".csv", ".parquet")) or any((place / source).exists() for place in places):
-        return None
-    return str(source)
+    files = (".json", ".jsonl", ".csv", ".parquet")
+    return not source.endswith(files) and not any((place / source).exists() for place in places)
 
 
-def _dataset_words(run: RunFiles, source: str | None) -> str:
+def _dataset_words(run: RunFiles, source: str | None, given: Sequence[str]) -> str:
+    """`given` are names that the user has for the card."""
     from ..run import PYTHON_FUNCTIONS
 
-    if source is not None:
-        return f"[`{source}`]({HUB}/datasets/{source})"
-    if (run.result.get("data") or {}).get("source") == PYTHON_FUNCTIONS:
+    if given or source is not None:
+        names = given or [str(source)]
+        return ", ".join(f"[`{name}`]({HUB}/datasets/{name})" if _is_on_hub(run, name) else name for name in names)
+    recorded = (run.result.get("data") or {}).get("source")
+    if recorded == PYTHON_FUNCTIONS:
         return "functions of Python's standard library with their docstrings (`python_functions` of hf_dskd)"
-    return "data that isn't on the hub"
+    return "not recorded" if recorded is None else "data that isn't on the hub"
 
 
 def _vocabularies_differ(run: RunFiles, teacher: Model | None) -> bool:
@@ -436,17 +543,29 @@ def _hub_licence(name: str, kind: str, token: str | None) -> Licence | None:
     return _card_licence(info.card_data, "stated on its page on the hub", page)
 
 
+def _known(licence: Licence) -> Licence:
+    """As the hub takes it: a licence that it has no id for is `"other"`, with that name."""
+    ids = [licence.ids] if isinstance(licence.ids, str) else licence.ids
+    if LICENCES.issuperset(ids):
+        return licence
+    return licence._replace(ids="other", name=licence.name or ", ".join(map(str, ids)))
+
+
+def _given_licence(ids: str) -> Licence:
+    return _known(Licence(ids, "as stated by who trained this"))
+
+
 def _card_licence(data: Any, found: str, page: str | None) -> Licence | None:
     """Of a card's metadata. The hub wants a name and a link for one that it doesn't know."""
     ids = data and data.get("license")
     if not ids:
         return None
     if ids != "other":
-        return Licence(ids, found)
+        return _known(Licence(ids, found))
     link = data.get("license_link")
     if page is not None and not str(link or "").startswith("http"):
         link = f"{page}/blob/main/{link}" if link else page
-    return Licence("other", found, data.get("license_name") or "license-of-the-base-model", link or "LICENSE")
+    return Licence("other", found, data.get("license_name") or "license-of-the-base-model", link)
 
 
 def _folder_licence(folder: Path) -> Licence | None:
@@ -457,7 +576,12 @@ def _folder_licence(folder: Path) -> Licence | None:
     if readme.is_file():
         data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         found = _card_licence(data, "stated by the README.md in its folder", None)
-        if found is not None and (found.link != "LICENSE" or file is not None):
+        if found is not None and not str(found.link or "").startswith("http"):
+            # Its link is to a file in that folder, which goes with the student; one that isn't there can't be linked.
+            named = folder / Path(str(found.link)).name
+            file = named if found.link and named.is_file() else file
+            found = found._replace(link="LICENSE" if file is not None and found.name is not None else None)
+        if found is not None:
             return found._replace(file=file)
     if file is None:
         return None
@@ -474,22 +598,29 @@ def _licence_lines(
     licence: Licence | None, student: Model, teacher: Model | None, source: str | None, token: str | None, online: bool
 ) -> list[tuple[str, str]]:
     """Whose, and what was found."""
-    lines = [("student before training", _licence_words(licence, student))]
+    lines = [("student before training", _licence_words(licence, student, _is_sought(student, online)))]
     if teacher is not None:
-        lines.append(("teacher", _licence_words(_licence(teacher, token, online), teacher)))
+        found = _licence(teacher, token, online)
+        lines.append(("teacher", _licence_words(found, teacher, _is_sought(teacher, online))))
     found = _hub_licence(source, "dataset", token) if source is not None and online else None
-    lines.append(("training data", _licence_words(found, None)))
+    lines.append(("training data", _licence_words(found, None, online and source is not None)))
     return lines
 
 
-def _licence_words(licence: Licence | None, model: Model | None) -> str:
+def _is_sought(model: Model, online: bool) -> bool:
+    """Whether there is a place to look for a model's licence."""
+    return model.folder is not None or (online and model.hub_id is not None)
+
+
+def _licence_words(licence: Licence | None, model: Model | None, sought: bool) -> str:
     if licence is None:
         stated = model.packaged.licence if model is not None and model.packaged is not None else None
-        return f"not found ({stated})" if stated else "not found"
+        missing = "not found" if sought else "not looked up"
+        return f"{missing} ({stated})" if stated else missing
     names = [licence.ids] if isinstance(licence.ids, str) else licence.ids
     words = ", ".join(f"`{name}`" for name in names)
     if licence.name is not None:
-        words += f", [{licence.name}]({licence.link})"
+        words += f", [{licence.name}]({licence.link})" if licence.link else f", {licence.name}"
     return f"{words}, {licence.found}"
 
 
@@ -498,7 +629,7 @@ def _licence_words(licence: Licence | None, model: Model | None) -> str:
 
 def _scores(run: RunFiles) -> list[dict[str, Any]]:
     """`scores.json` of the evaluations in the run's folder that were made of these very weights."""
-    weights = [path for pattern in WEIGHTS for path in sorted(run.folder.glob(pattern))]
+    weights = [path for pattern in WEIGHTS[_is_adapter(run)] for path in sorted(run.folder.glob(pattern))]
     found = []
     for path in sorted(run.folder.glob("*/scores.json")):
         evaluated = _json(path.with_name("evaluation.json")).get("evaluated", {})
@@ -522,6 +653,8 @@ def _eval_results(run: RunFiles, scores: list[dict[str, Any]], source: str | Non
 
     from ..evaluation.sets import HUB_SETS
 
+    # Several evaluations of a set are told apart by their prompts.
+    styles = {found["settings"]["prompt_style"] for found in scores}
     task: dict[str, Any] = {"task_type": "text-generation", "task_name": "Text Generation"}
     results = []
     for found in scores:
@@ -532,6 +665,7 @@ def _eval_results(run: RunFiles, scores: list[dict[str, Any]], source: str | Non
             given = found["settings"]
             seeds, limit = given["seeds"], given["limit"]
             few = f", the first {limit:,} examples" if limit is not None else ""
+            few += f", {given['prompt_style']} prompts" if len(styles) > 1 else ""
             how = f"mean over {len(seeds)} decoding seed{'s' * (len(seeds) > 1)}" if seeds else "greedy"
             answers = part["sampled"] if seeds else part["greedy"]
             measures = [("rouge", f"ROUGE-L ({how}{few})", answers["rouge_l"])]
@@ -562,14 +696,54 @@ def _has_curves(run: RunFiles) -> bool:
     return any(_panel_lines({run.method: run.history}, keys) for keys in PANELS.values())
 
 
-def _alignment_picture(run: RunFiles) -> tuple[Path, str] | None:
-    """The last picture of the attention on one example, and when that was."""
-    for path in sorted(run.folder.glob("analysis/step-*"), key=lambda path: -int(path.name.removeprefix("step-"))):
-        pictures = sorted(path.glob("alignment-*.png"), key=lambda picture: int(picture.stem.split("-")[1]))
+def _training_seeds(run: RunFiles) -> list[dict[str, Any]]:
+    """Of a cell of a comparison, the lines of `results.jsonl` of the same row; none where it has one seed."""
+    cell = run.folder.resolve()
+    path = cell.parent.parent / "results.jsonl"
+    if run.label is None or cell.parent.name != "cells" or not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    own = [line for line in lines if line["label"] == run.label and line["status"] == "ok"]
+    known = any(line["seed"] == run.result.get("seed") and line["metrics"] == run.result["metrics"] for line in own)
+    return own if known and len(own) > 1 else []
+
+
+def _over_seeds(seeds: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Mean and standard deviation of a metric over training seeds."""
+    numbers = [line["metrics"][key] for line in seeds if line["metrics"].get(key) is not None]
+    if len(numbers) < 2:
+        return "–"
+    return f"{measured(statistics.fmean(numbers))} ± {measured(statistics.stdev(numbers))}"
+
+
+class Picture(NamedTuple):
+    """
+    Of the attention on one example.
+
+    Attributes:
+        when: It was taken.
+        example: What it is of.
+    """
+
+    path: Path
+    when: str
+    example: str
+
+
+def _alignment_picture(run: RunFiles) -> Picture | None:
+    """The last picture of the attention on one example."""
+    splits = [name for name in run.result.get("data") or {} if name.startswith("eval")]
+    example = "a held-out example" if splits else "an example of the training data"
+    # Pictures whose numbers are gone are of a run before this one in the same folder.
+    for step in sorted((line["step"] for line in run.analyses), reverse=True):
+        pictures = sorted(
+            run.folder.glob(f"analysis/step-{step}/alignment-*.png"),
+            key=lambda picture: int(picture.stem.split("-")[1]),
+        )
         if pictures:
-            return pictures[0], f"after step {int(path.name.removeprefix('step-')):,}"
+            return Picture(pictures[0], f"after step {step:,}", example)
     path = run.folder / "alignment.png"
-    return (path, "after training") if path.is_file() else None
+    return Picture(path, "after training", example) if path.is_file() else None
 
 
 # ---- Text and files
@@ -598,12 +772,14 @@ def _told(value: Any, public: set[str | None]) -> Any:
     return value
 
 
-def _renamed(path: Path, student: Model) -> str | None:
+def _for_others(path: Path, student: Model) -> str | None:
     """A config with the student's name in place of folders of this machine; `None` if there is nothing to change."""
     content = _json(path)
-    named = {key: content[key] for key in NAME_KEYS if content.get(key)}
-    changed = {key: student.hub_id or Path(value).name for key, value in named.items()}
-    return None if changed == named else json.dumps({**content, **changed}, indent=2, ensure_ascii=False) + "\n"
+    changed: dict[str, Any] = {key: student.hub_id or Path(content[key]).name for key in NAME_KEYS if content.get(key)}
+    if content.get("use_cache") is False:
+        changed["use_cache"] = True  # Trainer switches it off to train; generation would be slow without it
+    changed = {**content, **changed}
+    return None if changed == content else json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_generation_config(destination: Path, student: Model, token: str | None, online: bool) -> None:
@@ -633,10 +809,8 @@ def _write_auxiliary(run: RunFiles, folder: Path, student: Model, teacher: Model
             facts[role] = (model and model.hub_id) or Path(facts[role]).name
     folder.mkdir()
     (folder / AUXILIARY_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for name in ROLES:
-        path = run.folder / f"{name}.safetensors"
-        if path.is_file():
-            _put(path, folder / path.name)
+    for module in facts["modules"].values():
+        _put(run.folder / module["file"], folder / module["file"])
 
 
 def _put(source: Path, target: Path) -> None:

@@ -19,13 +19,17 @@ and chat template, and a model card made of the run's files, with its curves and
 
   RUN                what `hf-dskd train` wrote
   REPO               NAMESPACE/NAME, or NAME in your own namespace; it is made if need be
-  --private          a new repository is private
+  --private          a new repository is private; one that is there and public is refused
   --auxiliary        projectors and discriminator too, in auxiliary/
-  --replace          deletes what else the repository holds; needed where that is another model
+  --no_alignment     without the picture of the alignment, which shows the text of an example: the first held-out one,
+                     or else the first of the training data
+  --replace          deletes what else the repository holds; needed where that is another model, or this one by another
+                     method (of an earlier push of the same, what is left over always goes)
   --revision         branch (main)
   --create_pr        opens a pull request
   --commit_message   of the commit
-  --dry_run          writes what would be pushed into this folder; nobody is contacted
+  --dry_run          writes what would be pushed into this folder, and only reads from the hub: licences, your name;
+                     with HF_HUB_OFFLINE=1 nobody is contacted, and licences are not looked up
 
 The token is that of `hf auth login` or of HF_TOKEN, and must have the role "write". Stopped, the same command goes on:
 files that the hub has already aren't sent again, and nothing shows before all of them are there.
@@ -48,16 +52,18 @@ def main(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="hf-dskd push", allow_abbrev=False, add_help=False)
     parser.add_argument("run", type=Path)
     parser.add_argument("repo", nargs="?")
-    for name in ("private", "auxiliary", "replace", "create_pr"):
+    for name in ("private", "auxiliary", "no_alignment", "replace", "create_pr"):
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("revision", "commit_message"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--dry_run", type=Path)
-    given = parser.parse_args(list(arguments))
+    given = parser.parse_intermixed_args(list(arguments))
+    contents = {"auxiliary": given.auxiliary, "alignment": not given.no_alignment}
     if given.dry_run is not None:
         from .card import write_model_folder
+        from .push import full_name
 
-        print(write_model_folder(given.run, given.dry_run, given.repo, auxiliary=given.auxiliary, online=False))
+        print(write_model_folder(given.run, given.dry_run, given.repo and full_name(given.repo), **contents))
         return 0
     if given.repo is None:
         raise UserError("REPO is not set: name the repository on the hub, as NAMESPACE/NAME, after the run's folder")
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
             given.run,
             given.repo,
             private=given.private or None,
-            auxiliary=given.auxiliary,
+            **contents,
             revision=given.revision,
             commit_message=given.commit_message,
             replace=given.replace,

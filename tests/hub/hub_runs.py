@@ -95,7 +95,7 @@ def changed(folder: Path, **changes) -> Path:
     path = folder / RESULT_NAME
     result = json.loads(path.read_text())
     for name, value in changes.items():
-        result[name] = {**(result[name] or {}), **value} if isinstance(value, dict) else value
+        result[name] = {**(result.get(name) or {}), **value} if isinstance(value, dict) else value
     path.write_text(json.dumps(result))
     return folder
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from hf_dskd.errors import UserError
 from hf_dskd.hub.card import identity, model_card, write_model_folder
 from hf_dskd.hub.command import main
-from hf_dskd.hub.push import push_run
+from hf_dskd.hub.push import TRAINING, push_run
 from hf_dskd.packaged import MARKER, PACKAGED_MODELS
 from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, write_settings
 from hf_dskd.run import read_yaml
@@ -78,10 +78,14 @@ def row(card, name):
 
 def test_a_whole_student_from_folders(run, tmp_path, models):
     folder, target = run("full"), tmp_path / "pushed"
+    # Trainer of transformers 5 switches it off while it trains.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_cache": False}))
+    (folder / "generation_config.json").unlink()
     card = written(folder, target)
     data = card.data.to_dict()
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    assert data["tags"] == ["hf_dskd", "knowledge-distillation", "cross-tokenizer", "dskd_cma_ga"]
+    assert data["tags"] == ["hf_dskd", "knowledge-distillation", "cross-tokenizer", "dskd_cma_ga", "gpt2"]
     assert not {"base_model", "base_model_relation", "datasets", "license"} & set(data)
     expected = {"config.json", "model.safetensors", "images/curves.png", "images/alignment.png"}
     assert set(texts(target)) == ALWAYS | expected | (set(texts(target)) & {"special_tokens_map.json"})
@@ -89,10 +93,16 @@ def test_a_whole_student_from_folders(run, tmp_path, models):
     assert (target / "images" / "alignment.png").read_bytes() == (
         folder / "analysis" / "step-2" / "alignment-0.png"
     ).read_bytes()
-    assert "attend to the teacher's, after step 2" in card.text
+    assert "tokens of a held-out example attend to the teacher's, after step 2. The picture shows" in card.text
+    assert json.loads((target / "config.json").read_text())["use_cache"] is True
+    assert json.loads((target / "generation_config.json").read_text()).get("use_cache") is not False
     assert (target / "model.safetensors").samefile(folder / "model.safetensors")
-    assert row(card, "student before training")[0].startswith("a model that isn't on the hub, `GPT2LMHeadModel`, ")
-    assert row(card, "teacher")[0].startswith("a model that isn't on the hub, `Qwen2ForCausalLM`, ")
+    assert row(card, "student before training")[0].startswith("a local model (`GPT2LMHeadModel`), ")
+    assert row(card, "teacher")[0].startswith("a local model (`Qwen2ForCausalLM`), ")
+    assert "A fine-tuned copy of a local model (`GPT2LMHeadModel`), trained with" in card.text
+    assert row(card, "student's parameters")[0].endswith(", all of them trained")
+    assert row(card, "training data") == ["data that isn't on the hub"]
+    assert "put into the chat template of the student's tokenizer." in card.text and "quantized" not in card.text
     assert "tokens aligned by cross-model attention, with queries matched to keys by a discriminator" in card.text
     assert "The method is that of [arXiv 2603.22056](https://arxiv.org/abs/2603.22056), Eqs. 14 and 16." in card.text
     assert row(card, "optimizer steps") == ["2"] and row(card, "training examples") == ["8, 1 times each"]
@@ -124,13 +134,21 @@ def test_an_adapter_from_folders(run, tmp_path, models):
         f"{result['metrics']['eval_bits_per_byte']:.4f}"
     ]
     assert "On 4 held-out examples:" in card.text and "generated for 2 of these" in card.text
+    few = changed(run("sft"), settings={"eval_generation_samples": 10})
+    assert "generated for 4 of these" in model_card(few, online=False).text
     trained = result["models"]["trained_parameters"]
     assert row(card, "student's parameters")[0].endswith(f", {trained:,} of them trained") and trained < 1e5
+    assert "quantized" not in card.text
+    card = model_card(changed(folder, models={"student_bits": 4}), online=False)
+    assert "quantized to 4 bits while it was trained and measured: the adapter was not measured on" in card.text
 
 
 def test_training_on_text_alone(run, tmp_path):
-    card = written(run("sft"), tmp_path / "pushed")
-    assert card.data.tags == ["hf_dskd", "knowledge-distillation", "sft"]
+    folder = run("sft")
+    (folder / "chat_template.jinja").unlink()
+    card = written(folder, tmp_path / "pushed")
+    assert card.data.tags == ["hf_dskd", "sft", "gpt2"]
+    assert "The student's tokenizer has no chat template: it was given the prompts" in card.text
     assert "teacher" not in card.text.lower().replace("no teacher", "")
     assert "Its loss is −log q(y)." in card.text and "arxiv" not in card.text.lower()
 
@@ -149,7 +167,7 @@ def test_packaged_models(run, tmp_path, monkeypatch):
     for name in (SMOL, QWEN):
         assert f"`{PACKAGED_MODELS[name].gguf_file}`" in card.text
     assert card.text.count("a GGUF file of 4 bits") == 2 and card.text.count("the adapter was not measured") == 1
-    assert "teacher: not found (none stated in the packages; the model family's own is Apache-2.0)" in card.text
+    assert "teacher: not looked up (none stated in the packages; the model family's own is Apache-2.0)" in card.text
     assert "functions of Python's standard library" in row(card, "training data")[0]
     config = json.loads((target / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -189,7 +207,95 @@ def test_models_and_data_of_the_hub(run, tmp_path, monkeypatch):
     assert "datasets" not in data and "base_model" not in data
     for source in ("data/rows.jsonl", "/srv/data/rows", "../rows", None):
         changed(folder, data={"source": source})
-        assert "datasets" not in model_card(folder, online=False).data.to_dict()
+        card = model_card(folder, online=False)
+        assert "datasets" not in card.data.to_dict()
+    assert row(card, "training data") == ["not recorded"]
+
+
+def test_a_run_that_was_started_from_python(run):
+    """Without `settings.yaml`: where its models came from isn't said."""
+    folder = run("full")
+    (folder / SETTINGS_NAME).unlink()
+    card = model_card(changed(folder, models={"student": "gpt2"}), online=False)
+    assert card.data.base_model is None
+    assert row(card, "teacher")[0].startswith("a model whose origin was not recorded, ")
+    card = model_card(changed(folder, models={"base_model": "gpt2"}), online=False)
+    assert card.data.base_model == "gpt2"
+
+
+def test_what_the_user_has_for_the_card(run):
+    given = {
+        **{"language": "en", "license": "our-terms", "tags": ["mine", "sft"], "model_name": "My model"},
+        **{"datasets": ["ann/data", "wikitext of 2016"]},
+    }
+    card = model_card(changed(run("sft"), card=given), "ann/tiny", online=False)
+    data = card.data.to_dict()
+    assert (data["language"], data["license"], data["license_name"]) == ("en", "other", "our-terms")
+    assert data["tags"] == ["hf_dskd", "sft", "gpt2", "mine"] and data["datasets"] == ["ann/data"]
+    assert "\n# My model\n" in card.text and 'from_pretrained("ann/tiny")' in card.text
+    assert row(card, "training data") == ["[`ann/data`](https://huggingface.co/datasets/ann/data), wikitext of 2016"]
+    assert "states `our-terms`" in card.text and "- student before training: not found" in card.text
+
+
+@pytest.mark.parametrize("later", ["adapter", "full"])
+def test_what_an_earlier_run_left_in_the_folder_stays_there(run, made, tmp_path, later):
+    folder, earlier = run(later), made["full" if later == "adapter" else "adapter"]
+    own = {path.name for path in folder.iterdir()}
+    for path in earlier.iterdir():
+        if path.is_file() and path.name not in own:
+            shutil.copy(path, folder)
+    # Its pictures, without the numbers that a new run drops.
+    shutil.copytree(made["full"] / "analysis", folder / "analysis", dirs_exist_ok=True)
+    (folder / "analysis" / "numbers.jsonl").unlink()
+    card = written(folder, tmp_path / "pushed", auxiliary=True)
+    pushed = set(texts(tmp_path / "pushed"))
+    assert card.data.library_name == ("peft" if later == "adapter" else "transformers")
+    assert ("adapter_config.json" in pushed) == ("adapter_model.safetensors" in pushed) == (later == "adapter")
+    assert ("config.json" in pushed) == ("model.safetensors" in pushed) == (later == "full")
+    assert ("auxiliary/discriminator.safetensors" in pushed) == (later == "full")
+    assert "images/alignment.png" not in pushed
+
+
+def test_without_the_text_of_an_example(run, tmp_path):
+    card = written(run("full"), tmp_path / "pushed", alignment=False)
+    assert not (tmp_path / "pushed" / "images" / "alignment.png").exists() and "Alignment" not in headings(card)
+    # Nothing was held out.
+    folder = run("adapter")
+    result = json.loads((folder / RESULT_NAME).read_text())
+    del result["data"]["eval"]
+    (folder / RESULT_NAME).write_text(json.dumps(result))
+    (folder / "alignment.png").touch()
+    assert "tokens of an example of the training data attend" in model_card(folder, online=False).text
+
+
+def test_a_cell_of_a_comparison(run, tmp_path):
+    folder = tmp_path / "grid" / "cells" / "row-seed0"
+    shutil.copytree(run("adapter"), folder)
+    (folder / "cell.json").write_text(json.dumps({"label": "row"}))
+    metrics = json.loads((folder / RESULT_NAME).read_text())["metrics"]
+    other = {**metrics, "eval_bits_per_byte": metrics["eval_bits_per_byte"] + 0.2}
+    lines = [
+        {"label": label, "seed": seed, "status": status, "metrics": found}
+        for label, seed, status, found in (
+            *(("row", 0, "ok", metrics), ("row", 3, "ok", other)),
+            *(("row", 4, "failed", {}), ("else", 0, "ok", other)),
+        )
+    ]
+
+    def results(lines):
+        (tmp_path / "grid" / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return model_card(folder, online=False)
+
+    card = results(lines)
+    mean = metrics["eval_bits_per_byte"] + 0.1
+    assert row(card, "bits per byte")[-1] == f"{mean:.4f} ± {0.2 / 2**0.5:.4f}"
+    assert "differ in their training seed alone (0, 3); all else in this card is about the one" in card.text
+    # One seed, or the results of another run under that name.
+    for few in (lines[:1], [{**line, "metrics": other} for line in lines]):
+        card = results(few)
+        assert "over training seeds" not in card.text and "one training run, with seed 0." in card.text
+    with pytest.raises(UserError, match=r"holds the runs of a comparison: push one of them, .*cells/row-seed0$"):
+        push_run(tmp_path / "grid", "ann/tiny")
 
 
 def test_a_teacher_that_was_trained_or_wrote_the_text(run):
@@ -198,7 +304,8 @@ def test_a_teacher_that_was_trained_or_wrote_the_text(run):
     write_settings(folder / SETTINGS_NAME, settings)
     changed(folder, models={"teacher": "teacher"}, settings={"load_teacher_in_4bit": True})
     [told] = row(model_card(folder, online=False), "teacher")
-    assert told.startswith("[`ann/teacher`]") and "first fine-tuned on the same data" in told and "(NF4)" in told
+    assert told.startswith("[`ann/teacher`]") and told.endswith(" parameters, quantized to 4 bits (NF4)")
+    assert ", first fine-tuned on the same data, " in told
     folder = changed(of_pair(run("sft"), "ann/student", "ann/teacher"), method="seq_kd", models={"teacher": None})
     card = model_card(folder, online=False)
     assert row(card, "teacher")[0].startswith("[`ann/teacher`]") and "arXiv 1606.07947" in card.text
@@ -248,8 +355,15 @@ def test_scores_of_these_weights(run, tmp_path, caplog):
         ("bits_per_byte", "bits per byte"): round(result["metrics"]["eval_bits_per_byte"], 6),
     }
     assert {result.dataset_type for result in results} == {"inside", "held-out"}
-    assert "21.50 ± 0.25 [" in card.text and "a standard deviation above is that of decoding" in card.text
-    assert "one training run (seed 0)" in card.text
+    assert "21.50 ± 0.25 [" in card.text
+    assert "one training run, with seed 0; a standard deviation of scores is that of decoding" in card.text
+    # Only other prompts tell an evaluation of the same set from another.
+    path = folder / "evaluation-greedy" / "scores.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({**kept, "settings": {**kept["settings"], "prompt_style": "chat"}}))
+    names = [result.metric_name for result in model_card(folder, online=False).data.eval_results]
+    assert "ROUGE-L (greedy, chat prompts)" in names and len(set(names)) == len(names)
+    assert "bits per byte of the references, alpaca prompts" in names
     # Of other weights: the run was trained anew.
     path = folder / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
@@ -361,6 +475,21 @@ def test_licences_of_folders(run, tmp_path):
     assert licence() == ["llama3.2", None, None]
     (student / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n# x\n")
     assert licence() == ["other", "ours", "LICENSE"]
+    # The file that the link names goes with the student; where there is none, nor is there a link.
+    metadata = "---\nlicense: other\nlicense_name: ours\nlicense_link: TERMS.md\n---\n# x\n"
+    (student / "README.md").write_text(metadata)
+    (student / "TERMS.md").write_text("Terms")
+    assert licence() == ["other", "ours", "LICENSE"]
+    write_model_folder(folder, tmp_path / "with_terms", online=False)
+    assert (tmp_path / "with_terms" / "LICENSE").read_text() == "Terms"
+    (student / "TERMS.md").unlink()
+    (student / "LICENSE").rename(student / "not_here")
+    assert licence() == ["other", "ours", None]
+    assert "`other`, ours, stated by the README.md" in model_card(folder, online=False).text
+    (student / "not_here").rename(student / "LICENSE")
+    # One that the hub has no id for.
+    (student / "README.md").write_text("---\nlicense: Our Licence\n---\n# x\n")
+    assert licence() == ["other", "Our Licence", "LICENSE"]
     (student / "README.md").write_text("# no metadata\n")
     assert licence()[0] == "other"
 
@@ -390,8 +519,14 @@ def test_folders_that_are_no_runs(run, tmp_path):
 
 
 def test_offline(run):
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE=1 set: unset it, or drop --push_to_hub and push later"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE=1 set: unset it$"):
         push_run(run("sft"), "ann/tiny")
+    with pytest.raises(UserError, match="unset it, or leave push_to_hub out and push later with `hf-dskd push"):
+        push_run(run("adapter"), "ann/tiny", words=TRAINING)
+    card = model_card(of_pair(run("full"), "ann/student", "ann/teacher", "ann/data"))
+    for whose in ("student before training", "teacher", "training data"):
+        assert f"- {whose}: not looked up" in card.text
+    assert "The licence of the student was not looked up" in card.text
 
 
 def test_command_line(run, tmp_path, capsys):
@@ -400,6 +535,9 @@ def test_command_line(run, tmp_path, capsys):
     assert (
         capsys.readouterr().out.splitlines()[-1] == str(target) and '"ann/tiny"' in (target / "README.md").read_text()
     )
+    # Options in between, and no namespace that could be asked for.
+    assert main([str(folder), "--no_alignment", "tiny", "--dry_run", str(tmp_path / "between")]) == 0
+    assert '"NAMESPACE/tiny"' in (tmp_path / "between" / "README.md").read_text()
     for arguments, expected in (
         ([str(folder)], "REPO is not set"),
         ([], "required: run"),
@@ -420,9 +558,11 @@ def test_help_is_light():
 
 
 def test_identity(tmp_path):
-    assert identity("ann/student", True) == {"base_model": "ann/student", "library_name": "peft"}
-    assert identity(str(tmp_path), False) == {"base_model": None, "library_name": "transformers"}
-    assert identity(SMOL, False)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    facts = {"library_name": "transformers", "method": "sft", "model_type": None}
+    assert identity("ann/student", True, "sft") == {**facts, "base_model": "ann/student", "library_name": "peft"}
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert identity(str(tmp_path), False, "sft") == {**facts, "base_model": None, "model_type": "gpt2"}
+    assert identity(SMOL, False, "sft")["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     (tmp_path / SMOL).mkdir()
     (tmp_path / SMOL / MARKER).write_text("{}")
-    assert identity(str(tmp_path / SMOL), False)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert identity(str(tmp_path / SMOL), False, "sft")["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import hub_stand_in
 import pytest
 import torch
-from hub_runs import finished, of_pair, saved_student, saved_teacher
+from hub_runs import changed, finished, of_pair, saved_student, saved_teacher, texts
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -39,7 +40,7 @@ DRIVER = """
 import json, sys
 from hf_dskd.hub.card import model_card, write_model_folder
 from hf_dskd.hub.command import main
-from hf_dskd.hub.push import check_access, push_run
+from hf_dskd.hub.push import TRAINING, check_access, push_run
 found = []
 for expression in json.load(sys.stdin):
     try:
@@ -172,39 +173,56 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
 def test_what_stands_in_the_way(hub, call, made):
     hub.add("ann/other", {"config.json": b"{}"})
     hub.add("ann/readme", {"README.md": b"# Mine"})
-    tagged = {"tags": ["hf_dskd"], "base_model": "base/gpt2-tiny", "library_name": "transformers"}
+    tagged = {"tags": ["hf_dskd", "sft"], "base_model": "base/gpt2-tiny", "library_name": "transformers"}
     hub.add("ann/same", {"config.json": b"{}"}, card=tagged)
     hub.add("ann/adapter", {"config.json": b"{}"}, card={**tagged, "library_name": "peft"})
     hub.add("ann/elsewhere", {"config.json": b"{}"}, card={**tagged, "base_model": "x/y"})
-    hub.add("ann/folder", {"config.json": b"{}"}, card={**tagged, "base_model": None})
+    hub.add(
+        "ann/local", {"config.json": b"{}"}, card={**tagged, "tags": ["hf_dskd", "sft", "gpt2"], "base_model": None}
+    )
     hub.create("ann/empty", "model")
     hub.create("bob/one", "model")
-    facts = "folder_facts={'base_model': 'base/gpt2-tiny', 'library_name': 'transformers'}"
+
+    def facts(**changes):
+        made = {"base_model": "base/gpt2-tiny", "library_name": "transformers", "method": "sft", "model_type": "gpt2"}
+        return f"folder_facts={ ({**made, **changes})!r}"
+
+    local = facts(base_model=None)
     cases = {
         "check_access('new')": "ann/new",
         "check_access('team/new')": "team/new",
-        f"check_access('ann/same', {facts})": "ann/same",
-        f"check_access('ann/empty', {facts})": "ann/empty",
-        f"check_access('ann/folder', {facts})": "ann/folder",
+        f"check_access('ann/same', {facts()})": "ann/same",
+        f"check_access('ann/empty', {facts()})": "ann/empty",
+        f"check_access('ann/local', {local})": "ann/local",
+        f"check_access('ann/empty', private=False, {local})": "ann/empty",
         "check_access('ann/elsewhere')": "ann/elsewhere",
         "check_access('ann/other', replace=True)": "ann/other",
         "check_access('ann/other', create_pr=True)": "ann/other",
         "check_access('bob/one', create_pr=True)": "bob/one",
         "check_access('bob/one', token='hf_elsewhere')": "bob/one",
         "check_access('bob/two', token='hf_fine')": "bob/two",
-        f"check_access('ann/same', revision='new', {facts})": "ann/same",
+        f"check_access('ann/same', revision='new', {facts()})": "ann/same",
         "check_access('a/b/c')": "'a/b/c' can't name a repository",
-        "check_access('-a')": "write NAMESPACE/NAME",
+        "check_access('-a')": "write REPO as NAMESPACE/NAME",
+        "check_access('-a', words=TRAINING)": "write hub_model_id as NAMESPACE/NAME",
         "check_access('ann/new', token='hf_read')": "the role 'read': take one with the role \"write\" from",
         "check_access('ann/new', token='hf_unknown')": "the hub doesn't know the token; make another at",
-        "check_access('eve/new')": "isn't yours: name the repository in one of ann, team",
+        "check_access('eve/new')": "write REPO as NAMESPACE/NAME with one of ann, team, or open a pull",
+        "check_access('eve/new', words=TRAINING)": "write hub_model_id as NAMESPACE/NAME with one of ann, team",
         "check_access('bob/two', token='hf_elsewhere')": "fine-grained token, which may not write there",
         "check_access('bob/none', create_pr=True)": "nothing to open a pull request in",
         "check_access('ann/other')": "holds something else (its model card has no tag hf_dskd): choose another",
         "check_access('ann/readme')": "holds something else",
+        "check_access('ann/readme', words=TRAINING)": "or delete what it holds with replace_on_hub",
+        f"check_access('ann/same', {facts(method='alm')})": "the student of another method (sft, not alm)",
+        f"check_access('ann/same', {local})": "(its base_model is 'base/gpt2-tiny', this one's None)",
+        f"check_access('ann/local', {facts()})": "(its base_model is None, this one's 'base/gpt2-tiny')",
+        f"check_access('ann/local', {facts(base_model=None, model_type='qwen3')})": "no tag qwen3, the architecture)",
+        "check_access('ann/empty', private=True)": "is public, and --private only makes new repositories private",
+        "check_access('ann/same', private=True, replace=True, words=TRAINING)": "or leave hub_private_repo out",
         "check_access('ann/other', revision='new')": "holds something else",
-        f"check_access('ann/elsewhere', {facts})": "(its base_model is 'x/y', this one's 'base/gpt2-tiny'): choose",
-        f"check_access('ann/adapter', {facts})": "(its library_name is 'peft', this one's 'transformers')",
+        f"check_access('ann/elsewhere', {facts()})": "(its base_model is 'x/y', this one's 'base/gpt2-tiny'): choose",
+        f"check_access('ann/adapter', {facts()})": "(its library_name is 'peft', this one's 'transformers')",
         f"push_run({str(made['adapter'])!r}, 'ann/same')": "(its library_name is 'transformers', this one's 'peft')",
         f"push_run({str(made['full'])!r}, 'ann/x', token='hf_read')": "the role 'read'",
     }
@@ -214,10 +232,11 @@ def test_what_stands_in_the_way(hub, call, made):
         else:
             assert said.startswith("UserError: ") and expected in said and "\n" not in said, (expression, said)
     assert hub.commits == [] and ("model", "ann/new") not in hub.repositories
-    [nobody] = call("check_access('ann/new')", token=None)
-    assert "without a token: run `hf auth login` or set HF_TOKEN" in nobody and "hf-dskd push RUN REPO" in nobody
+    nobody, trained = call("check_access('ann/new')", "check_access('ann/new', words=TRAINING)", token=None)
+    assert "without a token: run `hf auth login` or set HF_TOKEN" in nobody and "hf-dskd push RUN REPO" not in nobody
+    assert trained.endswith(", or leave push_to_hub out and push later with `hf-dskd push RUN REPO`")
     [nowhere] = call("check_access('ann/new')", HF_ENDPOINT="http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 didn't answer as it should" in nowhere and "check the network, or drop" in nowhere
+    assert "http://127.0.0.1:9 didn't answer as it should" in nowhere and nowhere.endswith("check the network")
     assert "\n" not in nobody + nowhere
 
 
@@ -226,6 +245,10 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
         "ann/other",
         {"config.json": b"{}", "old/weights.bin": b"1", "model.safetensors": b"2", "tokenizer.json": b"{}"},
     )
+    tagged = {"tags": ["hf_dskd", "dskd_cma"], "base_model": "base/gpt2-tiny", "library_name": "peft"}
+    stale = {"adapter_model.bin", "model-00001-of-00002.safetensors", "auxiliary/projectors.safetensors", "LICENSE"}
+    own = {"notes.md", "images/mine.png", "old/adapter_model.bin"}
+    hub.add("ann/again", dict.fromkeys(stale | own, b"1"), card=tagged)
     hub.add("bob/one", {"README.md": b"# Bob's"})
     hub.add("team/one", {"README.md": b"# The team's"})
 
@@ -243,6 +266,7 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
         f"push_run({full!r}, 'ann/full', revision='try')",
         f"push_run({full!r}, 'bob/one', create_pr=True)",
         f"push_run({full!r}, 'team/one', create_pr=True).pr_url",
+        f"push_run({adapter!r}, 'ann/again', alignment=False)",
     )
     assert not [line for line in said[:3] if "Error" in line], said
     replaced, tried = hub.commits[:2]
@@ -260,7 +284,10 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
         ".gitattributes",
         "README.md",
     }
-    assert len(hub.commits) == 3 and hub.commits[2].is_pr and hub.commits[2].deleted == []
+    assert len(hub.commits) == 4 and hub.commits[2].is_pr and hub.commits[2].deleted == []
+    # What an earlier push left would be loaded in place of the new weights; what the user added stays.
+    assert set(hub.commits[3].deleted) == stale and own <= set(hub.files("ann/again"))
+    assert "images/alignment.png" not in hub.files("ann/again")
 
 
 def test_interrupted_it_goes_on(hub, call, made, tmp_path):
@@ -292,14 +319,29 @@ def test_interrupted_it_goes_on(hub, call, made, tmp_path):
     assert not sent_again & stored and sent_again
 
 
-def test_a_dry_run_contacts_nobody(hub, call, made, tmp_path):
-    for name in made:
-        shutil.copytree(made[name], tmp_path / name)
+def test_a_dry_run_is_what_would_be_pushed(hub, call, made, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(made["adapter"], adapter)
+    asked, pushed, offline = (str(tmp_path / name) for name in ("asked", "pushed", "offline"))
     said = call(
-        *(
-            f"main([{str(tmp_path / name)!r}, 'ann/tiny', '--dry_run', {str(tmp_path / f'{name}_pushed')!r}])"
-            for name in made
-        )
+        f"main([{str(adapter)!r}, 'tiny', '--dry_run', {asked!r}])",
+        f"write_model_folder({str(adapter)!r}, {pushed!r}, 'ann/tiny')",
     )
-    assert said == ["0", "0"] and hub.requests == []
-    assert (tmp_path / "full_pushed" / "model.safetensors").is_file()
+    assert said[0] == "0" and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+    assert texts(Path(asked)) == texts(Path(pushed)) and "tiny-terms" in texts(Path(asked))["README.md"]
+    hub.requests.clear()
+    assert call(f"main([{str(adapter)!r}, 'tiny', '--dry_run', {offline!r}])", HF_HUB_OFFLINE="1") == ["0"]
+    assert hub.requests == [] and "student before training: not looked up" in texts(Path(offline))["README.md"]
+
+
+def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, call, made, tmp_path):
+    full = tmp_path / "full"
+    shutil.copytree(made["full"], full)
+    push = f"push_run({str(changed(full, card={'tags': [1]}))!r}, 'ann/{{}}')"
+    # Where it couldn't be asked before, the commit is refused.
+    unasked = "setattr(sys.modules['hf_dskd.hub.push'], '_check_card', lambda *given: None)"
+    before, _, late = call(push.format("new"), unasked, push.format("late"))
+    for said in (before, late):
+        assert '"tags' in said and "the hub doesn't take what is pushed" in said and "mend its README.md" in said
+        assert "\n" not in said
+    assert ("model", "ann/new") not in hub.repositories and hub.commits == []

@@ -12,6 +12,7 @@ import tiny
 from hub_stand_in import HubStandIn
 
 from hf_dskd import UserError
+from hf_dskd.run import smoke_flags
 
 
 TESTS = Path(runs.__file__).parent
@@ -46,8 +47,11 @@ def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
             trainer.train()
             trainer.evaluate()
             if steps == 1:
-                trainer.create_model_card(dataset_name="ann/first")
-        print(trainer.push_to_hub(dataset_name="ann/data").commit_url)
+                trainer.create_model_card("de", "mit", dataset_name="ann/first")
+        # As run_clm.py of transformers does it.
+        told = {{"finetuned_from": "x", "tasks": "text-generation", "language": "en", "tags": "mine"}}
+        told |= {{"dataset_tags": "ann/data", "dataset_args": "plain", "dataset": "ann/data plain"}}
+        print(trainer.push_to_hub(dataset_name="ann/data", **told).commit_url)
         print(trainer.push_to_hub("in the background", blocking=False).result().commit_url)
         """,
         token=None,
@@ -62,10 +66,16 @@ def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
     card = pushed[0].added["README.md"].decode()
     assert "ann/data" in card and "ann/first" not in card and "| optimizer steps | 2 |" in card
     assert "hf_write" not in card and str(tmp_path) not in card
-    assert "| teacher | a model that isn't on the hub" in card
+    assert "| teacher | a model whose origin was not recorded" in card
+    assert "\nlanguage: en\n" in card and "\n- mine\n" in card and "\ndatasets:\n- ann/data\n" in card
     # What create_model_card left beside the run of one step.
     first = (tmp_path / "out" / "README.md").read_text()
-    assert "ann/first" in first and (tmp_path / "out" / "images" / "curves.png").is_file()
+    assert (
+        "\nlanguage: de\n" in first
+        and "\nlicense: mit\n" in first
+        and "ann/first" in first
+        and (tmp_path / "out" / "images" / "curves.png").is_file()
+    )
     assert "hf_write" not in (tmp_path / "out" / "result.json").read_text()
 
 
@@ -104,10 +114,16 @@ def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expec
         tmp_path,
         f"""
         import runs, tiny
-        from hf_dskd import UserError, trainer
+        from hf_dskd import UserError, run, trainer
         def never(*args, **kwargs):
             raise AssertionError("loaded")
-        trainer.load_causal_lm = trainer.tokenize_dataset = never
+        trainer.load_causal_lm = trainer.tokenize_dataset = run.load_data = run.train_teacher = never
+        options = "--push_to_hub --hub_model_id ann/other --sft_teacher --dataset_name x --output_dir out"
+        options += " --model_name_or_path ann/student --teacher_model_name_or_path ann/teacher"
+        try:
+            run.train(run.parse(None, None, options.split()))
+        except UserError as error:
+            print(error)
         try:
             runs.trainer({str(tmp_path / "out")!r}, push_to_hub=True, hub_model_id="ann/other")
         except UserError as error:
@@ -115,7 +131,12 @@ def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expec
         """,
         token=token,
     )
-    assert "'ann/other'" in lines[-1] and expected in lines[-1]
+    for line in lines[-2:]:
+        assert "'ann/other'" in line and expected in line
+
+
+def test_a_smoke_run_is_not_pushed():
+    assert "--push_to_hub=False" in smoke_flags({"push_to_hub": True})
 
 
 def test_half_a_run_is_not_pushed():
@@ -126,7 +147,17 @@ def test_half_a_run_is_not_pushed():
 
 def test_a_trainer_ends_its_run_as_the_command_does(tmp_path):
     trainer = runs.trainer(tmp_path, eval_dataset=tiny.dataset(4), max_steps=2)
+    # Of an earlier run in the same folder.
+    numbers = tmp_path / "analysis" / "numbers.jsonl"
+    numbers.parent.mkdir()
+    numbers.write_text('{"step": 9}\n')
+    trainer._forget_earlier(resumed=True)
+    assert numbers.read_text()
+    left = [tmp_path / name for name in ("alignment.png", "chat_template.jinja")]
+    for path in left:
+        path.touch()
     trainer.train()
+    assert not numbers.read_text() and not any(path.exists() for path in left)
     first = trainer.evaluate()["eval_bits_per_byte"]
     report = trainer.write_report("ann/data")
     assert report == tmp_path / "report" / "report.html" and report.is_file()
@@ -136,9 +167,12 @@ def test_a_trainer_ends_its_run_as_the_command_does(tmp_path):
     assert result["data"]["source"] == "ann/data"
     # Again, after another evaluation: not what it wrote before.
     second = trainer.evaluate(tiny.dataset(2))["eval_bits_per_byte"]
+    # As of a quantized model, whose parameters are packed.
+    trainer.model.num_parameters, trainer.model.is_loaded_in_4bit = lambda: 7, True
     trainer.write_report()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["eval_bits_per_byte"] == second != first
+    assert (result["models"]["student_parameters"], result["models"]["student_bits"]) == (7, 4)
     assert result["data"]["source"] == "ann/data"
     # What `hf-dskd train` wrote stays.
     (tmp_path / "result.json").write_text(json.dumps({**result, "seed": 7}))

@@ -41,7 +41,7 @@ PARTS = {
     "t2s_label": LABELS,
     "projector_init": PROJECTOR_INITS,
 }
-# What the code released with paper A has a counterpart of.
+# What the code released with arXiv 2603.22056 has a counterpart of.
 _PUBLISHED_METHODS = ("sft", "kd", "dskd", "dskd_cma", "dskd_cma_ga", "dskd_cma_ct", "dskd_clp", "dskd_cla", "uld")
 
 

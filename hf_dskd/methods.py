@@ -23,7 +23,7 @@ class Method:
         source: Paper with the number of its equation, or the equation itself (p teacher, q student).
         matching: What makes queries like keys: one of `MATCHINGS`, or `None`.
         teacher_value: What t2s projects: `"state_and_target"` is N_std(h) + N_std(embedding of the token that is to be
-            predicted) (paper A, Eq. 5); `"state"` is the hidden state alone.
+            predicted) (arXiv 2603.22056, Eq. 5); `"state"` is the hidden state alone.
         label: What the projected teacher is trained to predict: the `"response"`, or the `"teacher"`'s own prediction.
         projector_init: `"random"`, or `"pseudo_inverse"` from the two heads.
         text: Whose responses are learnt: the `"dataset"`'s, or those that the `"teacher"` writes once before training.

@@ -427,7 +427,8 @@ def weights(
     config: DSKDConfig, on_policy: bool = False, only: str | None = None
 ) -> tuple[dict[str, float], dict[str, float]]:
     """
-    Weights of the terms in the loss (paper A, Eqs. 9 and 16): of those per student token and per teacher token.
+    Weights of the terms in the loss (arXiv 2603.22056, Eqs. 9 and 16): of those per student token and per
+    teacher token.
 
     On the student's own samples (`on_policy`) its cross entropy has no weight: it would learn them as they are. With
     `only`, the name of a term, all others have none.

@@ -1,4 +1,4 @@
-"""The trained maps between the student's and the teacher's spaces (paper A, Eqs. 1, 4 and 5)."""
+"""The trained maps between the student's and the teacher's spaces (arXiv 2603.22056, Eqs. 1, 4 and 5)."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ class DistillationSettings:
             them the student's cross entropy has no weight.
         kq_rate (`float`, *optional*, defaults to `1.0`): Weight of key-query matching, per response token.
         adversarial_loss (`str`, *optional*, defaults to `"minimax"`):
-            Of the query projector against the discriminator: `"minimax"` (paper A, Eq. 14) or `"non_saturating"`.
+            Of the query projector against the discriminator: `"minimax"` (arXiv 2603.22056, Eq. 14) or
+            `"non_saturating"`.
         attention_kd_rate (`float`, *optional*, defaults to `0.0`):
             Weight of one more term, for any method with a teacher that runs: KL of the teacher's attention from the
             student's, the mean over layers and heads, per response token. Token by token where both read the same

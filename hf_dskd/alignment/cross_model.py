@@ -1,4 +1,4 @@
-"""Cross-model attention (CMA): a soft alignment of two tokenizations of one text (paper A, Eqs. 1 to 3)."""
+"""Cross-model attention (CMA): a soft alignment of two tokenizations of one text (arXiv 2603.22056, Eqs. 1 to 3)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def cross_model_attention(
         query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
             Which positions take part. A position that doesn't gets, and gives, no attention.
         pairs (`torch.Tensor` of shape `[B, R_s, R_t]`, *optional*):
-            Which positions may attend to each other: chunk-level attention (CLA, paper A, Eq. 13; there the scores are
-            multiplied by the mask, in its code and here what it excludes gets no weight).
+            Which positions may attend to each other: chunk-level attention (CLA, arXiv 2603.22056, Eq. 13; there
+            the scores are multiplied by the mask, in its code and here what it excludes gets no weight).
 
     Returns:
         `t2s` of shape `[B, R_s, R_t]` (rows sum to 1 over teacher positions) and `s2t` of shape `[B, R_t, R_s]`.

@@ -1,9 +1,9 @@
 """
-Matching queries to keys by conditional transport (paper A, Eq. 15).
+Matching queries to keys by conditional transport (arXiv 2603.22056, Eq. 15).
 
 Source: Zheng & Zhou, "Exploiting chain rule and Bayes' theorem to compare probability distributions", NeurIPS 2021, in
-the form of the code released with paper A. A *navigator* says how much of each query goes to which key, and back; a
-*critic* says what that costs.
+the form of the code released with arXiv 2603.22056. A *navigator* says how much of each query goes to which key, and
+back; a *critic* says what that costs.
 
     min over P_Q and navigators, max over critics:  ½ E_q E_{k|q}[c(q, k)] + ½ E_k E_{q|k}[c(q, k)]
 """
@@ -108,7 +108,7 @@ def transport_cost(
     noise: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """
-    What transport between the queries and the keys of each example costs (paper A, Eq. 15).
+    What transport between the queries and the keys of each example costs (arXiv 2603.22056, Eq. 15).
 
     Point transport: the cost of query and key is the Euclidean distance of critic 1's outputs, the scores of the plans
     are inner products of navigator 1's. One plan spreads each key over the queries, the other each query over the

@@ -1,5 +1,5 @@
 """
-Dual-space distillation (paper A, Eqs. 1 to 9): student and teacher are compared in both hidden spaces.
+Dual-space distillation (arXiv 2603.22056, Eqs. 1 to 9): student and teacher are compared in both hidden spaces.
 
 Everything here works on response rows. Axes: B examples, R positions of an example's response (padded to the longest
 of the batch), N response rows of the whole batch packed together, d_s and d_t hidden sizes, V_s and V_t vocabularies.
@@ -213,7 +213,8 @@ def response_rows(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 def student_space_rows(divergence: DivergenceFunction, correctness_mask: bool = True) -> RowFunction:
     """
-    Terms of student space per row (paper A, Eqs. 6 and 7), from the student's and the projected teacher's logits.
+    Terms of student space per row (arXiv 2603.22056, Eqs. 6 and 7), from the student's and the projected teacher's
+    logits.
 
     Args:
         divergence: Of raw `(student_logits, teacher_logits)`, per row.
@@ -244,8 +245,8 @@ def student_space_rows(divergence: DivergenceFunction, correctness_mask: bool = 
 
 def teacher_space_rows(divergence: DivergenceFunction) -> RowFunction:
     """
-    Terms of teacher space per row (paper A, Eq. 8), from the projected student's and the teacher's logits `[n, V_t]`
-    and which rows are `paired` `[n]` with a student position.
+    Terms of teacher space per row (arXiv 2603.22056, Eq. 8), from the projected student's and the teacher's logits
+    `[n, V_t]` and which rows are `paired` `[n]` with a student position.
     """
 
     def terms(projected: Tensor, teacher: Tensor, paired: Tensor) -> dict[str, Tensor]:
@@ -283,7 +284,7 @@ def dual_space_terms(
     **chunks: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, Tensor | None]:
     """
-    The student's own terms and the distillation terms of DSKD (paper A, Eqs. 4 to 9), as sums per example.
+    The student's own terms and the distillation terms of DSKD (arXiv 2603.22056, Eqs. 4 to 9), as sums per example.
 
     Where gradients go: `t2s_ce` trains t2s and, through the attention, query; `t2s_kd` the student alone (its target
     is a constant); `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.

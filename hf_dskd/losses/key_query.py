@@ -1,7 +1,7 @@
 """
 Matching the distribution of queries to that of keys.
 
-With a discriminator (paper A, Eq. 14), whose features are packed rows `[N, d]` of response tokens:
+With a discriminator (arXiv 2603.22056, Eq. 14), whose features are packed rows `[N, d]` of response tokens:
 
     min over P_Q, max over D:  E_q[log D(q)] + E_k[log(1 − D(k))]
 
@@ -47,7 +47,7 @@ def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
 
 def highway(linear: nn.Linear, features: Tensor, dropout: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """
-    y = σ(g) relu(g) + (1 − σ(g)) x with g = W x + b, as in the code released with paper A; then dropout.
+    y = σ(g) relu(g) + (1 − σ(g)) x with g = W x + b, as in the code released with arXiv 2603.22056; then dropout.
 
     Args:
         linear (`torch.nn.Linear`): W `[d, d]` and b.

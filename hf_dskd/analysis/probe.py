@@ -67,8 +67,8 @@ def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_si
       right about the teacher's token, and `s2t_agreement` how often it predicts what the teacher does. All are
       divided by all response tokens, as in the training log.
     - What the attention adds (as arXiv 2603.22056 probes it): the same four numbers of the same projectors where the
-      mean over a token's chunk (`probe_clp_…`) or attention inside of it (`probe_cla_…`, for methods with queries) takes the
-      alignment's place, without training. The chunk is that of the token to be predicted.
+      mean over a token's chunk (`probe_clp_…`) or attention inside of it (`probe_cla_…`, for methods with queries)
+      takes the alignment's place, without training. The chunk is that of the token to be predicted.
 
     With `as_published`, where standard deviations depend on the other examples of a batch, each row is alone. Both
     models are run, unless the teacher's states are cached, which must then have those of the rows. With several

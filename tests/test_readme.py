@@ -1,7 +1,8 @@
 """
 Every code block of both READMEs, run as it stands against a stand-in of the hub with tiny models under the real names.
 
-Only lengths are changed: steps, examples, words to generate, cells of a grid. `make` is asked what it would do.
+Only lengths are changed: steps, examples, words to generate, cells of a grid. `make` is asked what it would do. But
+for the first command of each kind and runs of several processes, Python is one that has its imports behind it.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from hub_stand_in import HubStandIn
+from warm import WarmPython
 
 from hf_dskd.evaluation.sets import HUB_SETS
 from hf_dskd.packaged import FORMAT_VERSION, MARKER, PACKAGED_MODELS
@@ -107,13 +109,22 @@ def run(hub, packaged, tmp_path_factory):
     environment |= {"HF_DSKD_CACHE": str(packaged), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
 
-    def run(command):
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+    with WarmPython(environment) as warm:
 
-    run.folder, run.done = folder, set()
-    return run
+        def run(command, warmly=False):
+            if not warmly:
+                done = subprocess.run(
+                    command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+                )
+            elif command[0] == sys.executable:
+                done = warm(command[:1], folder, code=command[2])
+            else:
+                done = warm(command, folder)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+            return done.stdout
+
+        run.folder, run.done, run.kinds = folder, set(), set()
+        yield run
 
 
 def shortened(command):
@@ -129,10 +140,17 @@ def run_command(run, command):
     words = shlex.split(command)
     if words[0] == "make":
         assert "bin/python" in run(["make", "--dry-run", f"VENV={run.folder / 'venv'}", *words[1:]])
-    elif words[:2] == ["pip", "install"]:
+        return
+    if words[:2] == ["pip", "install"]:
         run([sys.executable, "-m", *words, "--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"])
-    else:
+        return
+    kind = next((kind for kind in ("accelerate launch", "python", "hf-dskd") if command.startswith(f"{kind} ")), None)
+    known, words = kind in run.kinds, shlex.split(shortened(command))
+    run.kinds.add(kind)
+    if not known or kind is None or "--num_processes" in command or re.search(r"[|>&;$]", command):
         run(["bash", "-c", shortened(command)])
+    else:
+        run(words if kind == "hf-dskd" else words[len(kind.split()) :], warmly=True)
 
 
 @pytest.mark.parametrize("readme, line, language, content", BLOCKS, ids=[f"{b[0]}:{b[1]}" for b in BLOCKS])
@@ -144,7 +162,7 @@ def test_block_runs(run, readme, line, language, content):
         return
     for long, short in PYTHON.items():
         content = re.sub(long, short, content)
-    run([sys.executable, "-c", content])
+    run([sys.executable, "-c", content], warmly=True)
 
 
 def test_what_the_blocks_left(run, hub):

@@ -5,14 +5,13 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import WarmPython
 
 from hf_dskd import run
 from hf_dskd.tiny_models import FAMILIES, family_of
@@ -155,18 +154,18 @@ def test_the_smoke_runs_teacher_is_in_4_bits(name, tmp_path):
     assert kinds.count("Linear4bit") == 14
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    # An empty cache: what isn't made here can't be had.
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with WarmPython({**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "HF_DSKD_CACHE": cache}) as warm:
+        yield warm
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_smoke(name, tmp_path):
+def test_smoke(name, warm, tmp_path):
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, str(RECIPES[name]), *ARGUMENTS.get(name, []), "--smoke", "--output_dir", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        # An empty cache: what isn't made here can't be had.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "HF_DSKD_CACHE": str(tmp_path)},
-    )
+    done = warm([str(RECIPES[name]), *ARGUMENTS.get(name, []), "--smoke", "--output_dir", str(out)], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((out / run.RESULT_NAME).read_text(encoding="utf-8"))
     given = settings(name)

@@ -211,8 +211,8 @@ def precision() -> Lines:
     """What a run takes where nothing is said about it."""
     from .run import fastest_precision
 
-    flags = [flag[2:].partition("=")[0] for flag in fastest_precision()]
-    yield OK, f"{flags[0] if flags else 'float32'} is what a run takes here; --bf16 and --fp16 say otherwise"
+    flags = [flag for flag in fastest_precision() if flag in ("--bf16", "--fp16")]
+    yield OK, f"{flags[0][2:] if flags else 'float32'} is what a run takes here; --bf16 and --fp16 say otherwise"
 
 
 # Ends with a signal where bitsandbytes has no kernel for the processor: hence a process of its own.

@@ -146,7 +146,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
             raise UserError(message)
 
     # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
-    precision = [flag for flag in fastest_precision() if flag.startswith("--use_cpu") or not named & {"bf16", "fp16"}]
+    precision = [f"{flag}=true" for flag in fastest_precision() if flag == "--use_cpu" or not named & {"bf16", "fp16"}]
     groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
     # Half of a name would be understood by the parser, but not by what looks for names here.
     parser = Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]
@@ -310,11 +310,11 @@ def fastest_precision() -> list[str]:
     import torch
 
     if torch.cuda.is_available():
-        return ["--bf16=true"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["--fp16=true"]
+        return ["--bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["--fp16"]
     # Processors without such instructions are slower in bf16 than in float32.
     has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     # transformers wants to be told that bf16 on a CPU is meant.
-    return ["--bf16=true", "--use_cpu=true"] if has_bf16 and not torch.backends.mps.is_available() else []
+    return ["--bf16", "--use_cpu"] if has_bf16 and not torch.backends.mps.is_available() else []
 
 
 def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:

@@ -149,9 +149,7 @@ def test_several_gpus_need_a_launcher(monkeypatch):
     assert one(doctor.gpus())[0] == "note"
 
 
-@pytest.mark.parametrize(
-    "flags, expected", [(["--bf16=true", "--use_cpu=true"], "bf16"), (["--fp16=true"], "fp16"), ([], "float32")]
-)
+@pytest.mark.parametrize("flags, expected", [(["--bf16", "--use_cpu"], "bf16"), (["--fp16"], "fp16"), ([], "float32")])
 def test_precision(monkeypatch, flags, expected):
     from hf_dskd import run
 

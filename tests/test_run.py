@@ -277,7 +277,7 @@ def test_packaged_models_go_by_their_names_unless_a_folder_has_it(tmp_path, monk
 
 
 def test_precision_that_is_said_anywhere_is_not_overridden(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16=true", "--use_cpu=true"])
+    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16", "--use_cpu"])
     file = tmp_path / "config.yaml"
     file.write_text(f"output_dir: {tmp_path}\n")
     assert run.parse(None, None, ["--config", str(file)]).config.bf16

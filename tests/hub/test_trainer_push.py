@@ -136,7 +136,7 @@ def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expec
 
 
 def test_a_smoke_run_is_not_pushed():
-    assert "--push_to_hub=False" in smoke_flags({"push_to_hub": True})
+    assert "--push_to_hub=False" in smoke_flags({"push_to_hub": True}, set())
 
 
 def test_half_a_run_is_not_pushed():

@@ -54,6 +54,14 @@ class Derived:
     settings: dict[str, Any]
     reasons: dict[str, str]
 
+    @property
+    def flags(self) -> list[str]:
+        """The settings as a command line has them."""
+        return [
+            f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
+            for name, value in self.settings.items()
+        ]
+
     def __str__(self) -> str:
         """YAML with the reasons as comments."""
         import yaml
@@ -420,11 +428,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
         dtype=config.training_dtype,
         processes=config.world_size,
     )
-    chosen = [
-        f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
-        for name, value in derived.settings.items()
-    ]
-    final = run.parse(None, config_file, [*chosen, *names, *flags])
+    final = run.parse(None, config_file, [*derived.flags, *names, *flags])
     if PartialState().is_main_process:
         print(derived, flush=True)
         if dry_run:

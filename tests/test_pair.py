@@ -146,6 +146,7 @@ def test_what_chat_templates_are_told(models, tmp_path):
     found = derived(models, "gpt2", "qwen3")
     assert found.settings["chat_template_kwargs"] == {"enable_thinking": False}
     assert found.reasons["chat_template_kwargs"] == "the data's responses don't think aloud"
+    assert """--chat_template_kwargs={"enable_thinking": false}""" in found.flags and "--max_length=512" in found.flags
     # What is printed is a configuration file.
     assert yaml.safe_load(str(found)) == found.settings
     for given in ({"prompt_style": "plain"}, {"chat_template_kwargs": {"enable_thinking": True}}):

@@ -28,20 +28,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from hf_dskd.hub.card import LICENCES
+
 
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
-# https://huggingface.co/docs/hub/repositories-licenses
-LICENSES = set(
-    """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
-    lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
-    openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
-    fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
-    other""".split()
-)
 # https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 # What a new repository's .gitattributes sends to large file storage, of it what occurs here.
@@ -337,8 +327,8 @@ def check_card(readme: str) -> tuple[list[str], list[str]]:
     warnings = []
     licences = _strings(metadata.get("license", []))
     for licence in licences:
-        if licence not in LICENSES:
-            errors.append(f'"license" with value {licence!r} must be one of {sorted(LICENSES)}')
+        if licence not in LICENCES:
+            errors.append(f'"license" with value {licence!r} must be one of {sorted(LICENCES)}')
     if "other" in licences and "license_name" not in metadata:
         warnings.append('"license_name" is missing: "license" is "other"')
     if "base_model_relation" in metadata and metadata["base_model_relation"] not in RELATIONS:

@@ -200,6 +200,7 @@ def test_what_fits_is_tried_in_the_order_of_what_is_lost(models):
 
 
 def test_a_student_that_is_larger_than_its_teacher_is_told(models, caplog):
+    caplog.set_level("WARNING", logger="hf_dskd.pair")
     derived(models, "gpt2", "qwen-1.8b")
     assert "more parameters" not in caplog.text
     derived(models, "qwen-1.8b", "gpt2")

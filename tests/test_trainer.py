@@ -573,6 +573,8 @@ def test_two_processes_equal_one(tmp_path):
         "    logs[case].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
         "if run.accelerator.is_main_process:\n"
         "    json.dump(logs, open(out + '/logs.json', 'w'))\n"
+        "from hf_dskd.run import leave_together\n"
+        "leave_together()\n"
     )
     results = []
     for processes in (1, 2):

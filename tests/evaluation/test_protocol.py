@@ -267,7 +267,10 @@ def slow(*args, **options):
     time.sleep(float(sys.argv[1]))
     return real(*args, **options)
 protocol.sample = slow
-sys.exit(command.main(sys.argv[2:]))
+code = command.main(sys.argv[2:])
+from hf_dskd.run import leave_together
+leave_together()
+sys.exit(code)
 """
 
 

@@ -298,7 +298,9 @@ def test_the_settings_of_a_run_make_the_same_run(tmp_path):
     run.write_settings(tmp_path / "settings.yaml", settings)
     again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])
     assert run.changed_settings(again) == settings
-    for name in ("config", "options", "script"):
+    # In transformers 4 the text of a configuration has the entries of one of its mappings in any order.
+    assert again.config.to_dict() == given.config.to_dict()
+    for name in ("options", "script"):
         assert str(getattr(again, name)) == str(getattr(given, name))
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from . import run
 from .errors import UserError, check_name
+from .launch import launched_processes
 
 
 USAGE = """\
@@ -229,6 +230,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+# Of which several processes share the work; of the others each would do all of it, into the same files.
+SHARED = ("train", "cache-teacher", "evaluate", "doctor")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry of `hf-dskd` and of `python -m hf_dskd.cli`."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -238,6 +243,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(USAGE)
             return
         check_name("command ", given[0], COMMANDS)
+        if given[0] not in SHARED and launched_processes() > 1:
+            raise UserError(
+                f"hf-dskd {given[0]} runs in one process, and a launcher has started {launched_processes()}: start it"
+                " by itself"
+            )
         code = COMMANDS[given[0]](list(given[1:]))
         if code:
             sys.exit(code)

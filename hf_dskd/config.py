@@ -11,6 +11,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .checks import check_sharding
 from .errors import UserError, check_name
+from .launch import check_processes, must_use_cpu
 from .losses.divergences import DIVERGENCES
 from .methods import DUAL_SPACE_ALIGNMENTS, MATCHINGS, METHODS, Method
 from .settings import (
@@ -74,7 +75,9 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.
         self.logging_nan_inf_filter = False
         self._set_best_metric()
+        self.use_cpu = self.use_cpu or must_use_cpu()
         super().__post_init__()
+        check_processes(self.world_size)
 
     def _set_best_metric(self) -> None:
         # eval_loss would be Trainer's choice: it moves with the discriminator and with temperature schedules.

@@ -290,8 +290,13 @@ def test_limits_of_a_stream_are_named(folders, tmp_path, arguments, expected):
 # ---- accelerate
 
 
-def test_a_configuration_file_of_accelerate(folders, tmp_path):
-    """What `accelerate config` writes, for two processes on a CPU."""
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_configuration_file_of_accelerate(folders, tmp_path, has_bf16):
+    """What `accelerate config` writes, for two processes on a CPU, with and without instructions for bf16."""
+    (tmp_path / "recipe.py").write_text(
+        f"import runpy, torch\ntorch.cpu.get_capabilities = lambda: {{'avx512_bf16': {has_bf16}}}\n"
+        f"runpy.run_path({str(ROOT / 'recipes' / 'gpt2_qwen.py')!r}, run_name='__main__')\n"
+    )
     (tmp_path / "config.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nmachine_rank: 0\n"
         "num_processes: 2\nmixed_precision: 'no'\nuse_cpu: true\nmain_training_function: main\ndowncast_bf16: 'no'\n"
@@ -300,7 +305,7 @@ def test_a_configuration_file_of_accelerate(folders, tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "config.yaml")),
-            *(str(ROOT / "recipes" / "gpt2_qwen.py"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"),
+            *(str(tmp_path / "recipe.py"), "--output_dir", str(tmp_path / "out"), "--max_steps", "1"),
             *("--model_name_or_path", str(folders / "student"), "--bf16", "false", "--dataset_num_proc", "1"),
             *("--teacher_model_name_or_path", str(folders / "teacher"), "--dataset_name", str(folders / "data.jsonl")),
             *("--rename_columns", "", "--held_out_size", "4", "--total_batch_size", "4", "--max_length", "256"),

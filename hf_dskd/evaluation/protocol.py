@@ -29,6 +29,7 @@ from ..checks import check_eos, loading
 from ..data.tokenization import encode_response
 from ..environment import hardware, versions
 from ..errors import UserError
+from ..launch import check_processes
 from ..models import base_causal_lm
 from ..result import write_text
 from ..run import model_name
@@ -391,6 +392,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     sets = [load_set(name, path, settings.limit) for name, path in settings.sets.items()]
     # Without being told, accelerate takes several processes on a CPU for as many single ones.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    check_processes(state.num_processes)
     run = Evaluation(settings, sets, state)
     evaluated = facts(settings, sets)
     known = settings.output_dir / SETTINGS_NAME

@@ -168,6 +168,56 @@ def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: st
         )
 
 
+def check_steps(config: DSKDConfig, train_dataset: Any) -> None:
+    """
+    Refuses a run in which no optimizer step would be taken.
+
+    Of too few micro-batches for `gradient_accumulation_steps` Trainer makes a step all the same. A stream's length
+    isn't known before it ends.
+    """
+    if config.max_steps < -1 or config.max_steps == 0:
+        raise UserError(
+            f"max_steps={config.max_steps} takes no step: set it to 1 or more, or to -1 for num_train_epochs; pass no"
+            " train_dataset to evaluate only"
+        )
+    if config.max_steps < 0 and not config.num_train_epochs > 0:
+        raise UserError(
+            f"num_train_epochs={config.num_train_epochs} takes no step: set it above 0, or max_steps to 1 or more; pass"
+            " no train_dataset to evaluate only"
+        )
+    if not hasattr(train_dataset, "__len__"):
+        return
+    rows = len(train_dataset)
+    if not rows:
+        raise UserError("train_dataset has no examples: nothing would be trained; pass some")
+    processes = 1 if config.accelerator_config.split_batches else config.world_size
+    if config.dataloader_drop_last and rows < config.train_batch_size * processes:
+        batch = f"per_device_train_batch_size={config.per_device_train_batch_size}"
+        if processes > 1:
+            batch += f" on {processes} processes"
+        raise UserError(
+            f"dataloader_drop_last=True drops all of {rows} examples, fewer than {batch}: set it to False, or smaller"
+            " batches"
+        )
+
+
+def check_trainable(student: Any) -> None:
+    """Refuses a student of which nothing is trained: projectors and critic would learn, and the run look like one."""
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        return
+    adapters = getattr(student, "peft_config", {})
+    if adapters:
+        names = ", ".join(map(repr, adapters))
+        raise UserError(
+            f"no parameter of the student is trainable: its adapter ({names}) was loaded for inference; load it with"
+            " PeftModel.from_pretrained(model, adapter, is_trainable=True)"
+        )
+    raise UserError(
+        "no parameter of the student is trainable (requires_grad is False for all of them): pass peft_config for an"
+        " adapter, or call student.requires_grad_(True)"
+    )
+
+
 def check_eos(tokenizer: Any, role: str) -> None:
     """A response must be able to end."""
     if tokenizer.eos_token_id is None:

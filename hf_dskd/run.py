@@ -729,7 +729,9 @@ def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> No
     train_data, held_out = load_data(run)
     rows = train_data if held_out is None else held_out
     few = probe_rows(rows, examples)
-    run.config = variant(run.config, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
+    # Nothing is trained here: the few examples need not fill a batch.
+    nothing = {"save_strategy": "no", "load_best_model_at_end": False, "dataloader_drop_last": False}
+    run.config = variant(run.config, eval_strategy="no", **nothing)
     if run.options.sft_teacher:
         teacher: str | None = str(Path(read_yaml("--config", settings)["output_dir"]) / "teacher")
     else:

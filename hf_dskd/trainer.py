@@ -44,6 +44,8 @@ from .checks import (
     check_peft,
     check_positions,
     check_quantized_student,
+    check_steps,
+    check_trainable,
     check_vocabularies,
     loading,
 )
@@ -240,6 +242,10 @@ class DSKDTrainer(Trainer):
             if quantization is not None and not isinstance(given, str):
                 raise UserError(f"{name} needs its model as a name: a loaded model can't be quantized")
         check_quantized_student(args.device, quantization_config, peft_config)
+        if getattr(peft_config, "inference_mode", False):
+            raise UserError(
+                "peft_config.inference_mode=True: nothing of the adapter would be trained; set it to False"
+            )
         if args.load_teacher_in_4bit and teacher_quantization_config is not None:
             raise UserError("load_teacher_in_4bit=True and teacher_quantization_config: pass only one of them")
         if args.load_teacher_in_4bit and not isinstance(teacher_model, str):
@@ -281,6 +287,8 @@ class DSKDTrainer(Trainer):
             check_four_bit()
             if _teacher_place(args).type == "cpu":
                 check_four_bit_shapes(teacher_config, str(teacher_name))
+        if train_dataset is not None and not isinstance(model, str) and peft_config is None:
+            check_trainable(model)
         adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
         for adapter in adapters:
             check_peft(adapter, student_config)
@@ -322,6 +330,8 @@ class DSKDTrainer(Trainer):
                 eval_dataset = {name: self._tokenize(split, f"eval_{name}") for name, split in eval_dataset.items()}
             else:
                 eval_dataset = self._tokenize(eval_dataset, "eval")
+        if train_dataset is not None:
+            check_steps(args, train_dataset)
 
         if self._cache is not None:
             splits: dict[str, Any] = {"eval": eval_dataset}
@@ -344,6 +354,8 @@ class DSKDTrainer(Trainer):
 
         self._load_student = load_student if isinstance(model, str) else None
         student = load_student()
+        if train_dataset is not None:
+            check_trainable(student)
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
@@ -967,6 +979,7 @@ class DSKDTrainer(Trainer):
                     " data are prepared once; compare such settings with `hf-dskd compare --variants`"
                 )
         self.args.check()
+        check_steps(self.args, self.train_dataset)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new student for a trial, with projectors and discriminator of its own."""
@@ -1155,6 +1168,9 @@ class DSKDTrainer(Trainer):
         """As in [`~transformers.Trainer`]; a checkpoint of another run is refused before anything is touched."""
         if self.train_dataset is None:
             raise UserError("train_dataset=None: pass the examples to train on")
+        # Both may have changed since the trainer was made.
+        check_steps(self.args, self.train_dataset)
+        check_trainable(self.model)
         if resume_from_checkpoint is True:
             found = get_last_checkpoint(self.args.output_dir)
             if found is None:
@@ -1170,6 +1186,8 @@ class DSKDTrainer(Trainer):
         if self.is_world_process_zero():
             self._forget_earlier(bool(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if not self.state.global_step and not hasattr(self.train_dataset, "__len__"):
+            raise UserError("no step was taken: train_dataset is a stream that gave no batch; pass one with examples")
         self._running.check(self.accelerator)
         return result
 

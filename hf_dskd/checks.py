@@ -182,8 +182,8 @@ def check_steps(config: DSKDConfig, train_dataset: Any) -> None:
         )
     if config.max_steps < 0 and not config.num_train_epochs > 0:
         raise UserError(
-            f"num_train_epochs={config.num_train_epochs} takes no step: set it above 0, or max_steps to 1 or more; pass"
-            " no train_dataset to evaluate only"
+            f"num_train_epochs={config.num_train_epochs} takes no step: set it above 0, or max_steps to 1 or more;"
+            " pass no train_dataset to evaluate only"
         )
     if not hasattr(train_dataset, "__len__"):
         return

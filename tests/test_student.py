@@ -129,6 +129,7 @@ def test_a_stream_without_a_batch(tmp_path):
         method="sft",
         train_dataset=IterableDataset.from_generator(lambda: iter(rows)),
         max_steps=2,
+        accelerator_config={"dispatch_batches": False},
     )
     with pytest.raises(UserError, match="no step was taken"):
         run.train()

@@ -106,8 +106,8 @@ def test_no_examples(tmp_path):
 
 
 def test_a_batch_over_several_processes_that_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(DSKDConfig, "world_size", 3)
     config = runs.config(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=3)
+    monkeypatch.setattr(DSKDConfig, "world_size", 3)
     with pytest.raises(UserError, match="fewer than per_device_train_batch_size=3 on 3 processes"):
         check_steps(config, tiny.dataset(8))
     check_steps(config, tiny.dataset(9))

@@ -10,38 +10,15 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .checks import check_sharding
-from .errors import UserError, check_name
+from .errors import UserError
+from .field_checks import TRAINING, check_fields
 from .launch import check_processes, must_use_cpu
-from .losses.divergences import DIVERGENCES
-from .methods import DUAL_SPACE_ALIGNMENTS, MATCHINGS, METHODS, Method
-from .settings import (
-    ADVERSARIAL_LOSSES,
-    BINARY_DIVERGENCE_NAMES,
-    DTYPES,
-    LABELS,
-    PROJECTOR_INITS,
-    PROMPT_STYLES,
-    SPACES,
-    TEACHER_VALUES,
-    TEMPERATURE_SCALINGS,
-    TEMPERATURE_SCHEDULES,
-    DistillationSettings,
-)
+from .methods import METHODS, Method
+from .settings import DistillationSettings
 
 
-# Those that need no arguments of their own and no metric.
-DISCRIMINATOR_SCHEDULES = (
-    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
-)
 # Settings that replace a part of a dual-space method's row.
-PARTS = {
-    "alignment": DUAL_SPACE_ALIGNMENTS,
-    "spaces": SPACES,
-    "matching": (*MATCHINGS, "none"),
-    "teacher_value": TEACHER_VALUES,
-    "t2s_label": LABELS,
-    "projector_init": PROJECTOR_INITS,
-}
+PARTS = ("alignment", "spaces", "matching", "teacher_value", "t2s_label", "projector_init")
 # What the code released with arXiv 2603.22056 has a counterpart of.
 _PUBLISHED_METHODS = ("sft", "kd", "dskd", "dskd_cma", "dskd_cma_ga", "dskd_cma_ct", "dskd_clp", "dskd_cla", "uld")
 
@@ -76,7 +53,10 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self.logging_nan_inf_filter = False
         self._set_best_metric()
         self.use_cpu = self.use_cpu or must_use_cpu()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(" ".join(str(error).split())) from error
         check_processes(self.world_size)
 
     def _set_best_metric(self) -> None:
@@ -89,50 +69,23 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
 
     def check(self) -> None:
         """Raises a [`UserError`] for a value that can't work; again where settings change, as in a search."""
-        check_name("method=", self.method, METHODS)
-        check_name("divergence=", self.divergence, DIVERGENCES)
-        for name in ("student_space_divergence", "teacher_space_divergence"):
-            if getattr(self, name) is not None:
-                check_name(f"{name}=", getattr(self, name), DIVERGENCES)
-        check_name("adversarial_loss=", self.adversarial_loss, ADVERSARIAL_LOSSES)
-        check_name("alm_divergence=", self.alm_divergence, BINARY_DIVERGENCE_NAMES)
-        check_name("temperature_scaling=", self.temperature_scaling, TEMPERATURE_SCALINGS)
-        check_name("temperature_schedule=", self.temperature_schedule, TEMPERATURE_SCHEDULES)
+        check_fields(self, TRAINING)
         self._check_composition()
-        check_name("discriminator_lr_scheduler_type=", self.discriminator_lr_scheduler_type, DISCRIMINATOR_SCHEDULES)
         optim = str(getattr(self.optim, "value", self.optim))
         if self.method_row.dual_space and (optim.endswith("_layerwise") or optim in ("lomo", "adalomo")):
             raise UserError(
                 f"optim={optim!r} updates the student's parameters one by one in the backward pass, and would leave"
                 f" the projectors of method={self.method!r} as they are: choose another ('adamw_8bit' saves memory)"
             )
-        check_name("prompt_style=", self.prompt_style, PROMPT_STYLES)
         self._check_mappings()
-        check_name("teacher_dtype=", self.teacher_dtype, DTYPES)
-        for name, usual in (("kd_rate", "0.5"), ("discriminator_dropout", "0.1"), ("on_policy_fraction", "0.5")):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} is outside [0, 1]: the papers use {usual}")
-        for name, usual in (("skew_lambda", "0.1"), ("adaptive_kl_alpha", "0.5"), ("js_weight", "0.5")):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is outside (0, 1): the papers use {usual}")
-        self._check_temperatures()
-        if not self.kq_rate >= 0:
-            raise UserError(f"kq_rate={self.kq_rate} must not be negative: 0 switches matching off")
+        self._check_schedule()
         self._check_attention()
-        if self.discriminator_steps < 1:
-            raise UserError(f"discriminator_steps={self.discriminator_steps} must be at least 1")
-        if self.max_length < 2:
-            raise UserError(f"max_length={self.max_length} leaves no room for a prompt and a response")
-        for name, least in (("analysis_steps", 0), ("analysis_examples", 1), ("eval_generation_samples", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"
                 " (distillation already softens the labels)"
             )
-        if self.push_to_hub and HubStrategy(self.hub_strategy) != HubStrategy.END:
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise UserError(
                 f"hub_strategy={str(HubStrategy(self.hub_strategy).value)!r} would publish a student before its run is"
                 " over: leave it at 'end', and push a run of your own choice with `hf-dskd push RUN REPO`"
@@ -145,11 +98,13 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         check_sharding(self)
 
     def _check_mappings(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs"):
-            value = getattr(self, name)
+        for name in (name for name in self._VALID_DICT_FIELDS if name.endswith("_kwargs")):
+            value = getattr(self, name, None)
             if isinstance(value, str):
                 try:
                     value = json.loads(value)
+                    # TrainingArguments reads what begins with a brace, and leaves other strings as they are.
+                    setattr(self, name, None if value is None else getattr(self, name).strip())
                 except json.JSONDecodeError:
                     pass
             if value is not None and not isinstance(value, dict):
@@ -168,12 +123,9 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
 
     def _check_composition(self) -> None:
         """Refuses combinations that mean nothing, by name."""
-        for name, known in PARTS.items():
+        for name in PARTS:
             value = getattr(self, name)
-            if value is None:
-                continue
-            check_name(f"{name}=", value, known)
-            if not METHODS[self.method].dual_space:
+            if value is not None and not METHODS[self.method].dual_space:
                 dual = ", ".join(name for name, method in METHODS.items() if method.dual_space)
                 raise UserError(f"{name}={value!r} means nothing for method={self.method!r}: it needs one of {dual}")
         row = self.method_row
@@ -225,18 +177,12 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 f"on_policy_fraction={self.on_policy_fraction}: method={self.method!r} would learn the student's own"
                 " samples without a teacher; choose a method with one, or set it to 0"
             )
-        if self.alm_bias_threshold is not None and not 0 < self.alm_bias_threshold < 1:
-            raise UserError(f"alm_bias_threshold={self.alm_bias_threshold} is outside (0, 1): the paper has 0.1")
 
     def _check_attention(self) -> None:
         from .attention_capture import parse_layers
 
-        rate, heads = self.attention_kd_rate, self.attention_relation_heads
+        rate = self.attention_kd_rate
         parse_layers(self.attention_layers)
-        if not rate >= 0:
-            raise UserError(f"attention_kd_rate={rate} must not be negative: 0 leaves attention out")
-        if heads is not None and heads < 1:
-            raise UserError(f"attention_relation_heads={heads} must be at least 1, or left out")
         if not rate:
             return
         if not self.method_row.needs_teacher:
@@ -257,12 +203,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
                 " of them out"
             )
 
-    def _check_temperatures(self) -> None:
-        names = ("kd_temperature", "student_temperature", "teacher_temperature", "teacher_space_temperature")
-        for name in (*names, "final_kd_temperature", "alm_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"{name}={value} must be above 0 (the papers use 2.0; alm's uses 100)")
+    def _check_schedule(self) -> None:
         scheduled = self.temperature_schedule != "constant"
         if scheduled != (self.final_kd_temperature is not None):
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -23,10 +24,19 @@ class NonFiniteLossError(RuntimeError):
     """
 
 
-def check_name(what: str, value: str, known: Iterable[str]) -> None:
+def nearest(value: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `value` is a slip or the beginning of, or `None` where none is near."""
+    plain = {name.casefold().replace("-", "_"): name for name in known}
+    word = value.casefold().replace("-", "_")
+    begun = [name for name in plain if len(word) > 1 and name.startswith(word)]
+    near = difflib.get_close_matches(word, plain, n=1, cutoff=0.6) or begun[:1]
+    return plain[near[0]] if near else None
+
+
+def check_name(what: str, value: Any, known: Iterable[str]) -> None:
     """Raises a [`UserError`] that suggests the nearest of `known` unless `value` of `what` (as `"method="`) is one."""
     known = list(known)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(str(value), known)
+        hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"{what}{value!r} is unknown: {hint}one of {', '.join(known)}")

@@ -173,7 +173,7 @@ def _method(tokenizers: dict[str, Any], given: dict[str, Any]) -> tuple[str, str
     from .data.vocabulary import same_vocabulary
 
     same = same_vocabulary(tokenizers["student"], tokenizers["teacher"])
-    if same and not PARTS.keys() & given.keys():
+    if same and not given.keys() & set(PARTS):
         return "dskd", "one vocabulary: compares token by token"
     return "dskd_cma_ga", "goes with the parts that you set" if same else "two vocabularies: attention aligns tokens"
 

@@ -20,6 +20,17 @@ DIVERGENCE_NAMES = (
     "adaptive_kl",
     "total_variation",
 )
+# As papers and other tools write them.
+DIVERGENCE_ALIASES = {
+    **dict.fromkeys(("kl", "fkl", "kld"), "forward_kl"),
+    "rkl": "reverse_kl",
+    **dict.fromkeys(("jsd", "jensen_shannon"), "js"),
+    **dict.fromkeys(("tvd", "tv"), "total_variation"),
+    "sfkl": "skewed_forward_kl",
+    "srkl": "skewed_reverse_kl",
+    "akl": "adaptive_kl",
+    "bce": "binary_ce",
+}
 LABELS = ("response", "teacher")
 PROJECTOR_INITS = ("random", "pseudo_inverse")
 PROMPT_STYLES = ("chat", "plain")
@@ -28,6 +39,25 @@ TEACHER_VALUES = ("state_and_target", "state")
 TEMPERATURE_SCALINGS = ("none", "tau_squared")
 TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Those that need no arguments of their own and no metric.
+DISCRIMINATOR_SCHEDULES = (
+    *("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+
+_DIVERGENCE = {"choices": DIVERGENCE_NAMES, "aliases": DIVERGENCE_ALIASES}
+
+
+class _Metadata(dict[str, Any]):
+    """Of a field: its line in `--help`, and what its values must be (see [`hf_dskd.field_checks`])."""
+
+    def copy(self) -> dict[str, Any]:
+        # HfArgumentParser hands a copy to argparse, which knows nothing of bounds and aliases.
+        return {"help": self["help"]}
+
+
+def _setting(default: Any, help: str, **rule: Any) -> Any:
+    return field(default=default, metadata=_Metadata(help=help, **rule))
 
 
 @dataclass
@@ -163,130 +193,149 @@ class DistillationSettings:
     """
 
     # Method
-    method: str = field(default="dskd_cma_ga", metadata={"help": f"one of {', '.join(METHODS)}"})
-    alignment: str | None = field(
-        default=None, metadata={"help": f"instead of the method's: one of {', '.join(DUAL_SPACE_ALIGNMENTS)}"}
+    method: str = _setting("dskd_cma_ga", f"one of {', '.join(METHODS)}", choices=tuple(METHODS))
+    alignment: str | None = _setting(
+        None, f"instead of the method's: one of {', '.join(DUAL_SPACE_ALIGNMENTS)}", choices=DUAL_SPACE_ALIGNMENTS
     )
-    spaces: str | None = field(default=None, metadata={"help": f"instead of the method's: {', '.join(SPACES)}"})
-    matching: str | None = field(
-        default=None, metadata={"help": f"of queries to keys, instead of the method's: {', '.join(MATCHINGS)} or none"}
+    spaces: str | None = _setting(None, f"instead of the method's: {', '.join(SPACES)}", choices=SPACES)
+    matching: str | None = _setting(
+        None,
+        f"of queries to keys, instead of the method's: {', '.join(MATCHINGS)} or none",
+        choices=(*MATCHINGS, "none"),
     )
-    teacher_value: str | None = field(
-        default=None, metadata={"help": f"what t2s projects, instead of the method's: {' or '.join(TEACHER_VALUES)}"}
+    teacher_value: str | None = _setting(
+        None, f"what t2s projects, instead of the method's: {' or '.join(TEACHER_VALUES)}", choices=TEACHER_VALUES
     )
-    t2s_label: str | None = field(
-        default=None, metadata={"help": f"of the projected teacher, instead of the method's: {' or '.join(LABELS)}"}
+    t2s_label: str | None = _setting(
+        None, f"of the projected teacher, instead of the method's: {' or '.join(LABELS)}", choices=LABELS
     )
-    projector_init: str | None = field(
-        default=None, metadata={"help": f"instead of the method's: {' or '.join(PROJECTOR_INITS)}"}
+    projector_init: str | None = _setting(
+        None, f"instead of the method's: {' or '.join(PROJECTOR_INITS)}", choices=PROJECTOR_INITS
     )
-    divergence: str = field(default="skewed_forward_kl", metadata={"help": f"one of {', '.join(DIVERGENCE_NAMES)}"})
-    student_space_divergence: str | None = field(default=None, metadata={"help": "in student space instead"})
-    teacher_space_divergence: str | None = field(default=None, metadata={"help": "in teacher space instead"})
-    skew_lambda: float = field(default=0.1, metadata={"help": "lambda of the skewed divergences, in (0, 1)"})
-    js_weight: float = field(default=0.5, metadata={"help": "the teacher's weight in the mixture of js, in (0, 1)"})
-    adaptive_kl_alpha: float = field(default=0.5, metadata={"help": "teacher mass of the tail, in (0, 1)"})
-    kd_temperature: float = field(default=2.0, metadata={"help": "divides both logits in the divergences, once"})
-    student_temperature: float | None = field(default=None, metadata={"help": "for the student's logits instead"})
-    teacher_temperature: float | None = field(default=None, metadata={"help": "for the teacher's logits instead"})
-    teacher_space_temperature: float | None = field(
-        default=None, metadata={"help": "for both logits in teacher space instead"}
+    divergence: str = _setting("skewed_forward_kl", f"one of {', '.join(DIVERGENCE_NAMES)}", **_DIVERGENCE)
+    student_space_divergence: str | None = _setting(None, "in student space instead", **_DIVERGENCE)
+    teacher_space_divergence: str | None = _setting(None, "in teacher space instead", **_DIVERGENCE)
+    skew_lambda: float = _setting(
+        0.1, "lambda of the skewed divergences, in (0, 1)", above=0, below=1, usual="the papers use 0.1"
     )
-    temperature_scaling: str = field(
-        default="none", metadata={"help": f"of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}"}
+    js_weight: float = _setting(
+        0.5, "the teacher's weight in the mixture of js, in (0, 1)", above=0, below=1, usual="the papers use 0.5"
     )
-    temperature_schedule: str = field(
-        default="constant", metadata={"help": f"of every temperature: {', '.join(TEMPERATURE_SCHEDULES)}"}
+    adaptive_kl_alpha: float = _setting(
+        0.5, "teacher mass of the tail, in (0, 1)", above=0, below=1, usual="the papers use 0.5"
     )
-    final_kd_temperature: float | None = field(
-        default=None, metadata={"help": "where kd_temperature ends with such a schedule"}
+    kd_temperature: float = _setting(
+        2.0, "divides both logits in the divergences, once", above=0, usual="the papers use 2.0"
     )
-    kd_rate: float = field(default=0.5, metadata={"help": "weight of distillation; cross entropy has 1 - kd_rate"})
-    correctness_mask: bool = field(
-        default=True,
-        metadata={"help": "student-space divergence only where the projected teacher predicts its label"},
+    student_temperature: float | None = _setting(
+        None, "for the student's logits instead", above=0, usual="the papers use 2.0"
     )
-    alm_divergence: str = field(
-        default="forward_kl", metadata={"help": f"of alm: one of {', '.join(BINARY_DIVERGENCE_NAMES)}"}
+    teacher_temperature: float | None = _setting(
+        None, "for the teacher's logits instead", above=0, usual="the papers use 2.0"
     )
-    alm_temperature: float = field(default=100.0, metadata={"help": "divides the log-likelihoods of alm"})
-    alm_bias_threshold: float | None = field(
-        default=None, metadata={"help": "of alm: merge chunks that the teacher wouldn't end (the paper has 0.1)"}
+    teacher_space_temperature: float | None = _setting(
+        None, "for both logits in teacher space instead", above=0, usual="the papers use 2.0"
     )
-    on_policy_fraction: float = field(
-        default=0.0, metadata={"help": "share of the steps whose responses the student samples now"}
+    temperature_scaling: str = _setting(
+        "none", f"of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}", choices=TEMPERATURE_SCALINGS
     )
-    kq_rate: float = field(default=1.0, metadata={"help": "weight of key-query matching, per response token"})
-    adversarial_loss: str = field(default="minimax", metadata={"help": f"one of {', '.join(ADVERSARIAL_LOSSES)}"})
-    attention_kd_rate: float = field(
-        default=0.0, metadata={"help": "weight of the divergence of the models' own attention, per response token"}
+    temperature_schedule: str = _setting(
+        "constant", f"of every temperature: {', '.join(TEMPERATURE_SCHEDULES)}", choices=TEMPERATURE_SCHEDULES
     )
-    attention_layers: str = field(
-        default="last", metadata={"help": "of that: last, uniform, or pairs student:teacher such as 3:7,5:11"}
+    final_kd_temperature: float | None = _setting(
+        None, "where kd_temperature ends with such a schedule", above=0, usual="the papers use 2.0"
     )
-    attention_relation_heads: int | None = field(
-        default=None, metadata={"help": "heads that both models' queries and keys are cut into anew for that"}
+    kd_rate: float = _setting(
+        0.5, "weight of distillation; cross entropy has 1 - kd_rate", least=0, most=1, usual="the papers use 0.5"
     )
-    scale_queries: bool = field(default=False, metadata={"help": "give queries the keys' unit standard deviation"})
-    as_published: bool = field(default=False, metadata={"help": "reproduce the released code, defects included"})
+    correctness_mask: bool = _setting(
+        True, "student-space divergence only where the projected teacher predicts its label"
+    )
+    alm_divergence: str = _setting(
+        "forward_kl",
+        f"of alm: one of {', '.join(BINARY_DIVERGENCE_NAMES)}",
+        choices=BINARY_DIVERGENCE_NAMES,
+        aliases=DIVERGENCE_ALIASES,
+    )
+    alm_temperature: float = _setting(100.0, "divides the log-likelihoods of alm", above=0, usual="the paper uses 100")
+    alm_bias_threshold: float | None = _setting(
+        None,
+        "of alm: merge chunks that the teacher wouldn't end (the paper has 0.1)",
+        above=0,
+        below=1,
+        usual="the paper has 0.1",
+    )
+    on_policy_fraction: float = _setting(
+        0.0, "share of the steps whose responses the student samples now", least=0, most=1, usual="the papers use 0.5"
+    )
+    kq_rate: float = _setting(
+        1.0, "weight of key-query matching, per response token", least=0, usual="0 switches matching off"
+    )
+    adversarial_loss: str = _setting("minimax", f"one of {', '.join(ADVERSARIAL_LOSSES)}", choices=ADVERSARIAL_LOSSES)
+    attention_kd_rate: float = _setting(
+        0.0,
+        "weight of the divergence of the models' own attention, per response token",
+        least=0,
+        usual="0 leaves attention out",
+    )
+    attention_layers: str = _setting("last", "of that: last, uniform, or pairs student:teacher such as 3:7,5:11")
+    attention_relation_heads: int | None = _setting(
+        None, "heads that both models' queries and keys are cut into anew for that", least=1
+    )
+    scale_queries: bool = _setting(False, "give queries the keys' unit standard deviation")
+    as_published: bool = _setting(False, "reproduce the released code, defects included")
 
     # Optimizers
-    projector_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of the projectors"})
-    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "of the discriminator's optimizer"})
-    discriminator_lr_scheduler_type: str = field(default="constant", metadata={"help": "as lr_scheduler_type"})
-    discriminator_adam_beta1: float = field(default=0.5, metadata={"help": "beta 1 of the discriminator's AdamW"})
-    discriminator_adam_beta2: float = field(default=0.999, metadata={"help": "beta 2 of the discriminator's AdamW"})
-    discriminator_weight_decay: float = field(default=0.0, metadata={"help": "of the discriminator's AdamW"})
-    discriminator_steps: int = field(default=1, metadata={"help": "discriminator updates per student update"})
-    discriminator_hidden_size: int = field(default=768, metadata={"help": "width of its layer before the output"})
-    discriminator_dropout: float = field(default=0.1, metadata={"help": "of the discriminator"})
+    projector_learning_rate: float = _setting(1e-3, "peak learning rate of the projectors", least=0)
+    discriminator_learning_rate: float = _setting(1e-4, "of the discriminator's optimizer", least=0)
+    discriminator_lr_scheduler_type: str = _setting(
+        "constant", "as lr_scheduler_type", choices=DISCRIMINATOR_SCHEDULES
+    )
+    discriminator_adam_beta1: float = _setting(0.5, "beta 1 of the discriminator's AdamW", least=0, below=1)
+    discriminator_adam_beta2: float = _setting(0.999, "beta 2 of the discriminator's AdamW", least=0, below=1)
+    discriminator_weight_decay: float = _setting(0.0, "of the discriminator's AdamW", least=0)
+    discriminator_steps: int = _setting(1, "discriminator updates per student update", least=1)
+    discriminator_hidden_size: int = _setting(768, "width of its layer before the output", least=1)
+    discriminator_dropout: float = _setting(0.1, "of the discriminator", least=0, below=1)
 
     # Data
-    max_length: int = field(default=512, metadata={"help": "longest sequence of either model, in tokens"})
-    skip_long_prompts: bool = field(
-        default=False, metadata={"help": "skip examples whose prompt leaves no room for a response, not an error"}
+    max_length: int = _setting(
+        512, "longest sequence of either model, in tokens", least=2, usual="a prompt and a response need room"
     )
-    prompt_style: str = field(default="chat", metadata={"help": "chat (own template where there is one) or plain"})
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON for both chat templates, such as '{\"enable_thinking\": false}'"}
+    skip_long_prompts: bool = _setting(False, "skip examples whose prompt leaves no room for a response, not an error")
+    prompt_style: str = _setting("chat", "chat (own template where there is one) or plain", choices=PROMPT_STYLES)
+    chat_template_kwargs: dict[str, Any] | str | None = _setting(
+        None, "JSON for both chat templates, such as '{\"enable_thinking\": false}'"
     )
-    prompt_column: str | None = field(default=None, metadata={"help": "column that holds the prompt"})
-    response_column: str | None = field(default=None, metadata={"help": "column that holds the response"})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "processes that tokenize"})
+    prompt_column: str | None = _setting(None, "column that holds the prompt")
+    response_column: str | None = _setting(None, "column that holds the response")
+    dataset_num_proc: int | None = _setting(None, "processes that tokenize", least=1)
 
     # Memory and speed
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "folder of the teacher's hidden states, filled on first use"}
-    )
-    repair_teacher_cache: bool = field(default=False, metadata={"help": "make damaged files of the cache anew"})
-    loss_memory_mb: float = field(default=512.0, metadata={"help": "budget for logits and the work on them, in MB"})
-    padding_free: bool = field(default=False, metadata={"help": "run the student without padding"})
+    teacher_cache: str | None = _setting(None, "folder of the teacher's hidden states, filled on first use")
+    repair_teacher_cache: bool = _setting(False, "make damaged files of the cache anew")
+    loss_memory_mb: float = _setting(512.0, "budget for logits and the work on them, in MB", above=0)
+    padding_free: bool = _setting(False, "run the student without padding")
 
     # Logs and evaluation
-    logging_steps: float = field(default=10, metadata={"help": "optimizer steps between two logs"})
-    report_to: None | str | list[str] = field(  # noqa: RUF036  # transformers 4 reads the second type
-        default="none", metadata={"help": "tensorboard, wandb, trackio, ..., several of them, all or none"}
+    logging_steps: float = _setting(10, "optimizer steps between two logs", above=0)
+    report_to: None | str | list[str] = _setting(  # noqa: RUF036  # transformers 4 reads the second type
+        "none", "tensorboard, wandb, trackio, ..., several of them, all or none"
     )
-    analysis_steps: int | None = field(
-        default=None, metadata={"help": "between two analyses of the alignment; 0: before and after training only"}
+    analysis_steps: int | None = _setting(
+        None, "between two analyses of the alignment; 0: before and after training only", least=0
     )
-    analysis_examples: int = field(default=12, metadata={"help": "examples that every analysis takes"})
-    eval_generation_samples: int = field(
-        default=0, metadata={"help": "prompts that the student answers in every evaluation, for ROUGE-L"}
+    analysis_examples: int = _setting(12, "examples that every analysis takes", least=1)
+    eval_generation_samples: int = _setting(
+        0, "prompts that the student answers in every evaluation, for ROUGE-L", least=0
     )
 
     # Models
-    hub_strategy: str = field(default="end", metadata={"help": "when push_to_hub pushes: at the end, in one commit"})
-    push_auxiliary_to_hub: bool = field(default=False, metadata={"help": "push projectors and discriminator too"})
-    replace_on_hub: bool = field(default=False, metadata={"help": "let a push delete another model that is there"})
-    load_teacher_in_4bit: bool = field(default=False, metadata={"help": "NF4 teacher through bitsandbytes"})
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "where the teacher is, such as cuda:1; by default beside the student"}
-    )
-    teacher_dtype: str = field(default="auto", metadata={"help": f"of the teacher: one of {', '.join(DTYPES)}"})
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON for from_pretrained of the student"}
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON for from_pretrained of the teacher"}
-    )
+    hub_strategy: str = _setting("end", "when push_to_hub pushes: at the end, in one commit", choices=HUB_STRATEGIES)
+    push_auxiliary_to_hub: bool = _setting(False, "push projectors and discriminator too")
+    replace_on_hub: bool = _setting(False, "let a push delete another model that is there")
+    load_teacher_in_4bit: bool = _setting(False, "NF4 teacher through bitsandbytes")
+    teacher_device: str | None = _setting(None, "where the teacher is, such as cuda:1; by default beside the student")
+    teacher_dtype: str = _setting("auto", f"of the teacher: one of {', '.join(DTYPES)}", choices=DTYPES)
+    model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the student")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the teacher")

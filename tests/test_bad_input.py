@@ -542,7 +542,7 @@ def test_lora_elsewhere_is_fine(adapter):
         ({"kd_temperature": -2.0}, ["kd_temperature=-2.0", "above 0"]),
         ({"kd_temperature": float("nan")}, ["kd_temperature=nan", "above 0"]),
         ({"divergence": "skewed_forwrd_kl"}, ["divergence='skewed_forwrd_kl'", "did you mean 'skewed_forward_kl'?"]),
-        ({"divergence": "rkl"}, ["divergence='rkl'", "reverse_kl"]),
+        ({"divergence": "revkl"}, ["divergence='revkl'", "did you mean 'reverse_kl'?"]),
         ({"method": "dskd-cma-ga"}, ["method='dskd-cma-ga'", "did you mean 'dskd_cma_ga'?"]),
         ({"method": "SFT"}, ["method='SFT'", "sft, seq_kd"]),
         ({"method": "min_edits"}, ["method='min_edits'", "did you mean 'min_edit'?"]),

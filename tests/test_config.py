@@ -7,7 +7,6 @@ import runs
 import torch
 from transformers import get_scheduler
 
-from hf_dskd.config import DISCRIMINATOR_SCHEDULES
 from hf_dskd.errors import UserError
 from hf_dskd.losses.divergences import DIVERGENCES
 from hf_dskd.losses.likelihood import BINARY_DIVERGENCES
@@ -15,6 +14,7 @@ from hf_dskd.methods import ATTENTION_ALIGNMENTS, DUAL_SPACE_ALIGNMENTS, MATCHIN
 from hf_dskd.settings import (
     ADVERSARIAL_LOSSES,
     BINARY_DIVERGENCE_NAMES,
+    DISCRIMINATOR_SCHEDULES,
     DIVERGENCE_NAMES,
     LABELS,
     PROJECTOR_INITS,

@@ -193,7 +193,7 @@ def test_a_recipes_error_is_one_line_without_traceback(pair, tmp_path):
     done = gpt2_qwen(pair, tmp_path, "--kd_temperature", "0", check=False)
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and errors[0].startswith("error: kd_temperature=0.0 must be above 0 (the papers use 2.0")
+    assert len(errors) == 1 and errors[0].startswith("error: kd_temperature=0.0 must be above 0: the papers use 2.0")
     assert "Traceback" not in done.stderr
 
 

@@ -106,8 +106,6 @@ TRAINING: dict[str, dict[str, Any]] = {
     **{name: {"least": 0, "most": 2**32 - 1} for name in ("seed", "data_seed")},
     **{name: {"least": 0, "below": 1} for name in ("adam_beta1", "adam_beta2")},
     "warmup_ratio": {"least": 0, "most": 1},
-    "num_train_epochs": {"above": 0, "usual": "a run of no epoch trains nothing"},
-    "max_steps": {"least": 1, "unset": -1, "usual": "-1 leaves it to num_train_epochs"},
     "max_grad_norm": {"least": 0, "unset": None, "usual": "0 clips nothing"},
     "eval_steps": {"above": 0, "usual": "eval_strategy='no' evaluates never"},
     "save_steps": {"above": 0, "usual": "save_strategy='no' saves never"},

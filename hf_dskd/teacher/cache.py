@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 INDEX_NAME = "index.json"
 HEAD_NAME = "head.safetensors"
+LOCK_NAME = ".lock"
 SHARD_BYTES = 64 * 2**20
 # Padded tokens that the teacher runs on at a time. Fixed, because a matrix product's last bits depend on its shape.
 BATCH_TOKENS = 4096
@@ -70,6 +72,7 @@ def open_cache(
     quantization_config: Any = None,
 ) -> TeacherCache:
     """[`TeacherCache.open`] with the [`cache_facts`] of a run; a new cache fetches a teacher that isn't here yet."""
+    _check_folder(folder)
     facts = cache_facts(
         config,
         teacher_model,
@@ -271,7 +274,7 @@ def _shown(facts: Mapping[str, Any], name: str) -> str:
     if name == "teacher":
         # Trained again, a teacher may have the name that it had.
         kind, _, digest = str(value).partition(":")
-        return f"teacher={facts['teacher_name']!r} ({kind} {digest[:8]})"
+        return f"teacher={facts.get('teacher_name')!r} ({kind} {digest[:8]})"
     if name in ("teacher_tokenizer", "teacher_chat_template"):
         return f"{name} {str(value)[:8]}"
     return f"{name}={value!r}"
@@ -371,7 +374,11 @@ def _cut(examples: Iterable[_Example], width: int) -> Iterator[Shard]:
 
 def _shard(examples: list[_Example]) -> Shard:
     keys = [example.key for example in examples]
-    return Shard(f"states-{_digest(' '.join(keys))}.safetensors", keys, [example.count for example in examples])
+    return Shard(_states_name(keys), keys, [example.count for example in examples])
+
+
+def _states_name(keys: list[str]) -> str:
+    return f"states-{_digest(' '.join(keys))}.safetensors"
 
 
 def _batches(examples: list[_Example]) -> Iterator[list[int]]:
@@ -385,9 +392,70 @@ def _batches(examples: list[_Example]) -> Iterator[list[int]]:
     yield batch
 
 
+# ---- Files
+
+
+def _is_states(name: str) -> bool:
+    return re.fullmatch(r"states-[0-9a-f]{32}\.safetensors", name) is not None
+
+
+def _is_own(name: str) -> bool:
+    """Whether a cache makes files of that name. No other is ever written to or deleted."""
+    final = name.removesuffix(".tmp")
+    return name == LOCK_NAME or final in (INDEX_NAME, HEAD_NAME) or _is_states(final)
+
+
+def _check_folder(folder: str | Path) -> None:
+    """Raises a [`UserError`] unless a folder is new, empty, or holds an index, as far as names tell."""
+    if not str(folder):
+        raise UserError("teacher_cache='' names no folder: name one, or leave teacher_cache out")
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"teacher_cache={str(folder)!r} is a file: name a folder")
+    if (folder / LOCK_NAME).is_symlink():
+        raise UserError(f"teacher_cache={str(folder)!r}: {LOCK_NAME} is a link out of it: delete the link")
+    if not (folder / INDEX_NAME).is_file():
+        # Both of an interrupted start. States without an index could be anybody's.
+        others = {path.name for path in folder.iterdir()} - {LOCK_NAME, f"{INDEX_NAME}.tmp"}
+        if others:
+            raise _not_a_cache(folder, others)
+
+
+def _check_own(folder: Path) -> None:
+    """Raises a [`UserError`] unless a folder holds states or a head, and nothing that a cache doesn't make."""
+    names = {path.name for path in folder.iterdir()}
+    if not any(_is_states(name) or name == HEAD_NAME for name in names) or not all(map(_is_own, names)):
+        raise _not_a_cache(folder, {name for name in names if not _is_own(name)} or names)
+
+
+def _not_a_cache(folder: Path, names: Iterable[str]) -> UserError:
+    found = sorted(names)
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return UserError(
+        f"teacher_cache={str(folder)!r} isn't a teacher cache, it holds {shown}: name an empty folder or a new one"
+    )
+
+
+def _parse_index(text: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Shard]]:
+    """Facts, head and shards that an index lists. Of one that is damaged, Python's own errors."""
+    index = json.loads(text)
+    head, shards = index["head"], [Shard(**listed) for listed in index["shards"]]
+    numbers = [number for shard in shards for number in (shard.size, *shard.counts)]
+    numbers += [] if head is None else [head["size"]]
+    if not all(isinstance(number, int) for number in numbers):
+        raise TypeError("a size that is no number")
+    if any(len(shard.keys) != len(shard.counts) for shard in shards):
+        raise ValueError("examples without a count")
+    return dict(index["facts"]), head, shards
+
+
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes beside and renames: a file under its name is complete."""
     beside = path.with_name(f"{path.name}.tmp")
+    # Of an interrupted fill, or a link, which writing would follow.
+    beside.unlink(missing_ok=True)
     write(beside)
     with beside.open("rb+") as file:
         os.fsync(file.fileno())
@@ -496,7 +564,7 @@ class TeacherCache:
     def summary(self, filled: Filled) -> str:
         """One line for people: what is there, and what a fill has added."""
         states = sum(count for _, _, count in self._places.values())
-        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in self.folder.iterdir() if path.suffix and _is_own(path.name))
         speed = f" ({filled.states / filled.seconds:,.0f} states/s)" if filled.seconds else ""
         return (
             f"{self.folder}: {len(self):,} examples, {states:,} states, {_shown_size(size)}; computed"
@@ -517,8 +585,11 @@ class TeacherCache:
                 Delete files that are damaged, so that [`~TeacherCache.fill`] makes them again.
 
         Raises:
-            UserError: If the cache was written with other facts, or a file is damaged and `repair` is false.
+            UserError:
+                If the cache was written with other facts, a file is damaged and `repair` is false, or the folder
+                isn't a cache.
         """
+        _check_folder(folder)
         cache = cls(Path(folder), facts)
         cache._read_index(repair)
         cache._verify(repair)
@@ -647,9 +718,11 @@ class TeacherCache:
         if not path.is_file():
             return
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            facts, head, shards = index["facts"], index["head"], [Shard(**shard) for shard in index["shards"]]
-        except (ValueError, KeyError, TypeError):
+            facts, head, shards = _parse_index(path.read_text(encoding="utf-8"))
+            named = {shard.file: _states_name(shard.keys) for shard in shards}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            # Only the files beside it tell that it was a cache's.
+            _check_own(self.folder)
             if not repair:
                 raise UserError(
                     f"teacher_cache={str(self.folder)!r} is damaged: {INDEX_NAME} can't be read; {REPAIR}"
@@ -657,9 +730,18 @@ class TeacherCache:
             # Not before every process has read it.
             PartialState().wait_for_everyone()
             # Without checksums, nothing vouches for the other files.
-            for file in [path, self.folder / HEAD_NAME, *self.folder.glob("states-*")]:
-                file.unlink(missing_ok=True)
+            for file in self.folder.iterdir():
+                if file.name != LOCK_NAME:
+                    file.unlink(missing_ok=True)
             return
+        foreign = [
+            name for name, own in (named | ({} if head is None else {head["file"]: HEAD_NAME})).items() if name != own
+        ]
+        if foreign:
+            raise UserError(
+                f"teacher_cache={str(self.folder)!r}: its {INDEX_NAME} lists {foreign[0]!r}, which no cache wrote for"
+                " those examples: delete that folder, or name another"
+            )
         _check_facts(self.folder, facts, self.facts)
         self.shards, self._head = shards, head
 
@@ -733,7 +815,7 @@ class TeacherCache:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.folder / ".lock").acquire(timeout=0)
+            return FileLock(self.folder / LOCK_NAME).acquire(timeout=0)
         except Timeout:
             raise UserError(
                 f"teacher_cache={str(self.folder)!r} is being filled by another process: wait for its end, or use"
@@ -754,8 +836,9 @@ class TeacherCache:
         )
         # Of an interrupted fill, of the same or of other data.
         planned = {shard.file for shard in shards}
-        for path in [*self.folder.glob("*.tmp"), *self.folder.glob("states-*.safetensors")]:
-            if path.name not in planned:
+        for path in self.folder.iterdir():
+            left_over = path.name.endswith(".tmp") or (_is_states(path.name) and path.name not in planned)
+            if left_over and _is_own(path.name):
                 path.unlink()
         if not (self.folder / INDEX_NAME).is_file():
             # An interrupted fill must be gone on with under the same facts.

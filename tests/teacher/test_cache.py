@@ -211,7 +211,7 @@ def test_interrupted_fill_goes_on_to_the_same_bytes(whole, tmp_path, shards):
     with pytest.raises(KeyboardInterrupt):
         filled(folder, tmp_path, loader=Loader(folder, shards))
     assert len(list(folder.glob("states-*"))) == shards
-    (folder / "states-0.safetensors.tmp").write_bytes(b"half")
+    (folder / f"states-{0:032}.safetensors.tmp").write_bytes(b"half")
     made = {path.name: path.stat().st_mtime_ns for path in folder.glob("states-*.safetensors")}
     # Another run's settings don't get in between.
     refused(lambda: TeacherCache.open(folder, facts_of(tmp_path, max_length=255)), "max_length=256")
@@ -549,9 +549,138 @@ def test_full_disk_is_refused_before_the_teacher_is_loaded(tmp_path, monkeypatch
     refused(lambda: filled(tmp_path / "cache", tmp_path), "needs 0.6 MB", "0.3 MB left")
 
 
+# ---- Other people's files
+
+
+FOREIGN = {"draft.tmp": b"mine", "states-2020.safetensors": b"mine", "notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        *({name: text} for name, text in FOREIGN.items()),
+        FOREIGN,
+        {"index.json": b"[1, 2]"},
+        {"index.json": b"not JSON", "page.html": b"mine"},
+        {"index.json": b"{}", "head.safetensors": b"", "README.md": b"mine"},
+        # Nothing says whose states these are.
+        {f"states-{0:032}.safetensors": b"mine", "head.safetensors": b"mine"},
+    ],
+    ids=lambda files: "+".join(files) if isinstance(files, dict) else str(files),
+)
+def test_a_folder_that_is_no_cache_is_refused_untouched(tmp_path, files, repair):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    foreign = next((name for name in files if name.endswith((".md", ".html", ".tmp", ".txt"))), next(iter(files)))
+    refused(lambda: filled(folder, tmp_path, loader=not_loaded, repair=repair), "isn't a teacher cache", foreign)
+    if "index.json" not in files:
+        # Before weights are fetched, to be compared.
+        config = runs.config(tmp_path, repair_teacher_cache=repair)
+        refused(lambda: open_cache(folder, config, "nobody/nothing", None, None), "isn't a teacher cache")
+    assert content(folder) == {name: files[name] for name in sorted(files)}
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_no_name_is_no_folder(tmp_path, monkeypatch, repair):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: filled("", tmp_path, loader=not_loaded, repair=repair), "teacher_cache='' names no folder")
+    refused(lambda: open_cache("", runs.config(tmp_path), "nobody/nothing", None, None), "names no folder")
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+
+
+def test_files_that_others_put_into_a_cache_stay(whole, copy, tmp_path):
+    for name, text in FOREIGN.items():
+        (copy / name).write_bytes(text)
+    (copy / whole.shards[0].file).unlink()
+    filled(copy, tmp_path, data=concatenate_datasets([DATA, tokenized(18).select([16, 17])]), repair=True)
+    assert FOREIGN.items() <= content(copy).items()
+    # What only a cache makes goes: of an interrupted fill.
+    (copy / f"states-{0:032}.safetensors").write_bytes(b"")
+    (copy / "head.safetensors.tmp").write_bytes(b"")
+    filled(copy, tmp_path, data=tokenized(20))
+    assert {f"states-{0:032}.safetensors", "head.safetensors.tmp"}.isdisjoint(content(copy))
+    assert FOREIGN.items() <= content(copy).items()
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("place", ["head", "shard", "added"])
+@pytest.mark.parametrize(
+    "name", ["../victim.txt", "{here}/victim.txt", "states-../victim.txt", "notes.txt", f"states-{0:032}.safetensors"]
+)
+def test_a_name_that_no_cache_wrote_is_refused_before_anything_is_touched(
+    whole, copy, tmp_path, monkeypatch, name, place, repair
+):
+    monkeypatch.chdir(tmp_path)
+    name = name.format(here=tmp_path)
+    for path in (tmp_path / "victim.txt", copy / "notes.txt"):
+        path.write_text("precious")
+    index = json.loads((copy / "index.json").read_text())
+    if place == "head":
+        index["head"]["file"] = name
+    elif place == "shard":
+        index["shards"][1]["file"] = name
+    else:
+        index["shards"].append({"file": name, "keys": ["x"], "counts": [1], "size": 1, "sha256": "0"})
+    (copy / "index.json").write_text(json.dumps(index))
+    # Something that a repair would delete.
+    (copy / index["shards"][0]["file"]).write_bytes(b"")
+    before = content(copy)
+    refused(lambda: filled(copy, tmp_path, loader=not_loaded, repair=repair), repr(name), "which no cache wrote")
+    assert content(copy) == before and (tmp_path / "victim.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": "ab"},
+        {"keys": [1, 2]},
+        {"counts": [1]},
+        {"counts": ["1"]},
+        {"size": "big"},
+        {"size": None},
+        {"file": None},
+        {"file": ["a"]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_an_index_of_other_types_is_damaged(copy, whole, tmp_path, changes):
+    index = json.loads((copy / "index.json").read_text())
+    index["shards"][0] |= changes
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as error:
+        TeacherCache.open(copy, whole.facts)
+    assert "damaged" in str(error.value) or "no cache wrote" in str(error.value)
+
+
+def test_links_are_not_followed(whole, copy, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    shard = copy / whole.shards[0].file
+    # As the hub's client keeps files, and reading them is fine.
+    moved = tmp_path / "blob"
+    shard.rename(moved)
+    shard.symlink_to(moved)
+    assert len(TeacherCache.open(copy, whole.facts)) == len(DATA)
+    # A damaged one is made again beside the file that the link led to.
+    moved.write_bytes(b"changed")
+    for name in (shard.name, "index.json", "head.safetensors"):
+        (copy / f"{name}.tmp").symlink_to(victim)
+    filled(copy, tmp_path, repair=True)
+    assert content(copy) == content(whole.folder)
+    assert victim.read_text() == "precious" and moved.read_bytes() == b"changed" and not shard.is_symlink()
+    (copy / ".lock").unlink()
+    (copy / ".lock").symlink_to(victim)
+    refused(lambda: filled(copy, tmp_path, data=tokenized(18), loader=not_loaded), ".lock is a link")
+    assert victim.read_text() == "precious"
+
+
 def test_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    refused(lambda: filled(tmp_path / "file", tmp_path, loader=not_loaded), "not writable", "another folder")
+    refused(lambda: filled(tmp_path / "file", tmp_path, loader=not_loaded), "is a file", "name a folder")
 
 
 def test_iterable_dataset_is_refused(tmp_path):

@@ -176,6 +176,11 @@ def packaged_model(name: str, cache_dir: str | os.PathLike[str] | None = None) -
         raise UserError(
             f"the cache folder {cache} can't be made ({error}); set {CACHE_VARIABLE} to another"
         ) from error
+    if folder.exists() and not (folder / MARKER).is_file():
+        raise UserError(
+            f"{str(folder)!r} isn't a converted {model.name}, it has no {MARKER}: move it, or set {CACHE_VARIABLE} to"
+            " another folder"
+        )
     with _locked(cache / f".{model.name}.lock"):
         if _is_complete(folder, model):  # another process made it while this one waited
             return folder
@@ -271,7 +276,7 @@ def _make(model: PackagedModel, folder: Path, work: Path) -> None:
         "licence": model.licence,
     }
     (converted / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    _remove(folder)  # an incomplete or older one
+    _remove(folder)  # of an older version
     converted.rename(folder)
     _say(f"{model.name}: ready in {folder}")
 

@@ -141,5 +141,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside and renames: the file is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
+    # A link that lies there would be followed.
+    beside.unlink(missing_ok=True)
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

@@ -163,7 +163,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     set_accumulation(run)
     if options.smoke:
         folder = Path(str(config.output_dir))
-        if folder.name.endswith("_smoke") and not config.resume_from_checkpoint:
+        if (folder / "tiny_models").is_dir() and not config.resume_from_checkpoint:
             # A smoke run's folder is of no worth, and the same command is to work again.
             with config.main_process_first(desc="the last smoke run"):
                 forget_run(folder)
@@ -230,7 +230,10 @@ def check_fresh(config: DSKDConfig) -> None:
 def forget_run(folder: Path) -> None:
     """Deletes what makes a folder that of a run."""
     for path in checkpoints(folder):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     (folder / RESULT_NAME).unlink(missing_ok=True)
 
 
@@ -541,10 +544,16 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     if (folder / "config.json").is_file():
         print(f"using the teacher trained before: {folder}")
         return str(folder)
+    if folder.exists():
+        raise UserError(
+            f"sft_teacher=True writes into {str(folder)!r}, which is there and holds no teacher (no config.json): move"
+            " it, or choose another output_dir"
+        )
+    training = folder.with_name("teacher_training")
     options = run.options
     config = variant(
         run.config,
-        output_dir=str(folder.with_name("teacher_training")),
+        output_dir=str(training),
         method="sft",
         num_train_epochs=options.sft_teacher_epochs,
         max_steps=-1,
@@ -566,7 +575,7 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
             task_type="CAUSAL_LM",
         )
     trainer = DSKDTrainer(teacher, args=config, train_dataset=train, peft_config=adapter)
-    trainer.train(resume_from_checkpoint=bool(list(folder.with_name("teacher_training").glob("checkpoint-*"))))
+    trainer.train(resume_from_checkpoint=bool(checkpoints(training)))
     if trainer.is_world_process_zero():
         model: Any = trainer.model
         if adapter is not None:

@@ -169,7 +169,7 @@ def test_cache_that_is_no_folder(tiny, tmp_path):
         packaged_model("Tiny", tmp_path / "file")
 
 
-@pytest.mark.parametrize("marker", [None, "{", "[]", '{"sha256": "0", "format_version": 1}', "old"])
+@pytest.mark.parametrize("marker", ["{", "[]", '{"sha256": "0", "format_version": 1}', "old"])
 def test_incomplete_folder_is_made_again(tiny, wheels, tmp_path, marker):
     folder = tmp_path / "cache" / "Tiny"
     folder.mkdir(parents=True)
@@ -178,8 +178,7 @@ def test_incomplete_folder_is_made_again(tiny, wheels, tmp_path, marker):
     (tmp_path / "cache" / ".Tiny.work" / "tiny.gguf").write_text("half")
     if marker == "old":
         marker = json.dumps({"sha256": TINY.sha256, "format_version": packaged.FORMAT_VERSION - 1})
-    if marker is not None:
-        (folder / packaged.MARKER).write_text(marker)
+    (folder / packaged.MARKER).write_text(marker)
     assert ready_folder("Tiny") is None
     packaged_model("Tiny")
     assert {path.name for path in folder.iterdir()} == {"model.bin", packaged.MARKER}

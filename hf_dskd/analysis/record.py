@@ -150,7 +150,11 @@ def draw_projections(folder: str | Path) -> None:
     from .distributions import pca
 
     folder = Path(folder)
-    found = {int(path.parent.name.removeprefix("step-")): path for path in folder.glob(f"step-*/{VECTORS_NAME}")}
+    found = {
+        int(path.parent.name.removeprefix("step-")): path
+        for path in folder.glob(f"step-*/{VECTORS_NAME}")
+        if path.parent.name.removeprefix("step-").isdecimal()
+    }
     if not found:
         return
     steps = list(dict.fromkeys((min(found), max(found))))

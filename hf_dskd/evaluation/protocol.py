@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -389,6 +390,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     """
     from accelerate import PartialState
 
+    check_own(settings.output_dir)
     sets = [load_set(name, path, settings.limit) for name, path in settings.sets.items()]
     # Without being told, accelerate takes several processes on a CPU for as many single ones.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -397,7 +399,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     evaluated = facts(settings, sets)
     known = settings.output_dir / SETTINGS_NAME
     if known.is_file():
-        before = json.loads(known.read_text(encoding="utf-8"))
+        before = read_known(known)
         check_facts(settings.output_dir, before["evaluated"], evaluated)
         run.seconds.update(before["seconds"])
     # Before a process writes what another one still has to look for.
@@ -525,6 +527,26 @@ def check_facts(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None
 # ---- Files of lines
 
 
+def check_own(folder: Path) -> None:
+    """Raises a [`UserError`] if an evaluation would write over, or go on with, what isn't of one."""
+    if not (folder / SETTINGS_NAME).is_file():
+        there = [name for name in ("answers", "references", "scores.json", "table.md") if (folder / name).exists()]
+        if there:
+            raise UserError(
+                f"--output_dir {str(folder)!r} has {', '.join(there)} but no {SETTINGS_NAME}, which says of what:"
+                " choose another folder"
+            )
+
+
+def read_known(path: Path) -> dict[str, Any]:
+    """What an evaluation before this one in the folder was of."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"evaluated": dict(found["evaluated"]), "seconds": dict(found["seconds"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{str(path)!r} isn't what `hf-dskd evaluate` writes: choose another --output_dir") from None
+
+
 def drop_half_line(path: Path) -> None:
     """Cuts off the line that was being written when the process ended."""
     if path.is_file():
@@ -535,7 +557,8 @@ def drop_half_line(path: Path) -> None:
 
 def parts(path: Path) -> list[Path]:
     """The file itself and those that processes have written beside it."""
-    return [path, *sorted(path.parent.glob(f"{path.stem}.part*.jsonl"))]
+    pattern = re.compile(rf"{re.escape(path.stem)}\.part\d+\.jsonl")
+    return [path, *sorted(part for part in path.parent.glob("*.jsonl") if pattern.fullmatch(part.name))]
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:

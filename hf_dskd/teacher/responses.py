@@ -19,6 +19,7 @@ from ..data.tokenization import prompt_tokens
 from ..errors import UserError
 from ..evaluation.generation import end_token_ids, response_text, sample
 from ..models import base_causal_lm
+from ..result import write_text
 
 
 if TYPE_CHECKING:
@@ -213,9 +214,15 @@ def _features(dataset: Dataset, columns: Columns) -> Any:
 
 def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
     about = folder / ABOUT_NAME
-    if not about.exists():
+    if not about.exists() and not (folder / RESPONSES_NAME).exists():
         return
-    known = json.loads(about.read_text())
+    try:
+        known = dict(json.loads(about.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{str(folder)!r} has no {ABOUT_NAME} that says whose responses are there: choose another folder or delete"
+            " this one"
+        ) from None
     for name in facts | known:
         if known.get(name) != facts.get(name):
             raise UserError(
@@ -225,9 +232,7 @@ def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    staged = folder / f"{ABOUT_NAME}.tmp"
-    staged.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(staged, folder / ABOUT_NAME)
+    write_text(folder / ABOUT_NAME, json.dumps(facts, indent=2) + "\n")
 
 
 def _whole_lines(path: Path) -> int:

@@ -311,6 +311,7 @@ def test_two_processes(make, environment, tmp_path):
     (settings.output_dir / "answers").mkdir(parents=True)
     begun = (expected.output_dir / "answers" / "inside-greedy.jsonl").read_bytes().splitlines(keepends=True)
     (settings.output_dir / "answers" / "inside-greedy.jsonl").write_bytes(b"".join(begun[:3]) + begun[3][:9])
+    shutil.copy(expected.output_dir / "evaluation.json", settings.output_dir)
     (tmp_path / "script.py").write_text(SCRIPT)
     # What accelerate's launcher starts for several GPUs; on a CPU it wants MPI.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,0 +1,125 @@
+"""What lies in a folder that a user names, and isn't ours, stays as it is."""
+
+import json
+
+import pytest
+import runs
+import tiny
+
+from hf_dskd import UserError, packaged, run
+from hf_dskd.analysis.record import draw_projections
+from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
+from hf_dskd.result import write_text
+from hf_dskd.teacher.responses import write_responses
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def unused():
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"answers/dolly-greedy.jsonl": "mine, without an end"},
+        {"references/dolly.jsonl": "{}\n"},
+        {"scores.json": "[1]"},
+        {"table.md": "mine"},
+        {"evaluation.json": "not JSON"},
+        {"evaluation.json": '{"some": "thing else"}', "answers/dolly-greedy.jsonl": "mine"},
+        {"evaluation.json": "[]"},
+    ],
+    ids=str,
+)
+def test_an_evaluation_writes_over_its_own_files_only(tmp_path, files, monkeypatch):
+    for name, text in files.items():
+        write_text(tmp_path / name, text)
+    before = content(tmp_path)
+    monkeypatch.setattr("hf_dskd.evaluation.protocol.facts", lambda *_: {})
+    with pytest.raises(UserError, match=r"choose another (--output_dir|folder)") as error:
+        evaluate(EvaluationSettings("model", tmp_path, {}))
+    assert "\n" not in str(error.value) and content(tmp_path) == before
+
+
+def test_parts_of_an_answer_file_are_those_of_processes(tmp_path):
+    for name in ("a.jsonl", "a.part0.jsonl", "a.part12.jsonl", "a.part.jsonl", "a.partner.jsonl", "b.part0.jsonl"):
+        (tmp_path / name).touch()
+    assert [path.name for path in parts(tmp_path / "a.jsonl")] == ["a.jsonl", "a.part0.jsonl", "a.part12.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"responses.jsonl": "mine, without an end"},
+        {"responses.jsonl": "{}\n", "about.json": "not JSON"},
+        {"about.json": "[1]"},
+        {"about.json": '{"rows": 1}', "responses.jsonl": "mine"},
+    ],
+    ids=str,
+)
+def test_responses_of_nobody_knows_whom_are_left(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    before = content(tmp_path)
+    with pytest.raises(UserError, match="choose another folder or delete this one"):
+        write_responses(
+            *(tiny.dataset(2), unused, runs._TEACHER_TOKENIZER, tmp_path),
+            max_length=64,
+            prompt_style="plain",
+            facts={},
+        )
+    assert content(tmp_path) == before
+
+
+def test_a_smoke_run_forgets_smoke_runs_only(tmp_path, monkeypatch):
+    """A user's own run may be in a folder of such a name."""
+    monkeypatch.setattr(run, "smoke_models", lambda student, teacher, folder: [student, teacher])
+    folder = tmp_path / "is_no_smoke"
+    arguments = ["--smoke", "--output_dir", str(folder), "--model_name_or_path", "student"]
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    given = run.parse(None, None, arguments)
+    assert (folder / "checkpoint-2").is_dir() and (folder / "result.json").is_file()
+    with pytest.raises(UserError, match="holds another run"):
+        run.check_fresh(given.config)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "checkpoint-4").symlink_to(elsewhere)
+    (folder / "checkpoint-notes").mkdir()
+    (folder / "tiny_models").mkdir()
+    run.check_fresh(run.parse(None, None, arguments).config)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-notes", "tiny_models"} and elsewhere.is_dir()
+
+
+def test_a_folder_in_the_place_of_the_trained_teacher_is_refused_before_it_is_trained(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "notes.txt").write_text("mine")
+    given = run.Run(None, runs.config(tmp_path), None, run.RunArguments(sft_teacher=True))
+    with pytest.raises(UserError, match=r"teacher', which is there and holds no teacher"):
+        run.train_teacher(given, "nobody/nothing", tiny.dataset(2))
+    assert content(tmp_path) == {"teacher/notes.txt": b"mine"}
+
+
+def test_a_folder_with_a_packaged_models_name_is_left(tmp_path):
+    name = next(iter(packaged.PACKAGED_MODELS))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"isn't a converted .*move it, or set"):
+        packaged.packaged_model(name, tmp_path)
+    assert content(tmp_path) == {f"{name}/model.safetensors": b"mine"}
+
+
+def test_links_beside_a_file_are_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".result.json").symlink_to(tmp_path / "victim")
+    write_text(tmp_path / "result.json", json.dumps({}))
+    assert (tmp_path / "victim").read_text() == "precious" and (tmp_path / "result.json").read_text() == "{}"
+
+
+def test_folders_of_other_names_are_no_analyses(tmp_path):
+    write_text(tmp_path / "step-by-step" / "vectors.safetensors", "mine")
+    draw_projections(tmp_path)
+    assert content(tmp_path) == {"step-by-step/vectors.safetensors": b"mine"}

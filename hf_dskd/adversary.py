@@ -5,11 +5,13 @@ with an optimizer, schedule and steps of their own.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .finite import largest_gradient
 from .losses.conditional_transport import TransportCritics, published_transport_loss, transport_cost
 from .losses.key_query import (
     Discriminator,
@@ -131,7 +133,8 @@ class Adversary:
     The critic is frozen except inside [`~Adversary.update`], so nothing reaches it from the student's backward pass.
     Features of all micro-batches of an optimizer step are kept until its update: with them the result depends
     neither on gradient accumulation nor on how often it is updated. The update runs in float32 without a loss scale,
-    since it has no long chain of half-precision layers behind it.
+    since it has no long chain of half-precision layers behind it. `largest_gradient` of the last update is NaN or
+    infinite if a gradient of one of its steps was.
 
     Args:
         critic ([`~hf_dskd.losses.key_query.Discriminator`] or
@@ -145,6 +148,7 @@ class Adversary:
         self.optimizer: torch.optim.AdamW | None = None
         self.scheduler: Any = None
         self._features: list[Features] = []
+        self.largest_gradient = torch.zeros(())
 
     def create_optimizer(self, num_training_steps: int) -> None:
         """Optimizer and schedule for a run of `num_training_steps` student updates."""
@@ -189,7 +193,7 @@ class Adversary:
         seed: int = 0,
     ) -> dict[str, Tensor]:
         """
-        `discriminator_steps` steps on the kept features, which are then forgotten.
+        `discriminator_steps` steps on the kept features, which are then forgotten. Its schedule is not moved.
 
         Args:
             query_count, key_count: Response tokens of the global batch, over all ranks and micro-batches.
@@ -205,6 +209,7 @@ class Adversary:
         parameters = list(self.critic.parameters())
         self.critic.train().requires_grad_(True)
         report: dict[str, Tensor] = {}
+        self.largest_gradient = torch.zeros(())
         for step in range(self.config.discriminator_steps):
             self.optimizer.zero_grad(set_to_none=False)
             for parameter in parameters:
@@ -220,18 +225,28 @@ class Adversary:
                     report = {name: report.get(name, 0) + value for name, value in numbers.items()}
             # Counts are global, so that the ranks' gradients add up.
             reduce_over_ranks(parameters, accelerator, "sum")
+            largest = largest_gradient(parameters)
+            self.largest_gradient = torch.maximum(self.largest_gradient.to(largest.device), largest)
             norm = clip(parameters, self.config.max_grad_norm)
             if step == 0:
                 report["grad_norm"] = norm
-            # In fp16 a forward pass may overflow; the scaler then skips the student's step, and this one is skipped.
-            if not (self.config.fp16 and not bool(torch.isfinite(norm))):
-                self.optimizer.step()
+            self.optimizer.step()
         for parameter in parameters:
             parameter.grad = None
         self.critic.requires_grad_(False)
-        self.scheduler.step()
         self.forget()
         return report
+
+    def copy(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What an update changes, to [`~Adversary.take_back`] one."""
+        assert self.optimizer is not None
+        return copy.deepcopy((self.critic.state_dict(), self.optimizer.state_dict()))
+
+    def take_back(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Undoes the updates since [`~Adversary.copy`] returned `state`."""
+        assert self.optimizer is not None
+        self.critic.load_state_dict(state[0])
+        self.optimizer.load_state_dict(state[1])
 
     def state_dict(self) -> dict[str, Any]:
         assert self.optimizer is not None and self.scheduler is not None

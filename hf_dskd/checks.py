@@ -54,6 +54,27 @@ def check_output_dir(folder: str) -> None:
         raise UserError(f"output_dir={folder!r} is not writable ({error.strerror}): choose another folder") from None
 
 
+def check_metric(config: DSKDConfig, eval_dataset: Any) -> None:
+    """
+    Of several evaluation sets the metric that chooses a checkpoint, or moves a schedule, must name its set.
+
+    Where there is but one, it is of that.
+    """
+    metric = config.metric_for_best_model
+    if metric is None or not isinstance(eval_dataset, dict) or config.eval_strategy == "no":
+        return
+    metric = metric.removeprefix("eval_")
+    names = [str(name) for name in eval_dataset]
+    if any(metric.startswith(f"{name}_") for name in names):
+        return
+    if len(names) > 1:
+        raise UserError(
+            f"metric_for_best_model={config.metric_for_best_model!r} could be of each of the {len(names)} sets of"
+            f" eval_dataset: set {' or '.join(repr(f'{name}_{metric}') for name in names)}"
+        )
+    config.metric_for_best_model = f"{names[0]}_{metric}"
+
+
 def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     """A method with a teacher needs one, and another one than the student."""
     if model is None:

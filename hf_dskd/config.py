@@ -49,6 +49,9 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self.check()
         # The batch carries the teacher's columns, which no student's forward names.
         self.remove_unused_columns = False
+        if self.max_grad_norm is None:
+            # Both clip nothing; Trainer compares it with a number.
+            self.max_grad_norm = 0.0
         # A loss that isn't finite ends the run (see NonFiniteLossError); Trainer would hide it from the log.
         self.logging_nan_inf_filter = False
         self._set_best_metric()

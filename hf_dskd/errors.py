@@ -17,10 +17,10 @@ class UserError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """
-    A loss term became NaN or infinite.
+    A loss term, a gradient or a weight became NaN or infinite.
 
-    Training stops before anything is saved, so the last checkpoint on disk is from before the term broke. The message
-    names the term, the optimizer step and the ids of the examples in the batch.
+    Training stops before anything is saved, so the last checkpoint on disk is from before it broke. The message names
+    the term or the part, the optimizer step and the ids of the examples in the batch.
     """
 
 

@@ -55,6 +55,7 @@ def write_result(
         "seed": config.seed,
         "data_seed": config.data_seed,
         "steps": state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "best_checkpoint": best and Path(best).name,
         "metrics": metrics,
         "evaluations": history,

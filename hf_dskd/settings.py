@@ -32,6 +32,7 @@ DIVERGENCE_ALIASES = {
     "bce": "binary_ce",
 }
 LABELS = ("response", "teacher")
+ON_NONFINITE = ("stop", "skip")
 PROJECTOR_INITS = ("random", "pseudo_inverse")
 PROMPT_STYLES = ("chat", "plain")
 SPACES = ("both", "student", "teacher")
@@ -146,6 +147,11 @@ class DistillationSettings:
             statistics and in the matching, forward KL in teacher space, teacher-space sums divided by student tokens,
             a discriminator that is never trained, and its loss as a mean divided by the number of tokens once more.
             (Not reproduced: see above.)
+        on_nonfinite (`str`, *optional*, defaults to `"stop"`):
+            At a step whose loss or gradients are NaN or infinite: `"stop"` with an error before anything is saved, or
+            `"skip"` it on all processes and for all optimizers and schedules; `skipped_steps` in log and result counts
+            them. That waits for the device once a step, and stops after 10 such steps in a row. What a loss scale of
+            fp16 makes overflow is neither: the scaler skips it by itself.
         max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
@@ -297,6 +303,11 @@ class DistillationSettings:
     discriminator_steps: int = _setting(1, "discriminator updates per student update", least=1)
     discriminator_hidden_size: int = _setting(768, "width of its layer before the output", least=1)
     discriminator_dropout: float = _setting(0.1, "of the discriminator", least=0, below=1)
+    on_nonfinite: str = _setting(
+        "stop",
+        "at a step that is NaN or infinite: stop, or skip it (which waits for the device once a step)",
+        choices=ON_NONFINITE,
+    )
 
     # Data
     max_length: int = _setting(

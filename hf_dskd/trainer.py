@@ -39,6 +39,7 @@ from .checks import (
     check_columns,
     check_eos,
     check_launch,
+    check_metric,
     check_output_dir,
     check_pair,
     check_peft,
@@ -51,12 +52,14 @@ from .checks import (
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
+from .data.fillers import first_examples
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
 from .data.tokenization import TokenizationReport, depends_on_the_day, set_pad_token, tokenize_dataset
 from .data.vocabulary import same_vocabulary, shared_tokens
-from .errors import UserError
+from .errors import NonFiniteLossError, UserError
 from .evaluation.generation import check_generation_config, response_text, score_generation
+from .finite import largest_gradient, spoilt
 from .hub.card import identity, write_card
 from .hub.push import TRAINING, check_training, push_run
 from .kernels.linear_divergence import chunk_sizes
@@ -86,7 +89,7 @@ from .objective import (
 )
 from .projectors import Projectors
 from .result import RESULT_NAME, evaluations, write_result, write_text
-from .running_log import LOG_NAMES, RunningLog, exact_dtype
+from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
     Teacher,
@@ -131,8 +134,7 @@ class _StepCallback(TrainerCallback):
         self.trainer._before_optimizer_step()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer zeroes the gradients of the student only.
-        self.trainer._zero_projectors()
+        self.trainer._after_optimizer_step()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Also where auto_find_batch_size begins once more, or an interrupted training does.
@@ -192,7 +194,7 @@ class DSKDTrainer(Trainer):
 
     Raises:
         UserError: For input that can't work, before models are loaded.
-        NonFiniteLossError: When a loss term becomes NaN or infinite.
+        NonFiniteLossError: When a loss term, a gradient or a weight becomes NaN or infinite (see `on_nonfinite`).
 
     Example:
 
@@ -235,6 +237,7 @@ class DSKDTrainer(Trainer):
         check_launch(args)
         check_pair(args, model, teacher_model)
         check_output_dir(str(args.output_dir))
+        check_metric(args, eval_dataset)
         for name, quantization, given in (
             ("quantization_config", quantization_config, model),
             ("teacher_quantization_config", teacher_quantization_config, teacher_model),
@@ -416,6 +419,9 @@ class DSKDTrainer(Trainer):
         self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
         self._on_policy = False
         self._learning_rates: dict[str, float] = {}
+        self._update_hook: Any = None
+        self._updated = False  # whether the last step was, which a scaler or `on_nonfinite` may leave out
+        self.skipped_steps = self._skipped_in_a_row = 0
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
         self._trial: Any = None  # of a search
@@ -572,8 +578,22 @@ class DSKDTrainer(Trainer):
         self._on_policy = is_on_policy(self.state.global_step, self.args.on_policy_fraction)
         if self._on_policy and batches:
             batches = [self._answered_by_student(batch, place) for place, batch in enumerate(batches)]
+        filled = self._leave_fillers_out(batches)
+        if batches and (self._on_policy or filled):
             items = self._get_num_items_in_batch(batches, device)
         return batches, items
+
+    def _leave_fillers_out(self, batches: list[dict[str, Tensor]]) -> bool:
+        """
+        Takes from an epoch's last batch what accelerate has filled it with, where the examples don't go up in ranks
+        times batch size: the first ones of the epoch, which would count twice. Whether there was any, on any rank.
+        """
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
+            return False
+        size = len(batches[-1]["labels"])
+        batches[-1] = first_examples(batches[-1], state.remainder - self.accelerator.process_index * size)
+        return state.remainder < ranks * size
 
     def _answered_by_student(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -612,6 +632,10 @@ class DSKDTrainer(Trainer):
         if self.accelerator.sync_gradients:
             # Before a gradient scaler looks for overflows: all ranks must find the same, to skip a step together.
             reduce_over_ranks(self._projector_parameters(), self.accelerator, "mean")
+        if self.args.on_nonfinite == "skip":
+            # Trainer adds them up before it is known whether the step counts.
+            self._running.add(loss=loss)
+            loss = loss.nan_to_num(0.0, 0.0, 0.0)
         return loss
 
     def _autocast(self) -> AbstractContextManager:
@@ -750,6 +774,10 @@ class DSKDTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The student's optimizer, with the projectors as one more group at their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self._update_hook is not None:
+            self._update_hook.remove()
+        # Accelerate's wrapper, of an earlier training, calls no hooks.
+        self._update_hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._before_update)
         projectors = self._projector_parameters()
         present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if projectors and id(projectors[0]) not in present:
@@ -766,7 +794,8 @@ class DSKDTrainer(Trainer):
         """The student's schedule; the discriminator's optimizer and schedule are made at the same moment."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         # This is after the accelerator let go of its memory and before a checkpoint is loaded.
-        if self.adversary is not None and not self.args.as_published:
+        if self._trains_critic:
+            assert self.adversary is not None
             self.adversary.create_optimizer(num_training_steps)
         return scheduler
 
@@ -783,16 +812,80 @@ class DSKDTrainer(Trainer):
 
     def _before_optimizer_step(self) -> None:
         projectors = self._projector_parameters()
+        # A scaler that has found an overflow doesn't come to `_before_update`.
+        self._updated = self.accelerator.scaler is None
         # As Trainer logs the student's: the rates of the step, not of the next one.
         if projectors:
             self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])  # type: ignore[union-attr]
-            norm = clip(projectors, self.args.max_grad_norm)
-            self._running.add(projector_grad_norm=norm, ranked_steps=1.0)
-        if self.adversary is not None and not self.args.as_published:
-            assert self._items is not None
+            self._projector_norm = clip(projectors, self.args.max_grad_norm)
+        if self._trains_critic:
+            assert self.adversary is not None
             self._learning_rates["discriminator_learning_rate"] = self.adversary.learning_rate
+
+    def _before_update(self, *args: Any) -> None:
+        """
+        Just before the optimizer moves student and projectors: the gradients are those that it will use.
+
+        A scaler of fp16 that has found an overflow doesn't come here, or with an optimizer that leaves the step out
+        by itself; the critic is to agree.
+        """
+        step, projectors, running = self.state.global_step, self._projector_parameters(), self._running
+        gradients = {"the student's gradient": largest_gradient(self.model.parameters())}
+        if projectors:
+            gradients["the projectors' gradient"] = largest_gradient(projectors)
+        if self.accelerator.scaler is not None and not all(map(torch.isfinite, gradients.values())):
+            return
+        skips = self.args.on_nonfinite == "skip"
+        if self._trains_critic:
+            assert self.adversary is not None and self._items is not None
+            before = self.adversary.copy() if skips else None
             report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
-            self._running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
+            running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
+            gradients[f"the {self._critic_name.replace('_', ' ')}'s gradient"] = self.adversary.largest_gradient
+        running.watch(step, None, gradients)
+        if skips and (bad := running.found(self.accelerator)):
+            if self._trains_critic:
+                self.adversary.take_back(before)  # type: ignore[union-attr, arg-type]
+            self._leave_out(bad)
+            return
+        self._updated = True
+        running.add(ranked_steps=1.0)
+        if projectors:
+            running.add(projector_grad_norm=self._projector_norm)
+
+    def _leave_out(self, bad: str) -> None:
+        """Leaves the step out that is under way: no optimizer moves a parameter without a gradient."""
+        self._updated = False
+        self._running.discard()
+        for parameter in (*self.model.parameters(), *self._projector_parameters()):
+            parameter.grad = None
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == 10:
+            raise NonFiniteLossError(f"{bad}; 10 steps in a row were left out; {REMEDY}")
+        logger.warning("%s; the step is left out", bad)
+
+    def _after_optimizer_step(self) -> None:
+        # Trainer zeroes the gradients of the student only.
+        self._zero_projectors()
+        scaler = self.accelerator.scaler
+        if self._updated:
+            self._skipped_in_a_row = 0
+        elif scaler is not None and scaler.get_scale() < 1:
+            # Of a gradient that is too large without any scale, no lower one will ever make a step.
+            self._running.watch(
+                self.state.global_step, None, {"the gradient, at a loss scale of 1,": torch.tensor(torch.inf)}
+            )
+        # So that Trainer's schedule leaves out what the optimizer did.
+        self.optimizer._is_overflow = not self._updated  # type: ignore[union-attr]
+        if self.adversary is not None:
+            self.adversary.forget()
+            if self._trains_critic and self._updated:
+                self.adversary.scheduler.step()
+
+    @property
+    def _trains_critic(self) -> bool:
+        return self.adversary is not None and not self.args.as_published
 
     # ---- Hub
 
@@ -998,7 +1091,18 @@ class DSKDTrainer(Trainer):
         """Adds every loss term, norms, learning rates, accuracies and speed to what Trainer logs while training."""
         if "loss" in logs:
             logs.update(self._running.drain(self.accelerator) | self._learning_rates)
+        if self.skipped_steps and ("loss" in logs or "train_loss" in logs):
+            self._note_skipped(logs)
         super().log(logs, start_time)
+
+    def _note_skipped(self, logs: dict[str, float]) -> None:
+        """Takes the steps that were left out from what Trainer counted."""
+        logs["skipped_steps"] = self.skipped_steps
+        if "train_loss" in logs:
+            self._running.drain(self.accelerator)
+            logs["train_loss"] = self._running.mean_loss if self._running.mean_loss is not None else math.nan
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]
 
     # ---- Evaluation
 
@@ -1049,6 +1153,7 @@ class DSKDTrainer(Trainer):
         the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers. With
         `eval_generation_samples` also ROUGE-L and exact match of what it answers.
         """
+        self._running.check(self.accelerator)
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
@@ -1188,8 +1293,9 @@ class DSKDTrainer(Trainer):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if not self.state.global_step and not hasattr(self.train_dataset, "__len__"):
             raise UserError("no step was taken: train_dataset is a stream that gave no batch; pass one with examples")
-        self._running.check(self.accelerator)
-        return result
+        self._check_finite()
+        # Of steps that were left out Trainer knows nothing.
+        return result._replace(training_loss=result.metrics["train_loss"])
 
     def _forget_earlier(self, resumed: bool) -> None:
         """Deletes what an earlier run left in the output folder and this one may not write again."""
@@ -1222,6 +1328,32 @@ class DSKDTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
+
+    def _check_finite(self) -> None:
+        """Raises a [`NonFiniteLossError`] on every rank for what was not finite on one: terms, gradients, weights."""
+        self._running.check(self.accelerator)
+        found = self.accelerator.gather(spoilt(self._trained(), self.accelerator.device).unsqueeze(0))
+        self._refuse_spoilt(found.any(0))
+
+    def _trained(self) -> dict[str, list[nn.Parameter]]:
+        """What a run trains, by its part."""
+        parts = {"the student": [weight for weight in self.model.parameters() if weight.requires_grad]}
+        named = self._auxiliary_modules().items()
+        return parts | {f"the {name.replace('_', ' ')}": list(module.parameters()) for name, module in named}
+
+    def _refuse_spoilt(self, found: Tensor) -> None:
+        names = [name for name, bad in zip(self._trained(), found.tolist()) if bad]
+        if names:
+            raise NonFiniteLossError(
+                f"weights of {', '.join(names)} are NaN or infinite after step {self.state.global_step}, and aren't"
+                f" saved; {REMEDY}"
+            )
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As in [`~transformers.Trainer`]; weights that are NaN or infinite aren't saved."""
+        # On this process alone: of several, one may be asked to save.
+        self._refuse_spoilt(spoilt(self._trained(), self.accelerator.device))
+        super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -1268,7 +1400,7 @@ class DSKDTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes beside and renames, so that a full disk or a kill never leaves half a checkpoint under its name."""
-        self._running.check(self.accelerator)
+        self._check_finite()
         run_dir = Path(super()._get_output_dir(trial))
         staging = run_dir / checkpoint_files.STAGING_NAME
         name = f"checkpoint-{self.state.global_step}"

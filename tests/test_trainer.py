@@ -209,17 +209,26 @@ def test_fp16_scaler_steps_each_optimizer_once(tmp_path, monkeypatch):
         torch.testing.assert_close(finals[0][name], finals[1][name], rtol=1e-6, atol=1e-7)
 
 
-def test_fp16_overflow_skips_student_and_projectors_and_lowers_the_scale(tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_fp16_overflow_skips_every_part_and_lowers_the_scale(optim, tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run = with_scaler(runs.trainer(tmp_path, optim="adamw_torch", max_steps=1), scaler)
+    settings = {"lr_scheduler_type": "linear", "discriminator_lr_scheduler_type": "linear"}
+    run = with_scaler(runs.trainer(tmp_path, optim=optim, max_steps=1, **settings), scaler)
     run.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = runs.weights(run)
     run.train()
     after = runs.weights(run)
-    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
-    assert moved <= {"critic"}
-    assert all(torch.isfinite(value).all() for value in after.values())
-    assert scaler.get_scale() == 512.0
+    assert not [name for name in after if not torch.equal(before[name], after[name])]
+    assert run.lr_scheduler.last_epoch == run.adversary.scheduler.last_epoch == 0
+    assert scaler.get_scale() == 512.0 and run.skipped_steps == 0
+
+
+def test_fp16_that_overflows_at_any_scale_is_not_the_scales_fault(tmp_path):
+    run = runs.trainer(tmp_path, optim="adamw_torch", max_steps=9, logging_steps=9)
+    with_scaler(run, torch.amp.GradScaler("cpu", init_scale=4.0))
+    run.model.transformer.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLossError, match=r"at a loss scale of 1, became NaN or infinite at step 2 "):
+        run.train()
 
 
 def test_nf4_teacher_with_lora_student(tmp_path):

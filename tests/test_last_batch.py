@@ -1,0 +1,99 @@
+"""Examples of the last batch of an epoch count once, however many ranks have to be filled."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import runs
+import torch
+
+from hf_dskd.data.fillers import first_examples
+
+
+LABELS = ("labels", "teacher_labels")
+
+
+def batch(run, rows):
+    return run.data_collator([run.train_dataset[i] for i in range(rows)])
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 3, 4, 9])
+def test_first_examples(count, tmp_path):
+    run = runs.trainer(tmp_path, method="alm", rows=4)
+    whole = batch(run, 4)
+    copies = {name: value.clone() for name, value in whole.items()}
+    first = first_examples(whole, count)
+    assert first.keys() == whole.keys()
+    for name, value in first.items():
+        if count > 0 or name not in (
+            *LABELS,
+            *(f"{side}{n}" for side in ("", "teacher_") for n in ("byte_ends", "chunk_ids")),
+        ):
+            assert torch.equal(value, copies[name][: max(count, 1)]), name
+        else:
+            assert len(value) == 1 and (value == (-100 if name in LABELS else -1)).all()
+        assert torch.equal(whole[name], copies[name]), name
+
+
+def logs_of_runs(folder, size):
+    """Two epochs of 11 examples, 8 to a step."""
+    logs = {}
+    cases = {name: (settings, {}) for name, settings in runs.CASES.items()}
+    cases["grouped"] = (
+        {"method": "dskd_cma_ga"},
+        {"group_by_length": True}
+        if "group_by_length" in vars(runs.config(folder))
+        else {"train_sampling_strategy": "group_by_length"},
+    )
+    cases["workers"] = ({"method": "kd"}, {"dataloader_num_workers": 1})
+    cases["cached"] = ({"method": "dskd_cma"}, {"teacher_cache": f"{folder}/cache"})
+    cases["on_policy"] = ({"method": "uld"}, {"on_policy_fraction": 1.0, "max_length": 96})
+    for case, (settings, options) in cases.items():
+        run = runs.trainer(
+            folder,
+            per_device_train_batch_size=size,
+            rows=11,
+            max_steps=4,
+            optim="sgd",
+            learning_rate=0.1,
+            **settings,
+            **options,
+        )
+        if case == "on_policy":
+            run.model.generation_config.update(max_new_tokens=8, do_sample=False)
+        run.train()
+        ends = ("loss", "rate", "agreement", "norm", "real", "cost")
+        names = sorted(name for name in run.state.log_history[0] if name.endswith(ends))
+        logs[case] = [[log[name] for name in names] for log in run.state.log_history if "loss" in log]
+        logs[case].append([weight.double().sum().item() for weight in runs.weights(run).values()])
+    return logs if run.accelerator.is_main_process else None
+
+
+def test_any_number_of_processes_equals_one(tmp_path):
+    """With two, the last three of an epoch are rank 0's; with four, two ranks have none."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\n"
+        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
+        "import test_last_batch\n"
+        "logs = test_last_batch.logs_of_runs(sys.argv[1], int(sys.argv[2]))\n"
+        "if logs is not None:\n"
+        "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
+        "from hf_dskd.run import leave_together\n"
+        "leave_together()\n"
+    )
+    results = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launcher, str(script), str(folder), str(8 // processes)], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads((folder / "logs.json").read_text()))
+    for case, expected in results[0].items():
+        for several in results[1:]:
+            for one, two in zip(expected, several[case], strict=True):
+                assert two == pytest.approx(one, rel=1e-4, abs=1e-5), case

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_dskd import DSKDTrainer, NonFiniteLossError
 from hf_dskd.adversary import Features
+from hf_dskd.errors import UserError
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
@@ -621,3 +622,44 @@ def test_trainer_is_a_transformers_trainer_with_trls_signature():
         "quantization_config",
         "teacher_quantization_config",
     ]
+
+
+# ---- The checkpoint that several evaluation sets choose
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "method": "sft"}
+
+
+@pytest.mark.parametrize("setting", [{"load_best_model_at_end": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+def test_several_sets_need_the_name_of_one(setting, tmp_path):
+    sets = {"short": tiny.dataset(3), "long": tiny.dataset(5)}
+    with pytest.raises(UserError, match="set 'short_bits_per_byte' or 'long_bits_per_byte'"):
+        runs.trainer(tmp_path, student="nothing is loaded", eval_dataset=sets, **BEST, **setting)
+    settings = {**BEST, **setting, "max_steps": 3, "learning_rate": 0.5}
+    for name in ("long_bits_per_byte", "eval_short_token_accuracy"):
+        run = runs.trainer(
+            tmp_path / name,
+            eval_dataset=sets,
+            metric_for_best_model=name,
+            greater_is_better="accuracy" in name,
+            **settings,
+        )
+        run.train()
+        key = f"eval_{name.removeprefix('eval_')}"
+        values = [log[key] for log in run.state.log_history if key in log]
+        assert len(values) == 3
+        assert run.state.best_metric == (max(values) if "accuracy" in name else min(values))
+
+
+def test_one_set_with_a_name_is_the_one(tmp_path):
+    run = runs.trainer(
+        tmp_path,
+        eval_dataset={"held_out": tiny.dataset(3)},
+        max_steps=2,
+        learning_rate=0.5,
+        load_best_model_at_end=True,
+        **BEST,
+    )
+    run.train()
+    assert run.args.metric_for_best_model == "held_out_bits_per_byte"
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")

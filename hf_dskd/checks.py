@@ -150,7 +150,10 @@ def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterat
     except Exception as error:
         from safetensors import SafetensorError
 
-        if not isinstance(error, (OSError, ValueError, SafetensorError)):
+        if isinstance(error, (TypeError, AttributeError)):
+            # What was passed on to the model's own class, or to torch.
+            remedy = "check what the init kwargs name"
+        elif not isinstance(error, (OSError, ValueError, SafetensorError)):
             raise
         reason = str(error).split("\n")[0].strip().rstrip(".")
         raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from . import run
+from . import __version__, run
 from .errors import UserError, check_name
 from .launch import launched_processes
 
@@ -241,6 +241,9 @@ def main(arguments: list[str] | None = None) -> None:
     def chosen() -> None:
         if not given or given[0] in ("--help", "-h"):
             print(USAGE)
+            return
+        if given[0] in ("--version", "-V"):
+            print(f"hf_dskd {__version__}")
             return
         check_name("command ", given[0], COMMANDS)
         if given[0] not in SHARED and launched_processes() > 1:

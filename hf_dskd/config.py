@@ -15,6 +15,7 @@ from .field_checks import TRAINING, check_fields
 from .launch import check_processes, must_use_cpu
 from .methods import METHODS, Method
 from .settings import DistillationSettings
+from .words import SETTINGS, understands
 
 
 # Settings that replace a part of a dual-space method's row.
@@ -243,3 +244,7 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
     def training_dtype(self) -> str:
         """Name of the torch dtype that matrix products run in."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+
+# The generated one, which takes other tools' names too.
+DSKDConfig.__init__ = understands("DSKDConfig", SETTINGS, "leave it out")(DSKDConfig.__init__)  # type: ignore[method-assign]

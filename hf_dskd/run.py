@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -10,14 +9,15 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import checkpoints
-from .errors import NonFiniteLossError, UserError, check_name
+from .errors import NonFiniteLossError, UserError
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
+from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .trainer import DSKDTrainer
 
 PYTHON_FUNCTIONS = "python_functions"
+LISTED = "--help lists the settings"
 
 
 @dataclass
@@ -128,31 +129,39 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     arguments = [part for argument in arguments for part in _split_config(argument)]
     if "--config" not in arguments and config_file is not None:
         arguments = ["--config", str(config_file), *arguments]
-    given = flag_names(arguments)
-    named, settings = set(given), {}
+    path, settings = "", dict[str, Any]()
     if "--config" in arguments:
         path = [*arguments, ""][arguments.index("--config") + 1]
         settings = read_yaml("--config", path)
-        named |= set(settings)
-    smoke = smoke_flags(settings, given) if wants_smoke(arguments, settings) else []
 
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from .config import DSKDConfig
+
+    groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
+    known = [setting.name for group in groups for setting in fields(group) if setting.init]
+    same = {**SETTINGS, **FLAGS}
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
             # argparse would print the names of some three hundred settings first.
             raise UserError(message)
 
+        def set_defaults_with_config(self, **settings: Any) -> list[str]:
+            return super().set_defaults_with_config(**translated(repr(path), settings, known, same, LISTED))
+
+    # What is wanted of `env` is the parser's.
+    settings = translated(
+        repr(path), {name: settings[name] for name in settings if name != "env"}, known, same, LISTED
+    )
+    arguments = our_flags(arguments, known, same)
+    given = flag_names(arguments)
+    smoke = smoke_flags(settings, given) if wants_smoke(arguments, settings) else []
     # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
-    precision = [f"{flag}=true" for flag in fastest_precision() if flag == "--use_cpu" or not named & {"bf16", "fp16"}]
-    groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
+    said = (given | settings.keys()) & {"bf16", "fp16"}
+    precision = [f"{flag}=true" for flag in fastest_precision() if flag == "--use_cpu" or not said]
     # Half of a name would be understood by the parser, but not by what looks for names here.
     parser = Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]
-    known = [setting.name for group in groups for setting in fields(group) if setting.init]
-    for name in settings:
-        check_name(f"{path!r} has a setting ", name, [*known, "env"])
     try:
         script, config, model, options = parser.parse_args_and_config(args=[*precision, *smoke, *arguments])
     except UserError:
@@ -186,6 +195,23 @@ def flag_names(arguments: list[str]) -> set[str]:
     return {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
 
 
+def our_flags(arguments: list[str], known: Collection[str], same: Mapping[str, str]) -> list[str]:
+    """A command line whose settings have the names that they have here (see [`hf_dskd.words`])."""
+    given, result = flag_names(arguments), []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        ours = same.get(name, name)
+        if word.startswith("--") and name not in known:
+            if ours in given and ours != name:
+                raise UserError(f"{flag} is --{ours} here, and both are given: leave one of them out")
+            if ours not in known and name in INSTEAD:
+                raise UserError(instead_of(flag, known, LISTED))
+            flag = f"--{ours}" if ours in known else flag
+        result.append(flag + equals + value)
+    return result
+
+
 def wants_smoke(arguments: list[str], settings: dict[str, Any]) -> bool:
     """Whether `--smoke` is set, on the command line or else in the file."""
     wanted = bool(settings.get("smoke", False))
@@ -208,10 +234,7 @@ def _not_parsed(message: str, known: list[str]) -> UserError:
         return UserError(
             f"{word!r} belongs to no setting: name a configuration file with --config, a value with --NAME"
         )
-    name = word[2:].partition("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists the settings"
-    return UserError(f"{word.partition('=')[0]} is no setting: {hint}")
+    return UserError(instead_of(word.partition("=")[0], known, LISTED))
 
 
 def check_fresh(config: DSKDConfig) -> None:

@@ -34,6 +34,22 @@ from .adversary import Adversary, clip, reduce_over_ranks
 from .alignment.chunked import input_chunks
 from .alignment.min_edit import partners
 from .alignment.min_edit import vocabulary_map as edit_distance_map
+from .arguments import (
+    as_dataset,
+    as_datasets,
+    as_model,
+    as_tokenizer,
+    check_adapter_config,
+    check_args,
+    check_callbacks,
+    check_collator,
+    check_evaluation,
+    check_functions,
+    check_optimized,
+    check_optimizers,
+    check_quantization,
+    check_trackers,
+)
 from .attention_capture import AttentionPairs
 from .checks import (
     check_columns,
@@ -100,6 +116,7 @@ from .teacher.load import (
     named_device,
 )
 from .teacher.responses import write_responses
+from .words import ARGUMENTS, understands
 
 
 if TYPE_CHECKING:
@@ -211,6 +228,7 @@ class DSKDTrainer(Trainer):
 
     _tag_names = ["hf_dskd", "distillation"]
 
+    @understands("DSKDTrainer", ARGUMENTS, "settings go into args=DSKDConfig(...)")
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -231,9 +249,28 @@ class DSKDTrainer(Trainer):
     ):
         if args is None:
             args = DSKDConfig("dskd_output")
+        check_args(args)
         row = args.method_row
 
         # What can be refused is refused first; models are loaded last.
+        model, teacher_model = as_model(model, "model"), as_model(teacher_model, "teacher_model")
+        processing_class = as_tokenizer(processing_class, "processing_class")
+        teacher_processing_class = as_tokenizer(teacher_processing_class, "teacher_processing_class")
+        train_dataset = as_dataset(train_dataset, "train_dataset")
+        eval_dataset = as_datasets(eval_dataset, "eval_dataset")
+        check_functions(
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        check_callbacks(callbacks)
+        check_evaluation(args, eval_dataset, compute_metrics)
+        check_trackers(args.report_to)  # type: ignore[arg-type]  # a list by now
+        check_optimizers(optimizers, model)
+        check_adapter_config(peft_config)
+        check_quantization(
+            quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
+        )
         check_launch(args)
         check_pair(args, model, teacher_model)
         check_output_dir(str(args.output_dir))
@@ -335,6 +372,8 @@ class DSKDTrainer(Trainer):
                 eval_dataset = self._tokenize(eval_dataset, "eval")
         if train_dataset is not None:
             check_steps(args, train_dataset)
+        if data_collator is not None:
+            check_collator(data_collator, train_dataset, row.needs_teacher)
 
         if self._cache is not None:
             splits: dict[str, Any] = {"eval": eval_dataset}
@@ -359,6 +398,7 @@ class DSKDTrainer(Trainer):
         student = load_student()
         if train_dataset is not None:
             check_trainable(student)
+            check_optimized(optimizers[0], student)
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
@@ -547,14 +587,14 @@ class DSKDTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize(eval_dataset, "eval")
+            eval_dataset = self._tokenize(as_dataset(eval_dataset, "eval_dataset"), "eval")
             if self._cache is not None:
                 self._cache.fill({"eval": eval_dataset}, self._load_teacher)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
-        test_dataset = self._tokenize(test_dataset, "test")
+        test_dataset = self._tokenize(as_dataset(test_dataset, "test_dataset"), "test")
         if self._cache is not None:
             self._cache.fill({"test": test_dataset}, self._load_teacher)
         return super().get_test_dataloader(test_dataset)

@@ -1,0 +1,273 @@
+"""What a trainer is given: taken in the kinds that people have, and refused by name where it is no such thing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, check_name
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from .config import DSKDConfig
+
+logger = logging.getLogger(__name__)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def check_args(args: Any) -> None:
+    """Settings must be a [`DSKDConfig`]."""
+    from .config import DSKDConfig
+
+    if isinstance(args, DSKDConfig):
+        return
+    remedy = "write DSKDConfig(...) with the same settings"
+    if isinstance(args, Mapping):
+        remedy = "write DSKDConfig(**args)"
+    elif isinstance(args, (str, os.PathLike)):
+        remedy = f"write DSKDConfig({os.fspath(args)!r}), if that is the output folder"
+    raise UserError(f"args is {_kind(args)}, which isn't a DSKDConfig: {remedy}")
+
+
+def check_functions(**given: Any) -> None:
+    """Functions that are given must be callable."""
+    for name, function in given.items():
+        if function is not None and not callable(function):
+            raise UserError(f"{name}={function!r} is {_kind(function)}: pass a function")
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Callbacks come as a list of [`~transformers.TrainerCallback`]."""
+    from transformers import TrainerCallback
+
+    if callbacks is None:
+        return
+    if not isinstance(callbacks, (list, tuple)):
+        raise UserError(f"callbacks is {_kind(callbacks)}: pass a list of them")
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise UserError(f"callbacks has {_kind(callback)}, which is no TrainerCallback: derive it from that")
+
+
+def check_optimizers(optimizers: Any, model: Any) -> None:
+    """An optimizer and a schedule, either of them `None`; the optimizer can't know a student that isn't loaded yet."""
+    if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
+        shown = f" of {len(optimizers)}" if isinstance(optimizers, (tuple, list)) else ""
+        raise UserError(f"optimizers is {_kind(optimizers)}{shown}: pass the two (optimizer, None)")
+    optimizer, schedule = optimizers
+    if optimizer is not None and (isinstance(optimizer, type) or not hasattr(optimizer, "param_groups")):
+        raise UserError(f"optimizers has {_kind(optimizer)} as its first: make a torch.optim.Optimizer, or set optim")
+    if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "step")):
+        raise UserError(f"optimizers has {_kind(schedule)} as its second: make a schedule, or set lr_scheduler_type")
+    if optimizer is not None and isinstance(model, str):
+        raise UserError(
+            f"optimizers=({type(optimizer).__name__}, ...): the student {model!r} is loaded by its name, and an"
+            " optimizer made before can't hold its parameters: pass the loaded student as model, or set optim"
+        )
+
+
+def check_optimized(optimizer: Optimizer | None, student: nn.Module) -> None:
+    """An optimizer of the user's must hold parameters of the student, trained ones among them."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {id(parameter): parameter.requires_grad for parameter in student.parameters()}
+    foreign = len(held - own.keys())
+    if foreign:
+        raise UserError(
+            f"optimizers: {foreign} of the optimizer's {len(held)} parameters are none of the student's: make it from"
+            " model.parameters() of the student that is passed"
+        )
+    if not any(own[parameter] for parameter in held):
+        raise UserError(
+            "optimizers: none of the optimizer's parameters is trained (those of an adapter are made later): pass the"
+            " student with its adapter, or set optim"
+        )
+
+
+def check_adapter_config(peft_config: Any) -> None:
+    """An adapter is described by a [`~peft.PeftConfig`]."""
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        remedy = "LoraConfig(**peft_config)" if isinstance(peft_config, Mapping) else "LoraConfig(...)"
+        raise UserError(f"peft_config is {_kind(peft_config)}: write peft_config={remedy}")
+
+
+def check_quantization(**given: Any) -> None:
+    """A quantization is described by one of transformers' configs."""
+    for name, config in given.items():
+        if config is not None and (isinstance(config, type) or not hasattr(config, "quant_method")):
+            remedy = f"BitsAndBytesConfig(**{name})" if isinstance(config, Mapping) else "BitsAndBytesConfig(...)"
+            raise UserError(f"{name} is {_kind(config)}: write {name}={remedy}")
+
+
+def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+    """Evaluations that are asked for need data, and the best checkpoint a metric that they have."""
+    from .running_log import RATIOS
+
+    asked = [name for name in ("eval_strategy", "eval_on_start") if getattr(args, name) not in ("no", False)]
+    if asked and eval_dataset is None:
+        value = getattr(args, asked[0])
+        raise UserError(
+            f"{asked[0]}={getattr(value, 'value', value)!r} but eval_dataset=None: pass the examples to evaluate on,"
+            f" or leave {asked[0]} out"
+        )
+    metric = args.metric_for_best_model
+    if metric is None or compute_metrics is not None or not asked:
+        return
+    name = metric.removeprefix("eval_")
+    for split in eval_dataset if isinstance(eval_dataset, dict) else ():
+        name = name.removeprefix(f"{split}_")
+    names = ["bits_per_byte", "loss", *RATIOS, "t2s_accuracy"]
+    names += ["rouge_l", "exact_match", "unfinished"] if args.eval_generation_samples else []
+    timings = ("runtime", "samples_per_second", "steps_per_second")
+    if name not in timings:
+        check_name("metric_for_best_model=", name, names)
+
+
+def check_trackers(names: list[str]) -> None:
+    """Trackers of the log must be some that transformers knows, and installed."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        check_name("report_to=", name, INTEGRATION_TO_CALLBACK)
+        # Of these the callback raises what isn't one line.
+        if name in ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "clearml", "swanlab", "codecarbon"):
+            if name not in get_available_reporting_integrations():
+                package = name.replace("_", "-")
+                raise UserError(f"report_to={name!r} needs {package}: pip install {package}, or choose another")
+
+
+def as_model(model: Any, parameter: str) -> Any:
+    """A model's name or folder as a string, or a loaded model that has weights."""
+    from torch import nn
+
+    if model is None or isinstance(model, str):
+        if model == "":
+            raise UserError(f"{parameter}='' is empty: name a model or a folder")
+        return model
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    inner = getattr(model, "module", None)
+    if isinstance(model, nn.Module) and isinstance(inner, nn.Module) and not hasattr(model, "config"):
+        raise UserError(f"{parameter} is {_kind(model)} around a {type(inner).__name__}: pass the model itself")
+    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not hasattr(model, "name_or_path"):
+        raise UserError(
+            f"{parameter} is {_kind(model)}: pass a name, a folder, or a model of"
+            " AutoModelForCausalLM.from_pretrained(...)"
+        )
+    # Those that accelerate keeps elsewhere are on the meta device too.
+    if getattr(model, "hf_device_map", None) is None and any(weight.is_meta for weight in model.parameters()):
+        raise UserError(
+            f"{parameter} is on the meta device, without weights: load it with from_pretrained, or name it"
+        )
+    return model
+
+
+def as_tokenizer(tokenizer: Any, parameter: str) -> Any:
+    """A tokenizer, that of a processor included."""
+    if tokenizer is None:
+        return None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        name = os.fspath(tokenizer)
+        raise UserError(f"{parameter}={name!r} is a name: pass AutoTokenizer.from_pretrained({name!r})")
+    inner = getattr(tokenizer, "tokenizer", None)
+    if hasattr(inner, "eos_token_id") and callable(inner):
+        logger.info("%s is a %s, of which its tokenizer is taken", parameter, type(tokenizer).__name__)
+        return inner
+    if not hasattr(tokenizer, "eos_token_id") or isinstance(tokenizer, type):
+        wrapped = type(tokenizer).__module__.startswith("tokenizers")
+        remedy = "PreTrainedTokenizerFast(tokenizer_object=...)" if wrapped else "AutoTokenizer.from_pretrained(...)"
+        raise UserError(f"{parameter} is {_kind(tokenizer)}, which is no tokenizer of transformers: pass {remedy}")
+    return tokenizer
+
+
+def as_dataset(data: Any, parameter: str) -> Any:
+    """
+    A dataset of rows; lists of rows, data frames and torch datasets of rows become one.
+
+    Args:
+        data: What was given as `parameter`.
+        parameter (`str`): Its name, for errors.
+
+    Returns:
+        [`~datasets.Dataset`], [`~datasets.IterableDataset`] or `None`.
+    """
+    from datasets import Dataset, IterableDataset
+
+    if data is None or isinstance(data, (Dataset, IterableDataset)):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        name = os.fspath(data)
+        raise UserError(f"{parameter}={name!r} is a name: pass datasets.load_dataset({name!r}, split='train')")
+    if isinstance(data, Mapping):
+        if all(isinstance(split, (Dataset, IterableDataset)) for split in data.values()):
+            splits = ", ".join(map(str, data))
+            raise UserError(f"{parameter} is {_kind(data)} of the splits {splits}: pass one of them")
+        raise UserError(f"{parameter} is {_kind(data)}: pass datasets.Dataset.from_dict(...), or a list of rows")
+    library = type(data).__module__.partition(".")[0]
+    if type(data).__name__ == "DataFrame" and library in ("pandas", "polars"):
+        return Dataset.from_pandas(data, preserve_index=False) if library == "pandas" else Dataset.from_polars(data)
+    if isinstance(data, type) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise UserError(f"{parameter} is {_kind(data)}: pass a datasets.Dataset, or a list of rows")
+    rows = [data[index] for index in range(len(data))]
+    if not rows:
+        raise UserError(f"{parameter} has no rows: pass at least one")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{parameter}: row {index} is {_kind(row)}, not a mapping: write rows as"
+                " {'prompt': ..., 'completion': ...}"
+            )
+    # Dataset.from_list has the columns of the first row alone.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    except (ValueError, TypeError) as error:  # of pyarrow
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{parameter} is no table ({reason}): give a column values of one kind") from error
+
+
+def as_datasets(data: Any, parameter: str) -> Any:
+    """A dataset, or several by name (see [`as_dataset`])."""
+    if isinstance(data, Mapping):
+        return {name: as_dataset(part, f"{parameter}[{name!r}]") for name, part in data.items()}
+    return as_dataset(data, parameter)
+
+
+def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
+    """A collator of the user's must make batches of the two tokenizations out of tokenized rows."""
+    if dataset is None:
+        return
+    if hasattr(dataset, "__len__"):
+        rows = [dataset[index] for index in range(min(2, len(dataset)))]
+    else:
+        rows = list(dataset.take(2))
+    name = getattr(collator, "__name__", type(collator).__name__)
+    remedy = "leave it out, or derive it from hf_dskd.data.collator.DualCollator"
+    try:
+        batch = collator([dict(row) for row in rows])
+    except Exception as error:  # anything may go wrong in code of others
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"data_collator={name} can't batch tokenized rows ({reason}): {remedy}") from error
+    tensors = ("input_ids", "attention_mask", "labels")
+    needed = (*tensors, *(f"teacher_{tensor}" for tensor in tensors if with_teacher))
+    missing = [tensor for tensor in needed if tensor not in batch]
+    if missing:
+        raise UserError(f"data_collator={name} makes batches without {', '.join(missing)}: {remedy}")

@@ -30,6 +30,7 @@ from typing import Any
 from .checkpoint import checkpoints
 from .errors import UserError, check_name
 from .methods import METHODS
+from .redaction import redact, secret_names
 from .result import RESULT_NAME, write_text
 from .run import read_yaml
 
@@ -188,6 +189,11 @@ def parse(arguments: Sequence[str]) -> Grid:
     base = read_yaml("--config", config)
     grid = Grid(rows, [int(seed) for seed in seeds], base, Path(path), int(processes), given)
     for cell in grid.cells():
+        for secret in secret_names(cell.settings):
+            raise UserError(
+                f"{secret} would be written into the files of every cell: leave it out, and set HF_TOKEN (or run"
+                " `hf auth login`)"
+            )
         if _is_on(cell.settings.get("sft_teacher")):
             raise UserError(
                 "sft_teacher=True would train a teacher in every cell: train it once with `hf-dskd train"
@@ -339,8 +345,8 @@ def last_error(log: str) -> str:
     for pattern in (r"error: (.+)", r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b(?:: .*)?$)"):
         found = [match[1] for line in told if (match := re.match(pattern, line))]
         if found:
-            return found[-1]
-    return lines[-1] if lines else "it printed nothing"
+            return redact(found[-1])
+    return redact(lines[-1]) if lines else "it printed nothing"
 
 
 # ---- Running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from .errors import UserError
 from .field_checks import TRAINING, check_fields
 from .launch import check_processes, must_use_cpu
 from .methods import METHODS, Method
+from .redaction import is_secret, redact, without_secrets
 from .settings import DistillationSettings
 from .words import SETTINGS, understands
 
@@ -62,6 +64,23 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         except (ValueError, TypeError, OSError) as error:
             raise UserError(" ".join(str(error).split())) from error
         check_processes(self.world_size)
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but tokens: for trackers."""
+        return without_secrets(super().to_dict())
+
+    def without_tokens(self) -> DSKDConfig:
+        """A copy to be saved."""
+        saved = copy(self)
+        for name, value in vars(self).items():
+            if type(value) in (str, list, dict):
+                setattr(saved, name, None if is_secret(name) else without_secrets(value))
+        return saved
 
     def _set_best_metric(self) -> None:
         # eval_loss would be Trainer's choice: it moves with the discriminator and with temperature schedules.

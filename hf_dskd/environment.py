@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from .redaction import redact_words
 
 
 PACKAGES = (
@@ -22,8 +23,7 @@ def command_line() -> str:
     """The command of this process, without the folder that the program lies in, and without a token."""
     name = Path(sys.argv[0]).name
     program = "python -m hf_dskd.cli" if name == "cli.py" else name
-    shown = re.sub(r"(--hub_token[ =])\S+", r"\1...", shlex.join(sys.argv[1:]))
-    return f"{program} {shown}".rstrip()
+    return f"{program} {shlex.join(redact_words(sys.argv[1:]))}".rstrip()
 
 
 def versions() -> dict[str, str]:

@@ -6,13 +6,18 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from .redaction import redact
+
 
 class UserError(ValueError):
     """
     Something in the input has to be changed by the user.
 
-    The message is one line: the offending value and the remedy. Commands print it without a traceback.
+    The message is one line: the offending value and the remedy, without tokens. Commands print it without a traceback.
     """
+
+    def __init__(self, message: str):
+        super().__init__(redact(message))
 
 
 class NonFiniteLossError(RuntimeError):

@@ -388,6 +388,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     from accelerate.utils import gather_object
 
     from .memory import free_memory
+    from .redaction import without_secrets
     from .result import UNWRITTEN, _plain
 
     student, teacher, flags = two_names(arguments)
@@ -432,7 +433,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     if PartialState().is_main_process:
         print(derived, flush=True)
         if dry_run:
-            rest = {name: _plain(value) for name, value in values.items() if value is not None}
+            rest = without_secrets({name: _plain(value) for name, value in values.items() if value is not None})
             print(yaml.safe_dump({name: rest[name] for name in rest if name not in ("smoke", *UNWRITTEN)}), end="")
     if not dry_run:
         run.train(final)

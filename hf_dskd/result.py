@@ -10,6 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .redaction import without_secrets, without_values
+
 
 if TYPE_CHECKING:
     from .trainer import DSKDTrainer
@@ -79,7 +81,9 @@ def write_result(
             "adapter": trainer._facts["adapter"],
         },
         "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
-        "settings": {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)},
+        "settings": without_secrets(
+            {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)}
+        ),
         "changed_settings": differences(config),
         **({"card": card} if card else {}),
     }
@@ -99,12 +103,12 @@ def differences(settings: Any) -> dict[str, list[Any]]:
     """
     `[default, value]` of the settings of a dataclass that are not at their default, as plain as YAML and JSON need.
 
-    Left out are those that [`DSKDConfig`] sets itself, and the token.
+    Left out are those that [`DSKDConfig`] sets itself, and tokens.
     """
     found = {}
     for setting in fields(settings):
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-        value = _plain(getattr(settings, setting.name))
+        value = without_secrets(_plain(getattr(settings, setting.name)))
         default = None if default is MISSING else _plain(default)
         # Objects that a setting was parsed into.
         known = value is None or isinstance(value, (str, bool, int, float, list, dict))
@@ -139,10 +143,10 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames: the file is never half there."""
+    """Writes beside and renames, without tokens: the file is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
     # A link that lies there would be followed.
     beside.unlink(missing_ok=True)
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(without_values(text), encoding="utf-8")
     os.replace(beside, path)

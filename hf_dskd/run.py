@@ -8,14 +8,17 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import checkpoints
 from .errors import NonFiniteLossError, UserError
+from .redaction import without_values
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
@@ -80,6 +83,7 @@ def command(main: Callable[[], Any]) -> None:
     # warns of names that its own code and peft's still use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    sys.excepthook = print_without_tokens
     try:
         main()
         leave_together()
@@ -89,6 +93,11 @@ def command(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
         sys.exit(130)
+
+
+def print_without_tokens(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an error that nobody caught: its text may have a token, and the terminal may be a file."""
+    sys.stderr.write(without_values("".join(traceback.format_exception(kind, error, trace))))
 
 
 def leave_together() -> None:

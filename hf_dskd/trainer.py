@@ -1396,7 +1396,12 @@ class DSKDTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        args = self.args
+        self.args = args.without_tokens()  # for training_args.bin
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), self._facts)

@@ -541,7 +541,7 @@ def test_command_line(run, tmp_path, capsys):
     for arguments, expected in (
         ([str(folder)], "REPO is not set"),
         ([], "required: run"),
-        ([str(folder), "a", "--token", "hf_x"], "unrecognized arguments: --token hf_x"),
+        ([str(folder), "a", "--token", "hf_x"], "unrecognized arguments: --token ..."),
         ([str(tmp_path / "none"), "a"], "isn't a folder"),
     ):
         with pytest.raises(UserError) as error:

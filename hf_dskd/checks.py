@@ -15,7 +15,7 @@ from .errors import UserError
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .config import DSKDConfig
 
@@ -159,23 +159,55 @@ def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterat
         raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error
 
 
-def check_quantized_student(device: Any, quantization_config: Any, peft_config: Any) -> None:
-    """A student given by name can be loaded in 4 bits for an adapter, on a GPU."""
-    if quantization_config is None:
+def quantization(given: Any, init_kwargs: Any, config: PretrainedConfig, name: str, setting: str) -> Any:
+    """
+    How a model is to be quantized when it is loaded, by its parameter `setting` or by its init kwargs; or `None`.
+
+    Its own files may be quantized already. Then transformers would take no other.
+    """
+    in_options = (init_kwargs or {}).get("quantization_config")
+    if given is not None and in_options is not None:
+        raise UserError(f"{setting} and an init kwarg quantization_config: pass only one of them")
+    chosen = in_options if given is None else given
+    if chosen is not None and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{setting}: the files of {name!r} are quantized already ({_in_words(config.quantization_config)}), which"
+            " nothing changes; leave it out, or name the model in 16 bits"
+        )
+    return chosen
+
+
+def four_bit(quantization: Any) -> bool:
+    """Whether a quantization, of a parameter or of a config.json, is bitsandbytes' of 4 bits."""
+    settings = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
+    return bool(settings.get("load_in_4bit", settings.get("_load_in_4bit", False)))
+
+
+def _in_words(quantization: Any) -> str:
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    kind = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    return f"{kind}, {4 if four_bit(settings) else 8} bits" if kind == "bitsandbytes" else kind
+
+
+def check_quantized_student(device: Any, config: PretrainedConfig, name: str, chosen: Any, adapted: bool) -> None:
+    """A quantized student, by how it is to be loaded (`chosen`) or by its own files, can be trained on a GPU alone."""
+    found = getattr(config, "quantization_config", None) if chosen is None else chosen
+    if found is None or "bitsandbytes" not in _in_words(found):
         return
-    four_bit = bool(getattr(quantization_config, "load_in_4bit", False))
-    setting = "load_in_4bit" if four_bit else "load_in_8bit"
-    if four_bit and device.type == "cpu":
+    setting = "load_in_4bit" if four_bit(found) else "load_in_8bit"
+    what, remedy = f"{setting}=True", "leave that out (--load_teacher_in_4bit is for the teacher)"
+    if chosen is None:
+        what, remedy = f"the student {name!r} is in {_in_words(found)} ({setting} in its config)", "name it in 16 bits"
+    if four_bit(found) and device.type == "cpu":
         # bitsandbytes packs the weights for the CPU at the first forward pass without gradient, and what it then
         # computes with has no backward.
         raise UserError(
-            f"{setting}=True: a 4-bit student can't be trained on a CPU, where bitsandbytes has no gradients for it:"
-            " leave that out (--load_teacher_in_4bit is for the teacher)"
+            f"{what}: a 4-bit student can't be trained on a CPU, where bitsandbytes has no gradients for it: {remedy}"
         )
-    if peft_config is None:
-        raise UserError(f"{setting}=True needs an adapter to train: set --use_peft (peft_config)")
+    if not adapted:
+        raise UserError(f"{what} needs an adapter to train: set --use_peft (peft_config)")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{setting}=True needs bitsandbytes: pip install bitsandbytes")
+        raise UserError(f"{what} needs bitsandbytes: pip install bitsandbytes")
 
 
 def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: str, role: str) -> None:
@@ -214,7 +246,8 @@ def check_steps(config: DSKDConfig, train_dataset: Any) -> None:
     rows = len(train_dataset)
     if not rows:
         raise UserError("train_dataset has no examples: nothing would be trained; pass some")
-    processes = 1 if config.accelerator_config.split_batches else config.world_size
+    shared = getattr(config.accelerator_config, "split_batches", False)
+    processes = 1 if shared else config.world_size
     if config.dataloader_drop_last and rows < config.train_batch_size * processes:
         batch = f"per_device_train_batch_size={config.per_device_train_batch_size}"
         if processes > 1:
@@ -258,20 +291,17 @@ def _lists_module(target: str | Collection[str] | None, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in target)
 
 
-def check_peft(peft_config: Any, student_config: PretrainedConfig) -> None:
+def check_peft(peft_config: Any, model: PreTrainedModel) -> None:
     """
     LoRA, to be made or in a loaded student, must leave the two vocabulary matrices alone.
 
     Queries read the embedding and both spaces read the head as plain matrices; an adapter on them would be ignored
-    there, and the student would be distilled towards a head that it doesn't have.
+    there, and the student would be distilled towards a head that it doesn't have. `model` is a student without
+    weights.
     """
-    import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(student_config)
     matrices = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
     target, exclude, save, parameters = (

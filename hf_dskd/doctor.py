@@ -461,11 +461,12 @@ def method(run: Run) -> Lines:
 def _models(run: Run) -> dict[str, tuple[str | None, Any]]:
     """Names and arguments of the models that are to be loaded; a name is None where it must be fetched first."""
     from .packaged import PACKAGED_MODELS, ready_folder
+    from .trl_settings import student_options, teacher_options
 
     found = {}
     for role, name, options in (
-        ("student", run.model.model_name_or_path, run.config.model_init_kwargs),
-        ("teacher", run.options.teacher_model_name_or_path, run.config.teacher_model_init_kwargs),
+        ("student", run.model.model_name_or_path, student_options(run)),
+        ("teacher", run.options.teacher_model_name_or_path, teacher_options(run)),
     ):
         if name is not None:
             folder = ready_folder(name) if name in PACKAGED_MODELS and not Path(name).is_dir() else name
@@ -478,7 +479,7 @@ def models(run: Run, wanted: str) -> Lines:
     from .checks import check_positions
     from .memory import Size
     from .models import check_config
-    from .trainer import _name_and_config
+    from .pretrained import check_options, name_and_config
 
     for role, (name, options) in _models(run).items():
         if role != wanted:
@@ -486,7 +487,8 @@ def models(run: Run, wanted: str) -> Lines:
         if name is None:
             yield NOTE, "is packaged and not fetched yet (see above): its config, tokenizer and memory can't be told"
             continue
-        _, config = _name_and_config(name, options, f"the {role}")
+        check_options(name, options, "model_init_kwargs" if role == "student" else "teacher_model_init_kwargs")
+        _, config = name_and_config(name, options, f"the {role}")
         check_config(config, name, f"the {role}")
         if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
             raise UserError(
@@ -495,9 +497,10 @@ def models(run: Run, wanted: str) -> Lines:
         check_positions(run.config, config, name, f"the {role}")
         text = config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None)
+        parameters = Size.of(config, options).parameters / 1e6
         yield (
             OK,
-            f"{name}: {config.model_type}, {Size.of(config).parameters / 1e6:,.0f} M parameters, vocabulary of"
+            f"{name}: {config.model_type}, {parameters:,.0f} M parameters, vocabulary of"
             f" {text.vocab_size:,}, {positions or 'any number of'} positions (max_length {run.config.max_length})",
         )
 
@@ -506,13 +509,14 @@ def tokenizers(run: Run) -> Lines:
     """Whether they load and fit their models, and have one vocabulary or two."""
     from .checks import check_vocabularies
     from .data.vocabulary import same_vocabulary
-    from .trainer import DSKDTrainer, _name_and_config, _tokenizer
+    from .pretrained import load_tokenizer, name_and_config
+    from .trainer import DSKDTrainer
 
     found = {}
     for role, (name, options) in _models(run).items():
         if name is not None:
-            found[role] = _tokenizer(name, options, f"the {role}'s tokenizer", "another model")
-            _, config = _name_and_config(name, options, f"the {role}")
+            found[role] = load_tokenizer(name, options, f"the {role}'s tokenizer", "another model")
+            _, config = name_and_config(name, options, f"the {role}")
             DSKDTrainer._check_tokenizer(found[role], name, config, role, run.config)
             template = "a chat template" if found[role].chat_template else "no chat template"
             yield OK, f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template}"
@@ -577,18 +581,19 @@ def step_memory(run: Run) -> Lines:
     """What a training step needs, by the formulas of [`hf_dskd.memory`], beside what is free."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    from .memory import estimate, free_memory, room
-    from .teacher.load import check_four_bit_shapes
-    from .trainer import _name_and_config
+    from .memory import Size, estimate, free_memory, room
+    from .pretrained import name_and_config
+    from .teacher.load import teacher_quantization
 
     found = _models(run)
     if any(name is None for name, _ in found.values()):
         yield NOTE, "can't be told before the packaged models are there"
         return
-    configs = {role: _name_and_config(str(name), options, role)[1] for role, (name, options) in found.items()}
+    configs = {role: name_and_config(str(name), options, f"the {role}")[1] for role, (name, options) in found.items()}
+    sizes = {role: Size.of(config, found[role][1]) for role, config in configs.items()}
     config, device = run.config, run.config.device
-    if config.load_teacher_in_4bit and device.type == "cpu" and "teacher" in configs:
-        check_four_bit_shapes(configs["teacher"], str(found["teacher"][0]))
+    if "teacher" in configs:
+        teacher_quantization(config, None, configs["teacher"], str(found["teacher"][0]))
     adapter: dict[str, Any] = {}
     if run.model.use_peft:
         # Without a choice PEFT makes one, by the kind of model.
@@ -596,8 +601,8 @@ def step_memory(run: Run) -> Lines:
         targets = run.model.lora_target_modules or own
         adapter = {"adapter_rank": run.model.lora_r, "adapter_targets": targets}
     needed = estimate(
-        configs["student"],
-        configs.get("teacher"),
+        sizes["student"],
+        sizes.get("teacher"),
         batch_size=config.per_device_train_batch_size,
         max_length=config.max_length,
         method=config.method,

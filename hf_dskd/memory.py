@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .methods import METHODS
@@ -80,20 +80,23 @@ class Size:
     attention_dropout: bool
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Size:
-        """Reads the configuration of a causal language model; the model is built without weights."""
-        import torch
+    def of(cls, config: PretrainedConfig, init_kwargs: Any = None) -> Size:
+        """
+        Reads the configuration of a causal language model; the model is built without weights.
+
+        `init_kwargs` are the options of its name, for a model that comes with its code.
+        """
         from torch import nn
-        from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
+
+        from .pretrained import empty_model
 
         if not getattr(config.get_text_config(), "num_attention_heads", None):
             raise UserError(
                 f"the memory of a {config.model_type!r} model is not known, for it has no attention: choose"
                 " per_device_train_batch_size, use_peft and load_teacher_in_4bit yourself, for `hf-dskd train`"
             )
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = empty_model(config, init_kwargs)
         text = config.get_text_config()
         width, heads = text.hidden_size, text.num_attention_heads
         attention = heads * (getattr(text, "head_dim", None) or width // heads)
@@ -246,8 +249,8 @@ class Memory:
 
 
 def estimate(
-    student_config: PretrainedConfig,
-    teacher_config: PretrainedConfig | None,
+    student_config: PretrainedConfig | Size,
+    teacher_config: PretrainedConfig | Size | None,
     *,
     batch_size: int,
     max_length: int,
@@ -275,8 +278,8 @@ def estimate(
     is one); in float32 `sft`, `dskd_cma`, `dskd_clp`, `uld`, `alm` and `min_edit` 1 to 8% too high.
 
     Args:
-        student_config ([`~transformers.PretrainedConfig`]): Of the student.
-        teacher_config ([`~transformers.PretrainedConfig`], *optional*): Of the teacher, which `sft` doesn't need.
+        student_config ([`~transformers.PretrainedConfig`] or [`Size`]): Of the student.
+        teacher_config (same, *optional*): Of the teacher, which `sft` doesn't need.
         batch_size (`int`): Examples of a micro-batch on one device.
         max_length (`int`): Tokens of each; all are taken to be as long as that.
         method (`str`, *optional*, defaults to `"dskd_cma_ga"`): See `hf-dskd methods`.
@@ -313,7 +316,9 @@ def estimate(
         loss_memory_mb=loss_memory_mb,
         response_tokens=response_tokens,
     )
-    return step_memory(Size.of(student_config), None if teacher_config is None else Size.of(teacher_config), step)
+    sizes = [one if one is None or isinstance(one, Size) else Size.of(one) for one in (student_config, teacher_config)]
+    assert sizes[0] is not None
+    return step_memory(sizes[0], sizes[1], step)
 
 
 def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:

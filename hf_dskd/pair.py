@@ -106,12 +106,15 @@ def derive(
             to choose fits into the memory.
     """
     check_two(student, teacher)
+    from .trl_settings import STUDENT, TEACHER, merged_options
+
+    options = {
+        "student": merged_options(given, STUDENT, "model_init_kwargs"),
+        "teacher": merged_options(given, TEACHER, "teacher_model_init_kwargs"),
+    }
     configs, tokenizers = {}, {}
-    for role, name, kwargs in (
-        ("student", student, given.get("model_init_kwargs")),
-        ("teacher", teacher, given.get("teacher_model_init_kwargs")),
-    ):
-        configs[role], tokenizers[role] = _read(name, kwargs, role)
+    for role, name in (("student", student), ("teacher", teacher)):
+        configs[role], tokenizers[role] = _read(name, options[role], role)
     found: dict[str, tuple[Any, str]] = {
         "model_name_or_path": (student, "the student"),
         "teacher_model_name_or_path": (teacher, "the teacher"),
@@ -123,7 +126,7 @@ def derive(
     if given.get("prompt_style", found["prompt_style"][0]) == "chat":
         found |= _chat_template_kwargs(tokenizers)
     fixed = {**{name: value for name, (value, _) in found.items()}, **given}
-    found |= _fit(configs, fixed, memory, device, dtype, processes)
+    found |= _fit(configs, options, fixed, memory, device, dtype, processes)
     derived = {name: pair for name, pair in found.items() if name not in given}
     return Derived(
         {name: value for name, (value, _) in derived.items()}, {name: why for name, (_, why) in derived.items()}
@@ -150,13 +153,13 @@ def _short(name: str) -> str:
 def _read(name: str, kwargs: Any, role: str) -> tuple[Any, Any]:
     """Configuration and tokenizer of a model."""
     from .models import check_config
+    from .pretrained import load_tokenizer, name_and_config
     from .run import model_name
-    from .trainer import _name_and_config, _tokenizer
 
     folder = str(model_name(name))
-    _, config = _name_and_config(folder, kwargs, f"the {role}")
+    _, config = name_and_config(folder, kwargs, f"the {role}")
     check_config(config, name, f"the {role}")
-    return config, _tokenizer(folder, kwargs, f"the {role}'s tokenizer", "another model")
+    return config, load_tokenizer(folder, kwargs, f"the {role}'s tokenizer", "another model")
 
 
 def _max_length(configs: dict[str, Any], student: str, teacher: str) -> tuple[int, str]:
@@ -269,19 +272,25 @@ def _choices(
 
 
 def _fit(
-    configs: dict[str, Any], fixed: dict[str, Any], memory: float | None, device: str, dtype: str, processes: int
+    configs: dict[str, Any],
+    options: dict[str, dict[str, Any]],
+    fixed: dict[str, Any],
+    memory: float | None,
+    device: str,
+    dtype: str,
+    processes: int,
 ) -> dict[str, tuple[Any, str]]:
     """Settings, with reasons, of the first way to train that fits."""
     from .memory import Size
 
-    student, teacher = Size.of(configs["student"]), Size.of(configs["teacher"])
+    student, teacher = (Size.of(configs[role], options[role]) for role in ("student", "teacher"))
     if student.parameters > teacher.parameters:
         logger.warning(
             "the student has more parameters (%s) than the teacher (%s): name the student first",
             f"{student.parameters:,}",
             f"{teacher.parameters:,}",
         )
-    no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device)
+    no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device, options["teacher"])
     choices = list(_choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None))
     choice, tight = choices[0], False
     if memory is not None:
@@ -333,14 +342,14 @@ def _millions(model: Size) -> str:
     return f"{count:,.{0 if count >= 10 else 1}f} M parameters"
 
 
-def _why_no_four_bit(config: Any, name: str, device: str) -> str | None:
+def _why_no_four_bit(config: Any, name: str, device: str, options: dict[str, Any]) -> str | None:
     """Why the teacher can't run in 4 bits on `device`, or `None` if it can."""
     from .teacher.load import check_four_bit, check_four_bit_shapes
 
     try:
         check_four_bit()
         if device == "cpu":
-            check_four_bit_shapes(config, name)
+            check_four_bit_shapes(config, name, init_kwargs=options)
     except UserError as error:
         return str(error)
     return None
@@ -407,10 +416,12 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     ]
     # One example at a time divides whatever total_batch_size is; a smoke run has sizes of its own.
     size = [] if smoke else ["--per_device_train_batch_size=1"]
-    first = run.parse(None, config_file, [*names, *size, *flags])
-
     file = flags[flags.index("--config") + 1] if "--config" in flags else config_file
     fixed = {*told, *run.read_yaml("--config", file), *(("output_dir", *run.SMOKE) if smoke else ())}
+    # What an adapter is to be like says that there is one.
+    adapter = [] if "use_peft" in fixed or not any(name.startswith("lora_") for name in fixed) else ["--use_peft=true"]
+    first = run.parse(None, config_file, [*names, *size, *adapter, *flags])
+
     values: dict[str, Any] = {}
     for part in (first.script, first.config, first.model, first.options):
         values |= {name: value for name, value in vars(part).items() if name in fixed}

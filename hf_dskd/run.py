@@ -39,6 +39,9 @@ class RunArguments:
     """What a recipe needs beside the model, the data and the training."""
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "name or folder of the teacher"})
+    teacher_model_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the teacher on the hub"}
+    )
     rename_columns: str | None = field(
         default=None, metadata={"help": "columns of the dataset under other names, as old=new,old=new"}
     )
@@ -146,6 +149,13 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from .config import DSKDConfig
+    from .trl_settings import (
+        check_model_config,
+        check_script_arguments,
+        student_options,
+        teacher_options,
+        without_place,
+    )
 
     groups = (ScriptArguments, DSKDConfig, ModelConfig, RunArguments)
     known = [setting.name for group in groups for setting in fields(group) if setting.init]
@@ -178,6 +188,13 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     except ValueError as error:
         raise _not_parsed(" ".join(str(error).split()), known) from None
     run = Run(script, config, model, options)
+    check_model_config(model, named)
+    check_script_arguments(script)
+    if options.teacher_model_revision is not None and options.teacher_model_name_or_path is None:
+        raise UserError(
+            f"teacher_model_revision={options.teacher_model_revision!r} without teacher_model_name_or_path: name the"
+            " teacher too"
+        )
     set_accumulation(run)
     if options.smoke:
         folder = Path(str(config.output_dir))
@@ -190,6 +207,9 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
                 model.model_name_or_path, options.teacher_model_name_or_path, Path(str(config.output_dir))
             )
         model.model_name_or_path, options.teacher_model_name_or_path = names
+        config.model_init_kwargs = without_place(student_options(run))
+        config.teacher_model_init_kwargs = without_place(teacher_options(run))
+        model.model_revision, options.teacher_model_revision = "main", None
         # What is written of the run names these models, and its settings alone make it again.
         options.smoke = False
     return run
@@ -536,14 +556,16 @@ def make_trainer(
     **options: Any,
 ) -> DSKDTrainer:
     """The trainer of a run; `options` go to [`DSKDTrainer`]."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     from .trainer import DSKDTrainer
+    from .trl_settings import quantization, student_options, teacher_options, without_place
 
     config = run.config
-    given = {"attn_implementation": run.model.attn_implementation, "dtype": run.model.dtype}
-    kwargs = {name: value for name, value in given.items() if value is not None}
-    config.model_init_kwargs = {**kwargs, **(config.model_init_kwargs or {})}  # type: ignore[dict-item]
+    config.model_init_kwargs = student_options(run)
+    config.teacher_model_init_kwargs = teacher_options(run)
+    if run.options.sft_teacher:
+        config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
     targets = run.model.lora_target_modules
     if isinstance(targets, str) and re.fullmatch(r"\w+", targets):
         # trl makes a word of a list of one, and peft reads that as a pattern for a module's whole name.
@@ -559,7 +581,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=get_peft_config(run.model),
-        quantization_config=get_quantization_config(run.model),
+        quantization_config=quantization(run.model, config.training_dtype),
         **options,
     )
 
@@ -571,6 +593,7 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     Done once: a folder that is complete is used again.
     """
     from .trainer import DSKDTrainer
+    from .trl_settings import teacher_options
 
     folder = Path(str(run.config.output_dir)) / "teacher"
     if (folder / "config.json").is_file():
@@ -594,7 +617,11 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
         eval_strategy="no",
         load_best_model_at_end=False,
         push_to_hub=False,
-        model_init_kwargs={"dtype": "bfloat16" if options.sft_teacher_lora_r and run.config.bf16 else "float32"},
+        model_init_kwargs={
+            **{name: value for name, value in teacher_options(run).items() if name != "torch_dtype"},
+            "dtype": "bfloat16" if options.sft_teacher_lora_r and run.config.bf16 else "float32",
+        },
+        teacher_model_init_kwargs=None,
     )
     adapter = None
     if options.sft_teacher_lora_r:
@@ -640,9 +667,11 @@ def cache_teacher(run: Run) -> None:
 
     from .checks import check_launch, check_pair, check_positions
     from .models import check_config
+    from .pretrained import check_options, load_tokenizer, name_and_config
     from .teacher.cache import open_cache
-    from .teacher.load import check_four_bit_shapes
-    from .trainer import DSKDTrainer, _load_teacher, _name_and_config, _Tokenize, _tokenizer
+    from .teacher.load import check_teacher_options, load_teacher_model, teacher_quantization
+    from .trainer import DSKDTrainer, _Tokenize
+    from .trl_settings import student_options, teacher_options, without_place
 
     config = run.config
     if not config.method_row.needs_teacher:
@@ -653,25 +682,29 @@ def cache_teacher(run: Run) -> None:
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     check_launch(config)
     check_pair(config, student, teacher)
+    config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
+    if run.options.sft_teacher:
+        config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
+    check_options(student, config.model_init_kwargs, "model_init_kwargs")
+    check_teacher_options(config, teacher)
     configs: dict[str, Any] = {}
     tokenizers: dict[str, Any] = {}
     for role, name, kwargs, parameter in (
         ("student", str(student), config.model_init_kwargs, "processing_class"),
         ("teacher", str(teacher), config.teacher_model_init_kwargs, "teacher_processing_class"),
     ):
-        _, configs[role] = _name_and_config(name, kwargs, f"the {role}")
+        _, configs[role] = name_and_config(name, kwargs, f"the {role}")
         check_config(configs[role], name, f"the {role}")
         check_positions(config, configs[role], name, f"the {role}")
-        tokenizers[role] = _tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
+        tokenizers[role] = load_tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
         DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role, config)
-    if config.load_teacher_in_4bit and config.device.type == "cpu":
-        check_four_bit_shapes(configs["teacher"], str(teacher))
+    quantization = teacher_quantization(config, None, configs["teacher"], str(teacher))
     tokenize = _Tokenize(tokenizers["student"], tokenizers["teacher"], config, {})
     with config.main_process_first(desc="tokenization"):
         datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
     folder = config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache"
-    cache = open_cache(folder, config, str(teacher), configs["teacher"], tokenizers["teacher"])
-    filled = cache.fill(datasets, lambda: _load_teacher(str(teacher), config, None))
+    cache = open_cache(folder, config, str(teacher), configs["teacher"], tokenizers["teacher"], quantization)
+    filled = cache.fill(datasets, lambda: load_teacher_model(str(teacher), config, quantization))
     if PartialState().is_main_process:
         print(cache.summary(filled))
 
@@ -730,10 +763,13 @@ def distil(run: Run, trainer: DSKDTrainer) -> Path:
 
 def changed_settings(run: Run) -> dict[str, Any]:
     """Everything about a run that isn't at its default: as a configuration file it makes the same run."""
+    from .trl_settings import unused
+
     changed: dict[str, Any] = {}
     for part in (run.script, run.model, run.options, run.config):
         changed |= {name: value for name, (_, value) in differences(part).items()}
-    return changed
+    # Beside a use_peft that was switched off, the rest of a recipe's adapter would be refused.
+    return {name: value for name, value in changed.items() if name not in unused(run.model)}
 
 
 def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:

@@ -18,8 +18,6 @@ from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -65,6 +63,7 @@ from .checks import (
     check_trainable,
     check_vocabularies,
     loading,
+    quantization,
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
@@ -103,17 +102,26 @@ from .objective import (
     total_loss,
     weighted_loss,
 )
+from .pretrained import (
+    MODEL_FILES,
+    check_options,
+    dtype_option,
+    empty_model,
+    load_tokenizer,
+    name_and_config,
+    options_of,
+    weight_options,
+)
 from .projectors import Projectors
 from .result import RESULT_NAME, evaluations, write_result, write_text
 from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
     Teacher,
-    check_four_bit,
-    check_four_bit_shapes,
-    four_bit_config,
+    check_teacher_options,
     load_causal_lm,
-    named_device,
+    load_teacher_model,
+    teacher_quantization,
 )
 from .teacher.responses import write_responses
 from .words import ARGUMENTS, understands
@@ -275,46 +283,49 @@ class DSKDTrainer(Trainer):
         check_pair(args, model, teacher_model)
         check_output_dir(str(args.output_dir))
         check_metric(args, eval_dataset)
-        for name, quantization, given in (
+        for name, wanted, given in (
             ("quantization_config", quantization_config, model),
             ("teacher_quantization_config", teacher_quantization_config, teacher_model),
         ):
-            if quantization is not None and not isinstance(given, str):
+            if wanted is not None and not isinstance(given, str):
                 raise UserError(f"{name} needs its model as a name: a loaded model can't be quantized")
-        check_quantized_student(args.device, quantization_config, peft_config)
+        check_options(model, args.model_init_kwargs, "model_init_kwargs")
         if getattr(peft_config, "inference_mode", False):
             raise UserError(
                 "peft_config.inference_mode=True: nothing of the adapter would be trained; set it to False"
             )
-        if args.load_teacher_in_4bit and teacher_quantization_config is not None:
-            raise UserError("load_teacher_in_4bit=True and teacher_quantization_config: pass only one of them")
-        if args.load_teacher_in_4bit and not isinstance(teacher_model, str):
-            raise UserError(
-                "load_teacher_in_4bit=True needs teacher_model as a name: a loaded model can't be quantized"
-            )
+        check_teacher_options(args, teacher_model)
         if row.dual_space and optimizers[1] is not None:
             raise UserError(
                 "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
                 " pass (optimizer, None) and set lr_scheduler_type"
             )
-        student_name, student_config = _name_and_config(model, args.model_init_kwargs, "the student")
+        student_name, student_config = name_and_config(model, args.model_init_kwargs, "the student")
         check_config(student_config, student_name, "the student", None if isinstance(model, str) else model)
+        quantization_config = quantization(
+            quantization_config, args.model_init_kwargs, student_config, student_name, "quantization_config"
+        )
+        adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
+        check_quantized_student(args.device, student_config, student_name, quantization_config, bool(adapters))
         check_positions(args, student_config, student_name, "the student")
-        tokenizer = processing_class or _tokenizer(
+        tokenizer = processing_class or load_tokenizer(
             student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
         )
         self._check_tokenizer(tokenizer, model, student_config, "student", args)
         teacher_tokenizer: Any = teacher_processing_class
         teacher_name = None
         if teacher_model is not None:
-            teacher_name, teacher_config = _name_and_config(
+            teacher_name, teacher_config = name_and_config(
                 teacher_model, args.teacher_model_init_kwargs, "the teacher"
             )
             check_config(
                 teacher_config, teacher_name, "the teacher", None if isinstance(teacher_model, str) else teacher_model
             )
             check_positions(args, teacher_config, teacher_name, "the teacher")
-            teacher_tokenizer = teacher_tokenizer or _tokenizer(
+            teacher_quantization_config = teacher_quantization(
+                args, teacher_quantization_config, teacher_config, teacher_name
+            )
+            teacher_tokenizer = teacher_tokenizer or load_tokenizer(
                 teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
             )
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher", args)
@@ -323,22 +334,19 @@ class DSKDTrainer(Trainer):
         if row.needs_teacher:
             vocabularies.append(teacher_config.get_text_config().vocab_size)
         chunk_sizes([max(vocabularies)] * 2, [torch.float32] * 2, args.device.type, args.loss_memory_mb)
-        if args.load_teacher_in_4bit:
-            check_four_bit()
-            if _teacher_place(args).type == "cpu":
-                check_four_bit_shapes(teacher_config, str(teacher_name))
         if train_dataset is not None and not isinstance(model, str) and peft_config is None:
             check_trainable(model)
-        adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
-        for adapter in adapters:
-            check_peft(adapter, student_config)
+        if adapters:
+            empty = empty_model(student_config, args.model_init_kwargs, None if isinstance(model, str) else model)
+            for adapter in adapters:
+                check_peft(adapter, empty)
         self._identity = identity(student_name, bool(adapters), args.method, student_config.model_type)
         self._repository: str | None = None
         if args.push_to_hub:
             self._check_hub(args)
 
         def load_teacher() -> Any:
-            return _load_teacher(teacher_model, args, teacher_quantization_config)
+            return load_teacher_model(teacher_model, args, teacher_quantization_config)
 
         if args.teacher_cache is not None and row.needs_teacher and data_collator is not None:
             raise UserError(
@@ -386,12 +394,10 @@ class DSKDTrainer(Trainer):
             set_seed(args.seed)
             student: Any = model
             if isinstance(model, str):
-                with loading("the student", model, *_MODEL_FILES):
-                    student = load_causal_lm(
-                        model,
-                        quantization_config=quantization_config,
-                        **{"dtype": torch.float32, **_options(args.model_init_kwargs)},
-                    )
+                with loading("the student", model, *MODEL_FILES):
+                    dtype = dtype_option(args.model_init_kwargs, "model_init_kwargs") or torch.float32
+                    options = weight_options(args.model_init_kwargs, dtype)
+                    student = load_causal_lm(model, quantization_config=quantization_config, **options)
             return student if peft_config is None else _wrap_with_adapter(student, peft_config, args)
 
         self._load_student = load_student if isinstance(model, str) else None
@@ -520,7 +526,7 @@ class DSKDTrainer(Trainer):
         if said:
             logger.warning(said)
         if args.prompt_style == "chat":
-            said = depends_on_the_day(tokenizer, role, _options(args.chat_template_kwargs))
+            said = depends_on_the_day(tokenizer, role, options_of(args.chat_template_kwargs))
             if said:
                 logger.warning(said)
         rows = config.get_text_config().vocab_size
@@ -553,7 +559,7 @@ class DSKDTrainer(Trainer):
                 Path(str(args.output_dir)) / "teacher_responses",
                 max_length=args.max_length,
                 prompt_style=args.prompt_style,
-                chat_template_kwargs=_options(args.chat_template_kwargs),
+                chat_template_kwargs=options_of(args.chat_template_kwargs),
                 prompt_column=args.prompt_column,
                 response_column=args.response_column,
                 facts={
@@ -1511,7 +1517,7 @@ class _Tokenize:
                 finished_column="finished" if self.args.method_row.text == "teacher" and split == "train" else None,
                 max_length=self.args.max_length,
                 prompt_style=self.args.prompt_style,
-                chat_template_kwargs=_options(self.args.chat_template_kwargs),
+                chat_template_kwargs=options_of(self.args.chat_template_kwargs),
                 prompt_column=self.args.prompt_column,
                 response_column=self.args.response_column,
                 skip_long_prompts=self.args.skip_long_prompts,
@@ -1553,68 +1559,9 @@ def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: 
     return all(row["input_ids"] == row["teacher_input_ids"] for row in rows)
 
 
-def _load_teacher(teacher_model: Any, args: DSKDConfig, quantization_config: Any) -> Any:
-    """The teacher on its device, in the dtype or quantization that the settings ask for where it is a name."""
-    place = _teacher_place(args)
-    if isinstance(teacher_model, str):
-        training_dtype = getattr(torch, args.training_dtype)
-        if args.load_teacher_in_4bit:
-            quantization_config = four_bit_config(training_dtype)
-        dtype = training_dtype if args.teacher_dtype == "auto" else getattr(torch, args.teacher_dtype)
-        with loading("the teacher", teacher_model, *_MODEL_FILES):
-            teacher_model = load_causal_lm(
-                teacher_model,
-                quantization_config=quantization_config,
-                device=place,
-                **{"dtype": dtype, **_options(args.teacher_model_init_kwargs)},
-            )
-    if getattr(teacher_model, "hf_device_map", None) is None:
-        teacher_model.to(place)
-    elif args.teacher_device is not None and teacher_model.get_input_embeddings().weight.device != place:
-        raise UserError(
-            f"teacher_device={args.teacher_device!r}: the teacher was given a device_map, which puts it elsewhere;"
-            " leave one of them out"
-        )
-    return teacher_model
-
-
-def _teacher_place(args: DSKDConfig) -> torch.device:
-    return args.device if args.teacher_device is None else named_device(args.teacher_device)
-
-
 def _rows(model: Any, config: Any) -> int:
     """Tokens that a model's head knows; some have more than their tokenizer."""
     return config.get_text_config().vocab_size if isinstance(model, str) else lm_head(model).weight.shape[0]
-
-
-# What a model's folder must have, and what to do about a model that can't be loaded.
-_MODEL_FILES = (
-    ("config.json",),
-    "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no HF_HUB_OFFLINE",
-)
-
-
-def _name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
-    if not isinstance(model, str):
-        return model.name_or_path, model.config
-    with loading(role, model, *_MODEL_FILES):
-        return model, AutoConfig.from_pretrained(model, **_where(init_kwargs))
-
-
-def _tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:
-    files = ("tokenizer_config.json", "tokenizer*", "vocab*")
-    with loading(role, name, files, f"pass {parameter}, or save a tokenizer beside the model"):
-        return AutoTokenizer.from_pretrained(name, **_where(init_kwargs))
-
-
-def _where(init_kwargs: Any) -> dict[str, Any]:
-    keys = ("revision", "trust_remote_code", "token", "cache_dir")
-    return {key: value for key, value in (init_kwargs or {}).items() if key in keys}
-
-
-def _options(init_kwargs: Any) -> dict[str, Any]:
-    # TrainingArguments parses JSON strings; what is left is a dict or nothing.
-    return dict(init_kwargs or {})
 
 
 def _short_name(name: str | None) -> str | None:

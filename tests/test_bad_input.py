@@ -68,7 +68,8 @@ def nothing_loads(monkeypatch):
     def load(name, **options):
         raise Loaded(name)
 
-    monkeypatch.setattr("hf_dskd.trainer.load_causal_lm", load)
+    for module in ("hf_dskd.trainer", "hf_dskd.teacher.load"):
+        monkeypatch.setattr(f"{module}.load_causal_lm", load)
 
 
 @pytest.fixture
@@ -461,7 +462,7 @@ def test_lora_on_head_or_embedding(make, adapter, setting, module):
 
 def test_lora_on_modules_that_are_not_there():
     refused(
-        lambda: check_peft(lora(target_modules=["q_proj", "v_proj"]), tiny.gpt2().config),
+        lambda: check_peft(lora(target_modules=["q_proj", "v_proj"]), tiny.gpt2()),
         "target_modules=['q_proj', 'v_proj'] names no module",
         "c_attn, c_fc, c_proj, or set 'all-linear'",
     )
@@ -522,7 +523,7 @@ def test_lora_on_the_head_of_a_loaded_student(make):
     ],
 )
 def test_lora_elsewhere_is_fine(adapter):
-    check_peft(adapter, tiny.gpt2().config)
+    check_peft(adapter, tiny.gpt2())
     model = get_peft_model(tiny.gpt2(), adapter).get_base_model()
     assert type(model.lm_head) is torch.nn.Linear and type(model.transformer.wte) is torch.nn.Embedding
 

@@ -429,7 +429,7 @@ def test_what_saves_memory_counts(examined, monkeypatch):
     estimate, asked = memory.estimate, []
 
     def spy(student, teacher, **settings):
-        asked.append((student.model_type, teacher.model_type, settings))
+        asked.append((student.vocabulary, teacher.vocabulary, settings))
         return estimate(student, teacher, **settings)
 
     monkeypatch.setattr(memory, "estimate", spy)
@@ -437,7 +437,7 @@ def test_what_saves_memory_counts(examined, monkeypatch):
     changed |= {"load_teacher_in_4bit": True, "per_device_train_batch_size": 2, "method": "dskd_cma"}
     assert problems(examined(**changed, total_batch_size=6, loss_memory_mb=64.0, use_cpu=True, bf16=False)) == {}
     ((student, teacher, settings),) = asked
-    assert (student, teacher) == ("gpt2", "qwen2")
+    assert (student, teacher) == (400, 450)
     expected = {
         "batch_size": 2,
         "max_length": 128,

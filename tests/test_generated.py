@@ -24,6 +24,7 @@ from hf_dskd.errors import UserError
 from hf_dskd.evaluation.generation import response_text
 from hf_dskd.objective import weights
 from hf_dskd.running_log import LOG_NAMES
+from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
 
 
@@ -426,7 +427,7 @@ def test_the_teacher_writes_once(tmp_path, monkeypatch):
     first.train()
     before = (tmp_path / "teacher_responses" / "responses.jsonl").read_bytes()
     monkeypatch.setattr(responses, "sample", no_writing)
-    monkeypatch.setattr(trainer_module, "_load_teacher", no_writing)
+    monkeypatch.setattr(trainer_module, "load_teacher_model", no_writing)
     again = seq_kd(tmp_path, **options)
     assert again.train_dataset.to_list() == first.train_dataset.to_list()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -437,14 +438,14 @@ def test_the_teacher_writes_once(tmp_path, monkeypatch):
 def test_a_teacher_by_name_is_let_go(tmp_path, monkeypatch):
     teacher().save_pretrained(tmp_path / "teacher")
     TEACHER.save_pretrained(tmp_path / "teacher")
-    loaded, load = [], trainer_module.load_causal_lm
+    loaded, load = [], load_module.load_causal_lm
 
     def watched(name, **options):
         model = load(name, **options)
         loaded.append((name, weakref.ref(model)))
         return model
 
-    monkeypatch.setattr(trainer_module, "load_causal_lm", watched)
+    monkeypatch.setattr(load_module, "load_causal_lm", watched)
     run = seq_kd(tmp_path / "run", teacher=str(tmp_path / "teacher"))
     gc.collect()
     assert [(name, reference()) for name, reference in loaded] == [(str(tmp_path / "teacher"), None)]

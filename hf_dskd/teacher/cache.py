@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import LMHead, base_causal_lm, check_head, hidden_size
-from .load import Teacher
+from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, source
+from .load import Teacher, teacher_dtype
 
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ SHARD_BYTES = 64 * 2**20
 BATCH_TOKENS = 4096
 # Values of a parameter, or blocks of a file, that identify the teacher.
 SAMPLES = 1000
+ADAPTER_KINDS = ("safetensors", "bin")
 BLOCK = 4096
 REPAIR = "repair_teacher_cache=True (--repair_teacher_cache) computes it again"
 # Facts that are settings, which can be set to what they were.
@@ -105,10 +107,11 @@ def cache_facts(
             Fetch the weights where they aren't on this machine. Without, `teacher` is then `None`.
     """
     dtype: Any
+    options = options_of(config.teacher_model_init_kwargs)
     if isinstance(teacher_model, str):
-        options: dict[str, Any] = dict(config.teacher_model_init_kwargs or {})  # type: ignore[arg-type]
-        dtype = config.training_dtype if config.teacher_dtype == "auto" else config.teacher_dtype
-        dtype = options.get("dtype", options.get("torch_dtype", dtype))
+        dtype = teacher_dtype(config)
+        if dtype == "auto":
+            dtype = getattr(teacher_config, "dtype", None) or dtype
         teacher, name = files_digest(teacher_model, options, download=download), teacher_model
     else:
         plain = base_causal_lm(teacher_model)
@@ -125,8 +128,12 @@ def cache_facts(
         # What a 4-bit teacher computes in.
         "training_dtype": config.training_dtype if config.load_teacher_in_4bit else None,
         "teacher_quantization_config": None
-        if quantization_config is None
-        else json.loads(json.dumps(quantization_config.to_dict(), default=str)),
+        if quantization_config is None or config.load_teacher_in_4bit
+        else json.loads(
+            json.dumps(getattr(quantization_config, "to_dict", lambda: quantization_config)(), default=str)
+        ),
+        # Settings of the teacher's configuration that its options replace.
+        "teacher_settings": json.loads(json.dumps(config_settings(options), default=str)) or None,
         "teacher_tokenizer": tokenizer_digest(teacher_tokenizer),
         "teacher_chat_template": _digest(json.dumps(teacher_tokenizer.chat_template, sort_keys=True)),
         "prompt_style": config.prompt_style,
@@ -162,37 +169,35 @@ def files_digest(name: str, options: Mapping[str, Any], *, download: bool) -> st
 
 
 def _weight_files(name: str, options: Mapping[str, Any], download: bool) -> list[Path]:
-    """config.json and the files that `from_pretrained` reads weights from; none unless all of them are here."""
-    from transformers.utils import (
-        SAFE_WEIGHTS_INDEX_NAME,
-        SAFE_WEIGHTS_NAME,
-        WEIGHTS_INDEX_NAME,
-        WEIGHTS_NAME,
-        cached_file,
-    )
+    """The files that `from_pretrained` reads a model and its adapter from; none unless all of them are here."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-    where = {key: options[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in options}
+    of = source(name, options)
 
     def find(file: str) -> Path | None:
-        found = cached_file(
-            name,
-            file,
-            local_files_only=not download,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=download,
-            **where,
-        )
-        return None if found is None else Path(found)
+        return find_file(of.name, file, of.options, download=download, raises=download)
 
+    def find_variant(file: str) -> Path | None:
+        stem, _, ending = file.rpartition(".")
+        return find(f"{stem}.{options['variant']}.{ending}" if options.get("variant") else file)
+
+    kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
+    if options.get("use_safetensors") is False:
+        del kinds[0]
     files: list[Path | None] = []
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        files = [find(single)]
-        if files == [None] and (listing := find(index)) is not None:
+    for single, index in kinds:
+        files = [find_variant(single)]
+        if files == [None] and (listing := find_variant(index)) is not None:
             weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
             files = [find(file) for file in sorted(set(weight_map.values()))]
         if files != [None]:
             break
     files.insert(0, find("config.json"))
+    # Transformers takes an adapter that lies beside a model for a part of it.
+    adapter, place = (name, options) if of.adapter is None else (of.adapter, of.adapter_options)
+    if of.adapter is not None or (Path(name) / ADAPTER_NAME).is_file():
+        weights = (find_file(adapter, f"adapter_model.{kind}", place, download=download) for kind in ADAPTER_KINDS)
+        files += [find_file(adapter, ADAPTER_NAME, place), next((file for file in weights if file is not None), None)]
     return [] if None in files else [file for file in files if file is not None]
 
 
@@ -218,6 +223,10 @@ def parameters_digest(model: nn.Module) -> str:
     It says nothing about the files that the model came from: a cache is either of the one kind or of the other.
     """
     digest = hashlib.blake2b(digest_size=16)
+    # What the parameters of an adapter are multiplied by, and which adapter is on, isn't among them.
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        settings = json.dumps(adapter.to_dict(), sort_keys=True, default=lambda value: sorted(map(str, value)))
+        digest.update(f"{name} {settings} {model.active_adapters}".encode())
     for name, parameter in model.named_parameters():
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         values = parameter.detach().flatten()

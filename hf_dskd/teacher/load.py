@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import four_bit, loading, quantization
 from ..errors import UserError
 from ..models import LMHead, backbone, input_embedding, lm_head
+from ..pretrained import MODEL_FILES, check_options, dtype_option, empty_model, source, weight_options
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from ..config import DSKDConfig
 
 
 class Teacher:
@@ -95,24 +99,105 @@ def check_four_bit(setting: str = "load_teacher_in_4bit") -> None:
         raise UserError(f"{setting}: bitsandbytes runs NF4 on CUDA, XPU and CPU, not on MPS; {remedy}")
 
 
-def check_four_bit_shapes(config: PretrainedConfig, name: str, setting: str = "load_teacher_in_4bit") -> None:
+def check_four_bit_shapes(
+    config: PretrainedConfig, name: str, setting: str | None = "load_teacher_in_4bit", init_kwargs: Any = None
+) -> None:
     """
     Raises a [`UserError`], which names the setting, for a model that NF4 on a CPU would crash on.
 
-    On CPUs with AVX512 bitsandbytes ends the process at a linear layer whose sizes are no multiples of 64.
+    On CPUs with AVX512 bitsandbytes ends the process at a linear layer whose sizes are no multiples of 64. `setting`
+    is `None` for a model whose own files are in 4 bits.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config, init_kwargs)
     output = model.get_output_embeddings()
+    remedy = "name a model in 16 or 32 bits" if setting is None else f"leave {setting} out"
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not output:
             if module.in_features % 64 or module.out_features % 64:
                 raise UserError(
                     f"{name!r} can't run in 4 bits on a CPU: {path} is {module.in_features} x {module.out_features}"
-                    f" and both must be multiples of 64; leave {setting} out"
+                    f" and both must be multiples of 64; {remedy}"
                 )
+
+
+def teacher_place(args: DSKDConfig) -> torch.device:
+    """The device of the teacher."""
+    return args.device if args.teacher_device is None else named_device(args.teacher_device)
+
+
+def teacher_dtype(args: DSKDConfig) -> torch.dtype | str:
+    """What a teacher given by name is loaded in: a torch dtype, or `"auto"` for that of its own configuration."""
+    given = dtype_option(args.teacher_model_init_kwargs, "teacher_model_init_kwargs")
+    if args.teacher_dtype == "auto":
+        return getattr(torch, args.training_dtype) if given is None else given
+    chosen = getattr(torch, args.teacher_dtype)
+    if given not in (None, chosen):
+        raise UserError(
+            f"teacher_dtype={args.teacher_dtype!r} and teacher_model_init_kwargs with dtype"
+            f" {str(given).removeprefix('torch.')!r}: name one"
+        )
+    return chosen
+
+
+def check_teacher_options(args: DSKDConfig, teacher_model: Any) -> None:
+    """Raises a [`UserError`] for settings of the teacher that can't be kept, before anything of it is read."""
+    if teacher_model is not None:
+        check_options(teacher_model, args.teacher_model_init_kwargs, "teacher_model_init_kwargs")
+        teacher_dtype(args)
+    if args.load_teacher_in_4bit and not isinstance(teacher_model, str):
+        raise UserError("load_teacher_in_4bit=True needs teacher_model as a name: a loaded model can't be quantized")
+    if args.teacher_dtype != "auto" and teacher_model is not None and not isinstance(teacher_model, str):
+        raise UserError(
+            f"teacher_dtype={args.teacher_dtype!r} needs teacher_model as a name: a loaded model is taken as it is, in"
+            f" {str(teacher_model.dtype)[6:]}; leave it out"
+        )
+
+
+def teacher_quantization(args: DSKDConfig, given: Any, config: PretrainedConfig, name: str) -> Any:
+    """
+    How the teacher is to be quantized when it is loaded, or `None`.
+
+    Raises:
+        UserError: For two ways at once, a teacher that is quantized already, or one that bitsandbytes can't run here.
+    """
+    setting = "teacher_quantization_config"
+    if args.load_teacher_in_4bit:
+        if given is not None or "quantization_config" in (args.teacher_model_init_kwargs or {}):
+            raise UserError(f"load_teacher_in_4bit=True and {setting}: pass only one of them")
+        setting = "load_teacher_in_4bit"
+        given = four_bit_config(getattr(torch, args.training_dtype))
+    chosen = quantization(given, args.teacher_model_init_kwargs, config, name, setting)
+    found = getattr(config, "quantization_config", None) if chosen is None else chosen
+    if four_bit(found) and teacher_place(args).type == "cpu":
+        check_four_bit_shapes(config, name, None if chosen is None else setting, args.teacher_model_init_kwargs)
+    return chosen
+
+
+def load_teacher_model(teacher_model: Any, args: DSKDConfig, quantization_config: Any = None) -> Any:
+    """
+    The teacher on its device, in the dtype that the settings ask for where it is a name; of an adapter with its model.
+
+    `quantization_config` is what [`teacher_quantization`] returned.
+    """
+    where = teacher_place(args)
+    if isinstance(teacher_model, str):
+        of = source(teacher_model, args.teacher_model_init_kwargs)
+        options = weight_options(of.options, teacher_dtype(args))
+        with loading("the teacher", of.name, *MODEL_FILES):
+            teacher_model = load_causal_lm(of.name, quantization_config=quantization_config, device=where, **options)
+        if of.adapter is not None:
+            from peft import PeftModel
+
+            with loading("the teacher", of.adapter, ("adapter_config.json",), "save the adapter anew"):
+                teacher_model = PeftModel.from_pretrained(teacher_model, of.adapter, **(of.adapter_options or {}))
+    if getattr(teacher_model, "hf_device_map", None) is None:
+        teacher_model.to(where)
+    elif args.teacher_device is not None and teacher_model.get_input_embeddings().weight.device != where:
+        raise UserError(
+            f"teacher_device={args.teacher_device!r}: the teacher was given a device_map, which puts it elsewhere;"
+            " leave one of them out"
+        )
+    return teacher_model
 
 
 def load_causal_lm(
@@ -127,6 +212,6 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     if quantization_config is not None:
-        place = PartialState().device if device is None else device
-        options = {"quantization_config": quantization_config, "device_map": {"": place}, **options}
+        where = PartialState().device if device is None else device
+        options = {"quantization_config": quantization_config, "device_map": {"": where}, **options}
     return AutoModelForCausalLM.from_pretrained(name, **options)

@@ -1,0 +1,312 @@
+"""
+Reads what a model's name stands for: configuration, tokenizer, files and commit, with every option given for it.
+
+Options are those of `from_pretrained` (`model_init_kwargs`, `teacher_model_init_kwargs`). Each goes to every place
+where it means something, or is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checks import loading
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What a model's folder must have, and what to do about a model that can't be loaded.
+MODEL_FILES = (
+    ("config.json",),
+    "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no HF_HUB_OFFLINE",
+)
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer*", "vocab*")
+ADAPTER_NAME = "adapter_config.json"
+# Where files are, for configuration, tokenizer and weights alike.
+PLACE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+CODE = ("trust_remote_code", "code_revision")
+DTYPE = ("dtype", "torch_dtype")
+# What the weights take beside these; any other option is one of the configuration.
+_WEIGHTS = (
+    *(
+        "attn_implementation",
+        "experts_implementation",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "offload_buffers",
+    ),
+    *("offload_state_dict", "low_cpu_mem_usage", "quantization_config", "variant", "use_safetensors", "weights_only"),
+    *("ignore_mismatched_sizes", "key_mapping", "generation_config", "use_kernels", "kernel_config", "disable_mmap"),
+    *("allow_all_kernels", "fusion_config"),
+)
+_SHARDING = "a model isn't cut over processes here; leave it out"
+_REFUSED = {
+    "config": "settings of the configuration go here by their own names",
+    "load_in_4bit": "write quantization_config={'quant_method': 'bitsandbytes', 'load_in_4bit': True} instead",
+    "load_in_8bit": "write quantization_config={'quant_method': 'bitsandbytes', 'load_in_8bit': True} instead",
+    "output_loading_info": "a model alone is needed; leave it out",
+    "state_dict": "pass the loaded model instead of its name",
+    "gguf_file": "load the model yourself and pass it instead of its name",
+    "use_auth_token": "write token instead",
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), _SHARDING),
+}
+
+
+# ---- Options
+
+
+def options_of(init_kwargs: Any) -> dict[str, Any]:
+    """Options as a mapping of their own. TrainingArguments parses JSON strings; what is left is a dict or nothing."""
+    return dict(init_kwargs or {})
+
+
+def check_options(model: Any, init_kwargs: Any, setting: str) -> None:
+    """Raises a [`UserError`] for an option of `setting` that would have no effect, or another one than it says."""
+    options = options_of(init_kwargs)
+    if not options:
+        return
+    if not isinstance(model, str):
+        raise UserError(
+            f"{setting}={options!r} is for a model given by name, and this {type(model).__name__} is loaded already:"
+            " leave it out"
+        )
+    for name, remedy in _REFUSED.items():
+        if name in options:
+            raise UserError(f"{setting} has {name!r}: {remedy}")
+    dtype_option(options, setting)
+    revision = options.get("revision")
+    if revision not in (None, "main") and os.path.isdir(model):
+        raise UserError(
+            f"{setting} has revision={revision!r}, and {model!r} is a folder, which has no revisions: leave it out, or"
+            " name the model on the hub"
+        )
+
+
+def dtype_option(init_kwargs: Any, setting: str) -> torch.dtype | str | None:
+    """What `dtype`, or its older name `torch_dtype`, asks for: a torch dtype, `"auto"`, or `None` for nothing."""
+    options = options_of(init_kwargs)
+    found = {name: _dtype(options[name], f"{setting} has {name}") for name in DTYPE if options.get(name) is not None}
+    if len(set(found.values())) > 1:
+        raise UserError(
+            f"{setting} has dtype={options['dtype']!r} and torch_dtype={options['torch_dtype']!r}: name one"
+        )
+    return next(iter(found.values()), None)
+
+
+def _dtype(value: Any, what: str) -> torch.dtype | str:
+    import torch
+
+    if value == "auto":
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise UserError(f"{what}={value!r}: name one of float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def weight_options(init_kwargs: Any, dtype: torch.dtype | str) -> dict[str, Any]:
+    """The options for the weights, which are loaded in `dtype`; a quantization is decided elsewhere."""
+    own = (*DTYPE, "quantization_config")
+    return {"dtype": dtype, **{name: value for name, value in options_of(init_kwargs).items() if name not in own}}
+
+
+def place(init_kwargs: Any, *more: str) -> dict[str, Any]:
+    """The options that say where files are, and `more` of them."""
+    return {name: value for name, value in options_of(init_kwargs).items() if name in (*PLACE, *more)}
+
+
+def config_settings(init_kwargs: Any) -> dict[str, Any]:
+    """The options that replace settings of the configuration."""
+    others = (*PLACE, *CODE, *DTYPE, *_WEIGHTS)
+    return {name: value for name, value in options_of(init_kwargs).items() if name not in others}
+
+
+def code(config: Any, init_kwargs: Any) -> dict[str, Any]:
+    """The options for a model that is built of `config`, which may name code that comes with the model."""
+    options = options_of(init_kwargs)
+    class_name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if class_name is None or not options.get("trust_remote_code"):
+        return {}
+    # Of the same repository from_pretrained takes the code at the revision of the weights.
+    own = None if "--" in class_name else options.get("revision")
+    return {"trust_remote_code": True, "code_revision": options.get("code_revision", own)}
+
+
+# ---- Names
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    What a model's name stands for.
+
+    Attributes:
+        name (`str`), options (`dict[str, Any]`): Of the model, or of the model that an adapter is for.
+        adapter (`str`, *optional*), adapter_options (`dict[str, Any]`, *optional*): Of the adapter, if it is one.
+    """
+
+    name: str
+    options: dict[str, Any]
+    adapter: str | None = None
+    adapter_options: dict[str, Any] | None = None
+
+
+def source(name: str, init_kwargs: Any = None) -> Source:
+    """Finds out whether `name` is an adapter, and then which model it is for."""
+    options = options_of(init_kwargs)
+    found = _adapter_file(name, options)
+    if found is None:
+        return Source(name, options)
+    settings = json.loads(found.read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"the adapter {name!r} doesn't say what it adapts: set base_model_name_or_path in {ADAPTER_NAME}"
+        )
+    # Where the adapter is says nothing about where its model is.
+    own = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    if settings.get("revision"):
+        own["revision"] = settings["revision"]
+    return Source(base, own, name, place(options))
+
+
+def _adapter_file(name: str, options: Mapping[str, Any]) -> Path | None:
+    if os.path.isdir(name):
+        folder = Path(name, options.get("subfolder") or "")
+        there = (folder / ADAPTER_NAME).is_file() and not (folder / "config.json").is_file()
+        return folder / ADAPTER_NAME if there else None
+    return find_file(name, ADAPTER_NAME, options)
+
+
+def find_file(
+    name: str, file: str, init_kwargs: Any = None, *, download: bool = True, raises: bool = False
+) -> Path | None:
+    """A file of a model's folder, or of its repository on the hub; `None` where there is none, or `raises` offline."""
+    from transformers.utils import cached_file
+
+    where = place(init_kwargs)
+    if not download:
+        where["local_files_only"] = True
+    found = cached_file(
+        name,
+        file,
+        _raise_exceptions_for_gated_repo=raises,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=raises,
+        **where,
+    )
+    return None if found is None else Path(found)
+
+
+def commit(name: str | None, init_kwargs: Any = None) -> str | None:
+    """The commit of a model on the hub whose files are read; `None` for a folder, or without any of its files."""
+    if name is None or os.path.isdir(name):
+        return None
+    for file in ("config.json", ADAPTER_NAME):
+        path = find_file(name, file, init_kwargs, download=False)
+        found = None if path is None else re.search(r"/snapshots/([0-9a-f]{40})/", path.as_posix())
+        if found is not None:
+            return found.group(1)
+    return None
+
+
+def origin(model: Any, init_kwargs: Any = None) -> dict[str, str | None]:
+    """The commit of a model given by name, and of an adapter also the model that it is for, with its commit."""
+    if not isinstance(model, str):
+        return {"commit": None}
+    of = source(model, init_kwargs)
+    if of.adapter is None:
+        return {"commit": commit(of.name, of.options)}
+    return {
+        "commit": commit(of.adapter, of.adapter_options),
+        "adapts": of.name,
+        "adapts_commit": commit(of.name, of.options),
+    }
+
+
+# ---- Configuration and tokenizer
+
+
+def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
+    """
+    Name and configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
+
+    Raises:
+        UserError: If it can't be read, for an option that nothing knows, and for an adapter as `"the student"`.
+    """
+    from transformers import AutoConfig
+
+    if not isinstance(model, str):
+        return model.name_or_path, model.config
+    with loading(role, _folder(model, options_of(init_kwargs)), ("config.json", ADAPTER_NAME), MODEL_FILES[1]):
+        of = source(model, init_kwargs)
+    if of.adapter is not None and role == "the student":
+        raise UserError(
+            f"the student {model!r} is an adapter: load its model, then PeftModel.from_pretrained(model, adapter,"
+            f" is_trainable=True), and pass that; or name {of.name!r} with a new adapter (--use_peft)"
+        )
+    options = {key: value for key, value in of.options.items() if key not in (*DTYPE, "quantization_config")}
+    with loading(role, _folder(of.name, of.options), *MODEL_FILES):
+        config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
+    _check_known(unused, config, role)
+    return model, config
+
+
+def _check_known(unused: Mapping[str, Any], config: Any, role: str) -> None:
+    known = (*PLACE, *CODE, *_WEIGHTS)
+    for name in unused:
+        if name not in known and not name.startswith("_"):
+            near = difflib.get_close_matches(name, [*known, *DTYPE, *config.to_dict()], n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise UserError(
+                f"{role}'s init kwargs have {name!r}, which is no option of from_pretrained and no setting of"
+                f" {type(config).__name__}: {hint}"
+            )
+
+
+def _folder(name: str, options: Mapping[str, Any]) -> str:
+    """Where a folder has its files, for a name that is one."""
+    return os.path.join(name, options.get("subfolder") or "").rstrip("/") if os.path.isdir(name) else name
+
+
+def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Module | None = None) -> PreTrainedModel:
+    """
+    A causal language model of `config` without weights, to look at its layers.
+
+    It is built with the code that the options of its name allow, or of the class that a `loaded` one has.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .models import base_causal_lm
+
+    with torch.device("meta"):
+        if loaded is not None:
+            return type(base_causal_lm(loaded))(deepcopy(config))
+        return AutoModelForCausalLM.from_config(config, **code(config, init_kwargs))
+
+
+def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:
+    """The tokenizer of a model; an adapter may have one of its own."""
+    from transformers import AutoTokenizer
+
+    of = source(name, init_kwargs)
+    here, options = of.name, place(of.options, *CODE)
+    if of.adapter is not None and find_file(of.adapter, TOKENIZER_FILES[0], of.adapter_options) is not None:
+        here, options = of.adapter, {**place(of.options, *CODE), **(of.adapter_options or {})}
+    with loading(
+        role, _folder(here, options), TOKENIZER_FILES, f"pass {parameter}, or save a tokenizer beside the model"
+    ):
+        return AutoTokenizer.from_pretrained(here, **options)

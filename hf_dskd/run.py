@@ -188,7 +188,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     except ValueError as error:
         raise _not_parsed(" ".join(str(error).split()), known) from None
     run = Run(script, config, model, options)
-    check_model_config(model, named)
+    check_model_config(model, given | settings.keys())
     check_script_arguments(script)
     if options.teacher_model_revision is not None and options.teacher_model_name_or_path is None:
         raise UserError(

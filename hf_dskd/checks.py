@@ -302,6 +302,9 @@ def check_peft(peft_config: Any, model: PreTrainedModel) -> None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
+    task = getattr(peft_config.task_type, "value", peft_config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"peft_config.task_type={task!r} makes another model of the student: set it to 'CAUSAL_LM'")
     matrices = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is matrix for matrix in matrices)]
     target, exclude, save, parameters = (

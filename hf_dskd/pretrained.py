@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-# What a model's folder must have, and what to do about a model that can't be loaded.
-MODEL_FILES = (
-    ("config.json",),
-    "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no HF_HUB_OFFLINE",
-)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer*", "vocab*")
 ADAPTER_NAME = "adapter_config.json"
 # Where files are, for configuration, tokenizer and weights alike.
@@ -84,7 +80,7 @@ def check_options(model: Any, init_kwargs: Any, setting: str) -> None:
         )
     for name, remedy in _REFUSED.items():
         if name in options:
-            raise UserError(f"{setting} has {name!r}: {remedy}")
+            raise UserError(f"{setting} has {name!r}; {remedy}")
     dtype_option(options, setting)
     revision = options.get("revision")
     if revision not in (None, "main") and os.path.isdir(model):
@@ -239,6 +235,19 @@ def origin(model: Any, init_kwargs: Any = None) -> dict[str, str | None]:
 # ---- Configuration and tokenizer
 
 
+def reading(
+    role: str,
+    name: str,
+    options: Mapping[str, Any],
+    files: tuple[str, ...] = ("config.json",),
+    remedy: str = "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no"
+    " HF_HUB_OFFLINE",
+) -> AbstractContextManager[None]:
+    """[`~hf_dskd.checks.loading`] of a model, or of what lies beside it, in the subfolder that its options name."""
+    folder = os.path.join(name, options.get("subfolder") or "").rstrip("/") if os.path.isdir(name) else name
+    return loading(role, folder, files, remedy)
+
+
 def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
     """
     Name and configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
@@ -250,7 +259,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
 
     if not isinstance(model, str):
         return model.name_or_path, model.config
-    with loading(role, _folder(model, options_of(init_kwargs)), ("config.json", ADAPTER_NAME), MODEL_FILES[1]):
+    with reading(role, model, options_of(init_kwargs), ("config.json", ADAPTER_NAME)):
         of = source(model, init_kwargs)
     if of.adapter is not None and role == "the student":
         raise UserError(
@@ -258,7 +267,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
             f" is_trainable=True), and pass that; or name {of.name!r} with a new adapter (--use_peft)"
         )
     options = {key: value for key, value in of.options.items() if key not in (*DTYPE, "quantization_config")}
-    with loading(role, _folder(of.name, of.options), *MODEL_FILES):
+    with reading(role, of.name, of.options):
         config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
     _check_known(unused, config, role)
     return model, config
@@ -274,11 +283,6 @@ def _check_known(unused: Mapping[str, Any], config: Any, role: str) -> None:
                 f"{role}'s init kwargs have {name!r}, which is no option of from_pretrained and no setting of"
                 f" {type(config).__name__}: {hint}"
             )
-
-
-def _folder(name: str, options: Mapping[str, Any]) -> str:
-    """Where a folder has its files, for a name that is one."""
-    return os.path.join(name, options.get("subfolder") or "").rstrip("/") if os.path.isdir(name) else name
 
 
 def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Module | None = None) -> PreTrainedModel:
@@ -306,7 +310,5 @@ def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> An
     here, options = of.name, place(of.options, *CODE)
     if of.adapter is not None and find_file(of.adapter, TOKENIZER_FILES[0], of.adapter_options) is not None:
         here, options = of.adapter, {**place(of.options, *CODE), **(of.adapter_options or {})}
-    with loading(
-        role, _folder(here, options), TOKENIZER_FILES, f"pass {parameter}, or save a tokenizer beside the model"
-    ):
+    with reading(role, here, options, TOKENIZER_FILES, f"pass {parameter}, or save a tokenizer beside the model"):
         return AutoTokenizer.from_pretrained(here, **options)

@@ -62,7 +62,6 @@ from .checks import (
     check_steps,
     check_trainable,
     check_vocabularies,
-    loading,
     quantization,
 )
 from .config import DSKDConfig
@@ -103,13 +102,13 @@ from .objective import (
     weighted_loss,
 )
 from .pretrained import (
-    MODEL_FILES,
     check_options,
     dtype_option,
     empty_model,
     load_tokenizer,
     name_and_config,
     options_of,
+    reading,
     weight_options,
 )
 from .projectors import Projectors
@@ -394,9 +393,9 @@ class DSKDTrainer(Trainer):
             set_seed(args.seed)
             student: Any = model
             if isinstance(model, str):
-                with loading("the student", model, *MODEL_FILES):
-                    dtype = dtype_option(args.model_init_kwargs, "model_init_kwargs") or torch.float32
-                    options = weight_options(args.model_init_kwargs, dtype)
+                dtype = dtype_option(args.model_init_kwargs, "model_init_kwargs") or torch.float32
+                options = weight_options(args.model_init_kwargs, dtype)
+                with reading("the student", model, options):
                     student = load_causal_lm(model, quantization_config=quantization_config, **options)
             return student if peft_config is None else _wrap_with_adapter(student, peft_config, args)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models import LMHead, base_causal_lm, check_head, hidden_size
-from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, source
+from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
 from .load import Teacher, teacher_dtype
 
 
@@ -154,9 +154,8 @@ def files_digest(name: str, options: Mapping[str, Any], *, download: bool) -> st
         options (`dict`): For `from_pretrained`; `revision`, `cache_dir`, `token` and `subfolder` say where it looks.
         download (`bool`): Fetch what isn't on this machine; otherwise `None` is returned for it.
     """
-    from ..checks import loading
-
-    with loading("the teacher", name, ("config.json",), "check the name, the network and your access to it"):
+    remedy = "check the name, the network and your access to it"
+    with reading("the teacher", name, options, ("config.json", ADAPTER_NAME), remedy):
         files = _weight_files(name, options, download)
     if not files:
         return None

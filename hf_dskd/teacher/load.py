@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import four_bit, loading, quantization
+from ..checks import four_bit, quantization
 from ..errors import UserError
 from ..models import LMHead, backbone, input_embedding, lm_head
-from ..pretrained import MODEL_FILES, check_options, dtype_option, empty_model, source, weight_options
+from ..pretrained import ADAPTER_NAME, check_options, dtype_option, empty_model, reading, source, weight_options
 
 
 if TYPE_CHECKING:
@@ -183,13 +183,14 @@ def load_teacher_model(teacher_model: Any, args: DSKDConfig, quantization_config
     if isinstance(teacher_model, str):
         of = source(teacher_model, args.teacher_model_init_kwargs)
         options = weight_options(of.options, teacher_dtype(args))
-        with loading("the teacher", of.name, *MODEL_FILES):
+        with reading("the teacher", of.name, options):
             teacher_model = load_causal_lm(of.name, quantization_config=quantization_config, device=where, **options)
         if of.adapter is not None:
             from peft import PeftModel
 
-            with loading("the teacher", of.adapter, ("adapter_config.json",), "save the adapter anew"):
-                teacher_model = PeftModel.from_pretrained(teacher_model, of.adapter, **(of.adapter_options or {}))
+            where_adapter = of.adapter_options or {}
+            with reading("the teacher", of.adapter, where_adapter, (ADAPTER_NAME,), "save the adapter anew"):
+                teacher_model = PeftModel.from_pretrained(teacher_model, of.adapter, **where_adapter)
     if getattr(teacher_model, "hf_device_map", None) is None:
         teacher_model.to(where)
     elif args.teacher_device is not None and teacher_model.get_input_embeddings().weight.device != where:

@@ -1,0 +1,343 @@
+"""Every setting of trl's ModelConfig and ScriptArguments, and every option of from_pretrained, is used or refused."""
+
+import json
+import shutil
+from dataclasses import fields, make_dataclass
+
+import pytest
+import tiny
+import torch
+import trl
+
+from hf_dskd import run
+from hf_dskd.errors import UserError
+from hf_dskd.teacher.cache import files_digest
+
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A cache of the hub's client, with two revisions of a student and of a teacher, of different weights."""
+    folder = tmp_path_factory.mktemp("hub")
+    for name, make, tokenizer in (
+        ("student", tiny.gpt2, tiny.byte_level_tokenizer()),
+        ("teacher", tiny.qwen2, tiny.sentencepiece_tokenizer()),
+    ):
+        repository = folder / f"models--some--{name}"
+        (repository / "refs").mkdir(parents=True)
+        for seed, (revision, commit) in enumerate(COMMITS.items()):
+            (repository / "refs" / revision).write_text(commit)
+            snapshot = repository / "snapshots" / commit
+            make(len(tokenizer), seed=seed).save_pretrained(snapshot)
+            tokenizer.save_pretrained(snapshot)
+    return folder
+
+
+@pytest.fixture
+def parsed(hub, tmp_path):
+    def parse(*flags):
+        where = json.dumps({"cache_dir": str(hub)})
+        base = ["--model_name_or_path=some/student", "--teacher_model_name_or_path=some/teacher"]
+        base += [f"--model_init_kwargs={where}", f"--teacher_model_init_kwargs={where}"]
+        base += [f"--output_dir={tmp_path / 'run'}", "--use_cpu=true", "--bf16=false", "--max_steps=1"]
+        base += ["--method=dskd_cma", "--max_length=256", "--prompt_style=plain", "--save_strategy=no"]
+        given = {flag.partition("=")[0] for flag in flags}
+        return run.parse(None, None, [*(flag for flag in base if flag.partition("=")[0] not in given), *flags])
+
+    return parse
+
+
+def make(parsed_run):
+    model, options = parsed_run.model, parsed_run.options
+    return run.make_trainer(
+        parsed_run, model.model_name_or_path, options.teacher_model_name_or_path, tiny.dataset(4), None
+    )
+
+
+def adapter(trainer):
+    return trainer.model.peft_config["default"]
+
+
+def weight(model):
+    return model.get_input_embeddings().weight
+
+
+LORA = ["--use_peft", "--lora_target_modules=c_attn"]
+# Of each setting a value that isn't the default, as flags, and what it does to a trainer or what refuses it.
+MODEL = {
+    "model_name_or_path": ([], lambda trainer: trainer._facts["student"] == "some/student"),
+    "model_revision": (
+        ["--model_revision=v2"],
+        lambda trainer: torch.equal(weight(trainer.model), weight(tiny.gpt2(400, seed=1))),
+    ),
+    "dtype": (["--dtype=bfloat16"], lambda trainer: trainer.model.dtype == torch.bfloat16),
+    "attn_implementation": (
+        ["--attn_implementation=eager"],
+        lambda trainer: trainer.model.config._attn_implementation == "eager",
+    ),
+    "use_peft": (LORA, lambda trainer: adapter(trainer).target_modules == {"c_attn"}),
+    "lora_r": ([*LORA, "--lora_r=3"], lambda trainer: adapter(trainer).r == 3),
+    "lora_alpha": ([*LORA, "--lora_alpha=5"], lambda trainer: adapter(trainer).lora_alpha == 5),
+    "lora_dropout": ([*LORA, "--lora_dropout=0.5"], lambda trainer: adapter(trainer).lora_dropout == 0.5),
+    "lora_target_modules": (
+        ["--use_peft", "--lora_target_modules", "c_proj", "c_fc"],
+        lambda trainer: adapter(trainer).target_modules == {"c_proj", "c_fc"},
+    ),
+    "lora_target_parameters": (
+        [*LORA, "--lora_dropout=0", "--lora_target_parameters", "h.0.mlp.c_fc.weight"],
+        lambda trainer: adapter(trainer).target_parameters == ["h.0.mlp.c_fc.weight"],
+    ),
+    "lora_modules_to_save": (
+        [*LORA, "--lora_modules_to_save", "ln_f"],
+        lambda trainer: adapter(trainer).modules_to_save == ["ln_f"],
+    ),
+    "lora_task_type": ([*LORA, "--lora_task_type=SEQ_CLS"], "peft_config.task_type='SEQ_CLS'"),
+    "use_rslora": ([*LORA, "--use_rslora"], lambda trainer: adapter(trainer).use_rslora),
+    "use_dora": ([*LORA, "--use_dora"], lambda trainer: adapter(trainer).use_dora),
+    "load_in_8bit": (["--load_in_8bit"], "load_in_8bit=True needs an adapter to train"),
+    "load_in_4bit": ([*LORA, "--load_in_4bit"], "load_in_4bit=True: a 4-bit student can't be trained on a CPU"),
+    "bnb_4bit_quant_type": (["--bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type='fp4' without load_in_4bit"),
+    "use_bnb_nested_quant": (["--use_bnb_nested_quant"], "use_bnb_nested_quant=True without load_in_4bit"),
+    "bnb_4bit_quant_storage": (
+        ["--bnb_4bit_quant_storage=uint8"],
+        "bnb_4bit_quant_storage='uint8' without load_in_4bit",
+    ),
+}
+# What versions of trl have or had beside these is refused without being known, but for one.
+BESIDE = {"trust_remote_code", "torch_dtype"}
+
+
+@pytest.mark.parametrize("name", [setting.name for setting in fields(trl.ModelConfig)])
+def test_every_setting_of_the_model(name, parsed):
+    if name in BESIDE:
+        return
+    flags, expected = MODEL[name]
+    if isinstance(expected, str):
+        with pytest.raises(UserError) as error:
+            make(parsed(*flags))
+        assert expected in str(error.value)
+    else:
+        assert expected(make(parsed(*flags)))
+
+
+def test_an_unknown_setting_of_the_model():
+    from hf_dskd.trl_settings import check_model_config
+
+    later = make_dataclass("Later", [("sparsity", float, 0.0)], bases=(trl.ModelConfig,))
+    check_model_config(later(), ())
+    with pytest.raises(UserError, match=r"sparsity=0\.5 of trl's ModelConfig is not used"):
+        check_model_config(later(sparsity=0.5), ())
+
+
+@pytest.mark.parametrize("name", ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"])
+def test_an_adapters_settings_without_an_adapter(name, parsed):
+    flags = [
+        flag for flag in MODEL[name][0] if flag not in ("--use_peft", *(LORA if name != "lora_target_modules" else ()))
+    ]
+    with pytest.raises(UserError, match=f"{name}=.* without use_peft: all of the student would be trained; add --use"):
+        parsed(*flags)
+    # Who says so switches a recipe's adapter off, and a file of such a run makes the same run.
+    off = parsed(*flags, "--use_peft=false")
+    assert make(off).model.num_parameters(only_trainable=True) == off_parameters()
+    assert not {"use_peft", name} & run.changed_settings(off).keys()
+
+
+def off_parameters():
+    return tiny.gpt2(400).num_parameters()
+
+
+# ---- The data
+
+
+def saved_to_disk(tmp_path):
+    tiny.dataset(4).save_to_disk(tmp_path / "saved")
+    return str(tmp_path / "saved")
+
+
+def a_file(tmp_path):
+    tiny.dataset(4).to_json(tmp_path / "rows.jsonl")
+    return str(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("dataset", [saved_to_disk, a_file, lambda tmp_path: "python_functions"])
+def test_a_configuration_of_data_that_have_none(dataset, parsed, tmp_path):
+    with pytest.raises(UserError, match=r"dataset_config='en': .* has no configurations"):
+        parsed(f"--dataset_name={dataset(tmp_path)}", "--dataset_config=en")
+
+
+def test_bias_buffers(parsed):
+    with pytest.raises(UserError, match="ignore_bias_buffers=True is not used"):
+        parsed("--ignore_bias_buffers=true")
+
+
+def test_the_settings_of_the_data_are_known():
+    # Of each of these there is a test here, or of loading data.
+    assert {setting.name for setting in fields(trl.ScriptArguments)} <= {
+        *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
+        "ignore_bias_buffers",
+    }
+
+
+# ---- The teacher's revision
+
+
+def test_the_teachers_revision(parsed):
+    trainer = make(parsed("--teacher_model_revision=v2"))
+    assert torch.equal(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=1)))
+    trainer = make(parsed())
+    assert torch.equal(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=0)))
+
+
+def test_two_revisions(parsed, hub):
+    both = json.dumps({"cache_dir": str(hub), "revision": "main"})
+    with pytest.raises(
+        UserError, match="teacher_model_revision='v2' and teacher_model_init_kwargs with revision='main'"
+    ):
+        make(parsed("--teacher_model_revision=v2", f"--teacher_model_init_kwargs={both}"))
+    with pytest.raises(UserError, match="model_revision='v2' and model_init_kwargs with revision='main'"):
+        make(parsed("--model_revision=v2", f"--model_init_kwargs={both}"))
+
+
+def test_a_revision_without_a_teacher(parsed):
+    with pytest.raises(UserError, match="teacher_model_revision='v2' without teacher_model_name_or_path"):
+        run.parse(None, None, ["--teacher_model_revision=v2", "--output_dir=x", "--use_cpu=true"])
+
+
+def test_a_folder_has_no_revisions(parsed, hub):
+    folder = hub / "models--some--student" / "snapshots" / COMMITS["main"]
+    with pytest.raises(UserError, match=r"revision='v2', and .* is a folder, which has no revisions"):
+        make(parsed(f"--model_name_or_path={folder}", "--model_revision=v2"))
+
+
+def test_a_smoke_run_leaves_revisions_and_folders_behind(parsed):
+    smoke = parsed(
+        "--model_name_or_path=openai-community/gpt2",
+        "--teacher_model_name_or_path=Qwen/Qwen1.5-1.8B",
+        "--model_revision=v2",
+        "--teacher_model_revision=v2",
+        "--smoke",
+    )
+    trainer = make(smoke)
+    assert trainer.args.model_init_kwargs == {"dtype": "float32"} and trainer.args.teacher_model_init_kwargs == {}
+
+
+def test_the_cache_tells_revisions_apart(hub):
+    digests = {
+        files_digest("some/teacher", {"cache_dir": str(hub), "revision": revision}, download=False)
+        for revision in COMMITS
+    }
+    assert len(digests) == 2 and None not in digests
+
+
+# ---- Options of from_pretrained
+
+
+def options(hub, **more):
+    return json.dumps({"cache_dir": str(hub), **more})
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16"])
+def test_both_names_of_the_dtype(name, value, parsed, hub, tmp_path):
+    flags = [f"--{side}model_init_kwargs={options(hub, **{name: value})}" for side in ("", "teacher_")]
+    trainer = make(parsed(*flags, f"--teacher_cache={tmp_path / 'cache'}"))
+    assert trainer.model.dtype == trainer.teacher.head.weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "cache" / "index.json").read_text())["facts"]["teacher_dtype"] == "bfloat16"
+
+
+def test_auto_is_the_dtype_of_the_files(parsed, hub, tmp_path):
+    flags = [f"--teacher_model_init_kwargs={options(hub, dtype='auto')}", f"--teacher_cache={tmp_path / 'cache'}"]
+    assert make(parsed(*flags)).teacher.head.weight.dtype == torch.float32
+    assert json.loads((tmp_path / "cache" / "index.json").read_text())["facts"]["teacher_dtype"] == "float32"
+
+
+def test_a_torch_dtype_in_python(tmp_path, hub):
+    import runs
+
+    where = {"cache_dir": str(hub), "dtype": torch.float16}
+    trainer = runs.trainer(
+        tmp_path,
+        student="some/student",
+        teacher="some/teacher",
+        model_init_kwargs=where,
+        method="dskd_cma",
+        teacher_model_init_kwargs=where,
+    )
+    assert trainer.model.dtype == trainer.teacher.model.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"dtype": "bfloat"}, "dtype='bfloat': name one of float32, bfloat16, float16 or auto"),
+        ({"torch_dtype": "int8"}, "torch_dtype='int8': name one of"),
+        ({"dtype": 16}, "dtype=16: name one of"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "dtype='float32' and torch_dtype='bfloat16': name one"),
+        ({"load_in_4bit": True}, "has 'load_in_4bit'; write quantization_config="),
+        ({"output_loading_info": True}, "has 'output_loading_info'; a model alone is needed"),
+        ({"tp_plan": "auto"}, "has 'tp_plan'; a model isn't cut over processes here"),
+        ({"use_auth_token": "x"}, "has 'use_auth_token'; write token instead"),
+        ({"attn_implementatio": "eager"}, "have 'attn_implementatio', .* did you mean 'attn_implementation'"),
+        ({"hidden_layers": 3}, "have 'hidden_layers', which is no option of from_pretrained and no setting of"),
+    ],
+)
+@pytest.mark.parametrize("side", ["", "teacher_"])
+def test_options_that_are_refused(side, more, words, parsed, hub):
+    with pytest.raises(UserError, match=words):
+        make(parsed(f"--{side}model_init_kwargs={options(hub, **more)}"))
+
+
+def test_teacher_dtype_against_an_option(parsed, hub):
+    flags = ["--teacher_dtype=float16", f"--teacher_model_init_kwargs={options(hub, dtype='bfloat16')}"]
+    with pytest.raises(UserError, match="teacher_dtype='float16' and teacher_model_init_kwargs with dtype 'bfloat16'"):
+        make(parsed(*flags))
+
+
+def test_options_of_a_loaded_model(tmp_path):
+    import runs
+
+    with pytest.raises(
+        UserError, match=r"model_init_kwargs=.* is for a model given by name, and this GPT2LMHeadModel"
+    ):
+        runs.trainer(tmp_path, model_init_kwargs={"attn_implementation": "eager"})
+    with pytest.raises(UserError, match=r"teacher_model_init_kwargs=.* and this Qwen2ForCausalLM is loaded already"):
+        runs.trainer(tmp_path, teacher_model_init_kwargs={"revision": "v2"})
+    with pytest.raises(UserError, match="teacher_dtype='float16' needs teacher_model as a name"):
+        runs.trainer(tmp_path, teacher_dtype="float16")
+
+
+def test_settings_of_the_configuration_are_checked_as_they_will_be(parsed, hub):
+    # Positions that the model will have decide how long a sequence may be.
+    make(
+        parsed(
+            "--max_length=1200",
+            f"--model_init_kwargs={options(hub, n_positions=2048, ignore_mismatched_sizes=True)}",
+            f"--teacher_model_init_kwargs={options(hub, max_position_embeddings=2048)}",
+        )
+    )
+    with pytest.raises(UserError, match="max_length=1200 is too long for the student"):
+        make(parsed("--max_length=1200"))
+
+
+def test_replaced_settings_of_the_teacher_are_facts_of_the_cache(parsed, hub, tmp_path):
+    cache = f"--teacher_cache={tmp_path / 'cache'}"
+    make(parsed(cache))
+    with pytest.raises(UserError, match="teacher_settings"):
+        make(parsed(cache, f"--teacher_model_init_kwargs={options(hub, rms_norm_eps=0.1)}"))
+
+
+def test_a_subfolder(parsed, hub, tmp_path):
+    whole = hub / "models--some--student" / "snapshots" / COMMITS["main"]
+    shutil.copytree(whole, tmp_path / "repository" / "inner")
+    flags = [f"--model_name_or_path={tmp_path / 'repository'}", '--model_init_kwargs={"subfolder": "inner"}']
+    assert torch.equal(weight(make(parsed(*flags)).model), weight(tiny.gpt2(400)))
+
+
+def test_a_variant_of_the_weights(hub, tmp_path):
+    teacher = tmp_path / "teacher"
+    tiny.qwen2(seed=0).save_pretrained(teacher)
+    tiny.qwen2(seed=1).save_pretrained(teacher, variant="fp16")
+    digests = [files_digest(str(teacher), kind, download=False) for kind in ({}, {"variant": "fp16"})]
+    assert None not in digests and digests[0] != digests[1]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .adversary import Features, matching_term, published_matching_term
-from .alignment.chunked import chunk_mask, exact_pairs, identity_mask, mean_weights
+from .alignment.chunked import chunk_mask, exact_pairs, identity_mask, mean_weights, same_places
 from .alignment.cross_model import cross_model_attention
 from .alignment.weights import AlignmentWeights, TiledAttention
 from .kernels.linear_divergence import linear_rows
 from .losses.divergences import DivergenceFunction, divergence_function
 from .losses.dual_space import ResponseStates, dual_space_terms, own_rows, queries_and_keys, response_rows
 from .losses.likelihood import boundary_after, boundary_probability, likelihood_matching
-from .losses.logits import mapped_kd, packed_partners, paired_rows, shared_prefix_kd, uld
+from .losses.logits import mapped_kd, packed_partners, rows_at_places, shared_prefix_kd, uld
 from .losses.temperature import Temperatures, schedule_factor, with_temperature
 
 
@@ -64,13 +64,11 @@ class PairConstants:
         label_map: The student's token for the same bytes as each of the teacher's, `[V_t]`, -1 for none.
         vocabulary_map: The student's token nearest to each of the teacher's by edit distance, `[V_t]`, -1 for none.
         boundary_tokens: Which tokens begin with whitespace or end the text, `[V_s]` and `[V_t]`.
-        end_tokens: End-of-sequence token of student and teacher.
     """
 
     label_map: Tensor | None = None
     vocabulary_map: Tensor | None = None
     boundary_tokens: tuple[Tensor, Tensor] | None = None
-    end_tokens: tuple[int, int] | None = None
 
 
 def chunk_options(config: DSKDConfig, device: torch.device) -> dict[str, Any]:
@@ -300,6 +298,8 @@ def alignment_weights(
     keys: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """An alignment through attention, chunks or places as weights: t2s `[B, R_s, R_t]` and s2t `[B, R_t, R_s]`."""
+    if alignment == "identity" and student.places is not None and teacher.places is not None:
+        return mean_weights(same_places(student.places, teacher.places))
     if alignment == "identity":
         return mean_weights(identity_mask(student.mask, teacher.mask))
     pairs = None
@@ -330,9 +330,7 @@ def _logit_rows(
         assert student.partners is not None
         partners = packed_partners(student.partners, student.mask, teacher.mask)
     else:
-        student_rows, teacher_rows = paired_rows(student.mask, teacher.mask)
-        partners = torch.full_like(student.packed(student.targets), -1)
-        partners[student_rows] = teacher_rows
+        partners = rows_at_places(*(_places(states) for states in (student, teacher)))
     teacher_hidden = teacher.packed(teacher.hidden)
     if len(teacher_hidden):
         teacher_hidden = teacher_hidden[partners.clamp(min=0)]
@@ -372,13 +370,10 @@ def _likelihood_terms(
     """The student's own terms per example, `alm` per example, and the student's cross entropy per row."""
     assert student.chunks is not None and teacher.chunks is not None
     chunks = [student.chunks, teacher.chunks]
-    if constants.end_tokens is not None:
+    if student.closing is not None and teacher.closing is not None:
         # The end is no text, and a teacher that wasn't trained on this data may hardly expect it: matched, it would
         # teach the student to go on. The cross entropy teaches the end.
-        chunks = [
-            states.chunks.masked_fill(states.targets == end, -1)  # type: ignore[union-attr]
-            for states, end in zip((student, teacher), constants.end_tokens)
-        ]
+        chunks = [student.chunks.masked_fill(student.closing, -1), teacher.chunks.masked_fill(teacher.closing, -1)]
     own, theirs = (
         likelihood_rows(
             states, head, None if constants.boundary_tokens is None else constants.boundary_tokens[i], options
@@ -403,6 +398,13 @@ def _likelihood_terms(
     # of the teacher and b of the student, so that `kd_rate` weighs them against the cross entropy at any τ.
     alm = values * config.alm_temperature
     return {name: student.per_example(own[name]) for name in ("ce", "correct")}, alm, own["ce"].detach()
+
+
+def _places(states: ResponseStates) -> Tensor:
+    """Place of each row in the response, -1 where there is none; one response where nothing else is known."""
+    if states.places is not None:
+        return states.places
+    return (states.mask.cumsum(1) - 1).masked_fill(~states.mask, -1)
 
 
 def likelihood_rows(

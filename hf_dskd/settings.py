@@ -71,7 +71,7 @@ class DistillationSettings:
     code, except: adaptive KL divides by its temperature once, and both responses are cut at one byte.
 
     In names, t2s is what leads from the teacher into the student's space, and s2t what leads from the student into the
-    teacher's. Of `messages` with several turns the last answer is learnt; earlier ones are part of the prompt.
+    teacher's. Of `messages` with several turns every answer is learnt (see `train_on`).
 
     Parameters:
         method (`str`, *optional*, defaults to `"dskd_cma_ga"`):
@@ -155,8 +155,13 @@ class DistillationSettings:
         max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
+        on_bad_row (`str`, *optional*, defaults to `"stop"`):
+            What to do about a row that can't be read: `"stop"` with an error, or `"skip"` it and count it.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            Which answers of a conversation are learnt: `"all"`, or the `"last"`. A message of `weight` 0 isn't.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
-            `"chat"`: each model sees the prompt in its own chat template where it has one. `"plain"`: plain text.
+            `"chat"`: each model sees the prompt in its own chat template where it has one, and ends an answer as that
+            does. `"plain"`: plain text, which ends with EOS.
         chat_template_kwargs (`dict` or `str`, *optional*):
             For both models' chat templates, of which each takes what it knows, such as
             `{"enable_thinking": false}` for Qwen3, or `{"date_string": "26 Jul 2024"}` for Llama 3.2, which else
@@ -314,6 +319,10 @@ class DistillationSettings:
         512, "longest sequence of either model, in tokens", least=2, usual="a prompt and a response need room"
     )
     skip_long_prompts: bool = _setting(False, "skip examples whose prompt leaves no room for a response, not an error")
+    on_bad_row: str = _setting(
+        "stop", "a row that can't be read: stop, or skip and count it", choices=("stop", "skip")
+    )
+    train_on: str = _setting("all", "which answers of a conversation are learnt: all or last", choices=("all", "last"))
     prompt_style: str = _setting("chat", "chat (own template where there is one) or plain", choices=PROMPT_STYLES)
     chat_template_kwargs: dict[str, Any] | str | None = _setting(
         None, "JSON for both chat templates, such as '{\"enable_thinking\": false}'"

@@ -32,6 +32,7 @@ from .adversary import Adversary, clip, reduce_over_ranks
 from .alignment.chunked import input_chunks
 from .alignment.min_edit import partners
 from .alignment.min_edit import vocabulary_map as edit_distance_map
+from .alignment.spans import answer_spans
 from .arguments import (
     as_dataset,
     as_datasets,
@@ -69,10 +70,24 @@ from .data.collator import DualCollator
 from .data.fillers import first_examples
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
-from .data.tokenization import TokenizationReport, depends_on_the_day, set_pad_token, tokenize_dataset
+from .data.tokenization import (
+    TokenizationReport,
+    answer_frame,
+    depends_on_the_day,
+    is_tokenized,
+    set_pad_token,
+    tokenize_dataset,
+)
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import NonFiniteLossError, UserError
-from .evaluation.generation import check_generation_config, response_text, score_generation
+from .evaluation.generation import (
+    add_end_tokens,
+    check_generation_config,
+    read_response,
+    response_text,
+    score_generation,
+)
+from .evaluation.likelihood import covers_text
 from .finite import largest_gradient, spoilt
 from .hub.card import identity, write_card
 from .hub.push import TRAINING, check_training, push_run
@@ -138,7 +153,15 @@ logger = logging.getLogger(__name__)
 # Settings that go into what the trials of a search share.
 PREPARED_ONCE = (
     *("method", "alignment", "as_published", "max_length", "prompt_style", "chat_template_kwargs", "prompt_column"),
-    *("response_column", "skip_long_prompts", "teacher_cache", "load_teacher_in_4bit", "teacher_device"),
+    *(
+        "response_column",
+        "skip_long_prompts",
+        "on_bad_row",
+        "train_on",
+        "teacher_cache",
+        "load_teacher_in_4bit",
+        "teacher_device",
+    ),
     *("teacher_dtype", "output_dir"),
 )
 
@@ -367,8 +390,10 @@ class DSKDTrainer(Trainer):
         vocabulary_map = None
         if row.alignment == "min_edit":
             with args.main_process_first(desc="vocabulary map"):
+                options = args.prompt_style, _options(args.chat_template_kwargs)
+                ends = (answer_frame(tokenizer, *options).end[-1], answer_frame(teacher_tokenizer, *options).end[-1])
                 vocabulary_map = edit_distance_map(
-                    tokenizer, teacher_tokenizer, rows=_rows(teacher_model, teacher_config)
+                    tokenizer, teacher_tokenizer, rows=_rows(teacher_model, teacher_config), ends=ends
                 )
         self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports, vocabulary_map)
         with args.main_process_first(desc="tokenization"):
@@ -404,6 +429,8 @@ class DSKDTrainer(Trainer):
         if train_dataset is not None:
             check_trainable(student)
             check_optimized(optimizers[0], student)
+        # A student that is loaded elsewhere must stop where it was taught to.
+        add_end_tokens(student, self._tokenize.frames["student"].end[-1])
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
@@ -503,7 +530,7 @@ class DSKDTrainer(Trainer):
         if row.dual_space:
             self.projectors = Projectors(width, teacher_width, seed=args.seed, has_query=row.has_queries)
             if row.projector_init == "pseudo_inverse":
-                shared = shared_tokens(self._tokenize.student, self._tokenize.teacher)
+                shared = shared_tokens(*self._tokenize.both, self._tokenize.ends)
                 residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
                 logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
             self.projectors.to(device)
@@ -540,7 +567,7 @@ class DSKDTrainer(Trainer):
         """The same prompts with the teacher's responses, written once into the output folder (`seq_kd`)."""
         if dataset is None:
             return None
-        if "prompt_length" in (getattr(dataset, "column_names", None) or []):
+        if is_tokenized(dataset):
             raise UserError(
                 f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
                 " already tokenized: pass the text"
@@ -575,7 +602,7 @@ class DSKDTrainer(Trainer):
         label_map = boundary = None
         if row.label == "teacher":
             label_map = torch.full((rows,), -1, dtype=torch.int64)
-            student_ids, teacher_ids = shared_tokens(self._tokenize.student, self._tokenize.teacher)
+            student_ids, teacher_ids = shared_tokens(*self._tokenize.both, self._tokenize.ends)
             label_map[teacher_ids] = student_ids
             label_map = label_map.to(device)
         if row.spaces == ("likelihood",) and self.args.alm_bias_threshold is not None:
@@ -586,8 +613,7 @@ class DSKDTrainer(Trainer):
             )
         if vocabulary_map is not None:
             vocabulary_map = vocabulary_map.to(device)
-        ends = self._tokenize.student.eos_token_id, self._tokenize.teacher.eos_token_id
-        return PairConstants(label_map, vocabulary_map, boundary, ends)
+        return PairConstants(label_map, vocabulary_map, boundary)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
@@ -654,6 +680,7 @@ class DSKDTrainer(Trainer):
             seed=(seed + place) * 64 + self.accelerator.process_index,
             autocast=self._autocast(),
             align=self._tokenize.partners,
+            frames=self._tokenize.frames,
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -802,7 +829,8 @@ class DSKDTrainer(Trainer):
         chunks = inputs.get(f"{side}chunk_ids") if self.args.method_row.needs_chunks else None
         if not self.args.as_published:
             partners = inputs.get("partners") if side == "" else None
-            return response_states(hidden, ids, labels, embedding, chunks, partners, gathered)
+            answers = inputs.get(f"{side}places"), inputs.get(f"{side}closing")
+            return response_states(hidden, ids, labels, embedding, chunks, partners, gathered, *answers)
         if chunks is not None:
             chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)
         return published_states(hidden[:, :-1], ids[:, :-1], labels[:, 1:], embedding, chunks)
@@ -1174,10 +1202,7 @@ class DSKDTrainer(Trainer):
         if "example_ids" not in inputs:
             return
         assert terms.ce_rows is not None
-        ends = inputs["byte_ends"]
-        # The end-of-sequence token covers no byte: it is no text, and each tokenizer has its own.
-        covers_text = ends[:, 1:] > ends[:, :-1].clamp_min(0)
-        text = student.per_example(terms.ce_rows * covers_text[inputs["labels"][:, 1:] != -100])
+        text = student.per_example(terms.ce_rows * covers_text(inputs["byte_ends"])[inputs["labels"][:, 1:] != -100])
         zeros = torch.zeros_like(text)
         teacher_tokens = zeros if terms.teacher_tokens is None else terms.teacher_tokens
         columns = [terms.student_tokens, teacher_tokens, inputs["response_bytes"], text]
@@ -1237,9 +1262,11 @@ class DSKDTrainer(Trainer):
         else:
             rows = list(dataset.take(count))
         rows = rows[rank::ranks]
-        lengths = [row["prompt_length"] for row in rows]
-        prompts = [list(row["input_ids"][:length]) for row, length in zip(rows, lengths)]
-        references = [response_text(tokenizer, row["input_ids"][length:]) for row, length in zip(rows, lengths)]
+        frame = self._tokenize.frames["student"]
+        # Of a conversation the last answer.
+        last = [(list(row["input_ids"]), *answer_spans(row)[-1]) for row in rows]
+        prompts = [ids[:start] for ids, start, _ in last]
+        references = [read_response(tokenizer, ids[start:stop], frame.end[-1:], frame)[0] for ids, start, stop in last]
         names = ("rouge_l", "exact_match", "unfinished")
         sums = torch.zeros(len(names) + 1, dtype=torch.float32, device=self.accelerator.device)
         self.samples = []
@@ -1250,6 +1277,7 @@ class DSKDTrainer(Trainer):
                     tokenizer,
                     [(prompt, [reference]) for prompt, reference in zip(prompts, references)],
                     max_length=self.args.max_length,
+                    frame=frame,
                     batch_size=self.args.per_device_eval_batch_size,
                     description="answering" if rank == 0 and not self.args.disable_tqdm else None,
                 )
@@ -1503,17 +1531,23 @@ class _Tokenize:
         vocabulary_map: Tensor | None = None,
     ):
         self.student, self.teacher, self.args, self.reports = student, teacher, args, reports
+        options = args.prompt_style, _options(args.chat_template_kwargs)
+        tokenizers = {"student": student, **({} if teacher is None else {"teacher": teacher})}
+        self.frames = {name: answer_frame(tokenizer, *options) for name, tokenizer in tokenizers.items()}
         self.partners = None if vocabulary_map is None else _Partners(student, teacher, vocabulary_map)
 
     def __call__(self, dataset: Any, split: str) -> Any:
-        columns = getattr(dataset, "column_names", None) or []
-        if dataset is not None and "prompt_length" not in columns:
+        if dataset is not None and not is_tokenized(dataset):
+            written = self.args.method_row.text == "teacher" and split == "train"
             dataset, report = tokenize_dataset(
                 dataset,
                 self.student,
                 self.teacher,
                 # A response that the teacher had no room to end doesn't end for the student either.
-                finished_column="finished" if self.args.method_row.text == "teacher" and split == "train" else None,
+                finished_column="finished" if written else None,
+                # The teacher writes the last answer; the released code has no other.
+                train_on="last" if written or self.args.as_published else self.args.train_on,
+                on_bad_row=self.args.on_bad_row,
                 max_length=self.args.max_length,
                 prompt_style=self.args.prompt_style,
                 chat_template_kwargs=options_of(self.args.chat_template_kwargs),
@@ -1525,14 +1559,22 @@ class _Tokenize:
             )
             if report is not None:
                 self.reports[split] = report
-                changed = report.kept < report.rows or report.cut
-                logger.log(logging.WARNING if changed else logging.INFO, "%s: %s", split, report)
+                logger.log(logging.WARNING if report.remarkable else logging.INFO, "%s: %s", split, report)
         check_columns(self.args, dataset, split)
         columns = getattr(dataset, "column_names", None) or []
         if dataset is not None and self.partners is not None and "partners" not in columns:
             options = {"desc": f"Aligning {split}"} if hasattr(dataset, "__len__") else {}
             dataset = dataset.map(self.partners, **options)
         return dataset
+
+    @property
+    def both(self) -> tuple[Any, Any]:
+        return self.student, self.teacher
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The token at which an answer of the student, and one of the teacher, stops."""
+        return self.frames["student"].end[-1], self.frames["teacher"].end[-1]
 
 
 class _Partners:
@@ -1542,9 +1584,14 @@ class _Partners:
         self.student, self.teacher, self.vocabulary_map = student, teacher, vocabulary_map
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        ids = row["input_ids"][row["prompt_length"] :]
-        teacher_ids = row["teacher_input_ids"][row["teacher_prompt_length"] :]
-        return {"partners": partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)}
+        found: list[int] = []
+        before = 0
+        for (start, stop), (first, last) in zip(answer_spans(row), answer_spans(row, "teacher_")):
+            ids, teacher_ids = row["input_ids"][start:stop], row["teacher_input_ids"][first:last]
+            places = partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)
+            found += [place + before if place >= 0 else -1 for place in places]
+            before += last - first
+        return {"partners": found}
 
 
 def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:

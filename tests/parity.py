@@ -61,7 +61,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
 
     from hf_dskd.losses.divergences import divergence_function
     from hf_dskd.losses.dual_space import token_cross_entropy
-    from hf_dskd.losses.logits import paired_rows, shared_prefix_kd, uld
+    from hf_dskd.losses.logits import rows_at_places, shared_prefix_kd, uld
     from hf_dskd.losses.temperature import Temperatures, with_temperature
     from hf_dskd.models import LMHead
 
@@ -88,8 +88,10 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
         loss = dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, parameters)
         loss = loss + (1 - rate) * nll
     else:
-        rows = paired_rows(student.mask, teacher.mask)
-        logits = student_logits[rows[0]], heads[1](teacher.packed(teacher.hidden))[rows[1]]
+        # Both are one response: the i-th token with the i-th.
+        places = [(mask.cumsum(1) - 1).masked_fill(~mask, -1) for mask in (student.mask, teacher.mask)]
+        rows = rows_at_places(*places)
+        logits = student_logits[rows >= 0], heads[1](teacher.packed(teacher.hidden))[rows[rows >= 0]]
         if criterion == "universal_logit_distillation":
             losses["uld_loss"] = kd = uld(*logits).sum()
         else:

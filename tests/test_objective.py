@@ -339,8 +339,6 @@ def test_alm_is_likelihood_matching_times_its_temperature(name, tau, threshold, 
 
 def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
     run = runs.trainer(tmp_path, method="alm", rows=4, max_length=256)
-    tokenizers = run.processing_class, run.teacher_processing_class
-    assert run._constants.end_tokens == tuple(tokenizer.eos_token_id for tokenizer in tokenizers)
     rows = run.data_collator([run.train_dataset[i] for i in range(4)])
     assert not any(run.train_dataset["cut"])
     run.model.eval()
@@ -356,8 +354,9 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
             rows[f"{side}chunk_ids"] >= 0
         )
         assert (last.sum(1) == 1).all()
+        assert torch.equal(rows[f"{side}closing"], last)
         rows[f"{side}chunk_ids"] = rows[f"{side}chunk_ids"].masked_fill(last, -1)
-    run._constants = PairConstants()
+        del rows[f"{side}closing"]
     expected = evaluated()
     torch.testing.assert_close(without.teacher["alm"], expected.teacher["alm"])
     # The cross entropy has the end.

@@ -79,6 +79,20 @@ def identity_mask(student_mask: Tensor, teacher_mask: Tensor) -> Tensor:
     return same & student_mask.unsqueeze(2) & teacher_mask.unsqueeze(1)
 
 
+def same_places(student_places: Tensor, teacher_places: Tensor) -> Tensor:
+    """
+    Pairs the i-th token of an answer with the i-th token of the same answer of the other model.
+
+    Args:
+        student_places (`torch.Tensor` of shape `[B, R_s]`), teacher_places (`torch.Tensor` of shape `[B, R_t]`):
+            As [`~hf_dskd.data.collator.DualCollator`] has them, -1 where there is no token.
+
+    Returns:
+        `torch.Tensor` of shape `[B, R_s, R_t]`, bool.
+    """
+    return chunk_mask(student_places, teacher_places)
+
+
 def input_chunks(chunks: Tensor, mask: Tensor) -> Tensor:
     """
     Chunk ids of the token that a position reads instead of the one that it predicts, as the released code aligns them.

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.templates import special_ids
 from ..data.tokenization import token_bytes
 from ..data.vocabulary import shared_tokens
 from ..errors import UserError
@@ -39,6 +40,7 @@ def vocabulary_map(
     teacher_tokenizer: PreTrainedTokenizerBase,
     cache_dir: str | os.PathLike[str] | None = None,
     rows: int | None = None,
+    ends: tuple[int, int] | None = None,
 ) -> Tensor:
     """
     For each token of the teacher the student's token with the least edit distance between their texts.
@@ -58,6 +60,8 @@ def vocabulary_map(
             Where maps are kept; by default `vocabulary_maps` in [`~hf_dskd.packaged.default_cache_dir`].
         rows (`int`, *optional*):
             Rows of the teacher's head, if it has more than its tokenizer has tokens.
+        ends (`tuple[int, int]`, *optional*):
+            Tokens of student and teacher that end an answer, which belong together too.
 
     Returns:
         `torch.Tensor` of shape `[V_t]`, int64: student ids; -1 for ids of the teacher without a text, such as the rows
@@ -73,6 +77,8 @@ def vocabulary_map(
         shared_tokens(student_tokenizer, teacher_tokenizer)  # raises if there are none
         found = _compute(student_tokenizer, teacher_tokenizer)
         _write(path, found)
+    if ends is not None:
+        found[ends[1]] = ends[0]
     return F.pad(found, (0, (rows or len(found)) - len(found)), value=-1)
 
 
@@ -205,8 +211,7 @@ def _size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    special = set(tokenizer.all_special_ids)
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     return {token: name for name, token in tokenizer.get_vocab().items() if token in special}
 
 

@@ -5,37 +5,73 @@ A chunk is the smallest span of a response at whose end a token of both models e
 different bytes, though at the same character, so that on bytes no chunk closes inside a character too early.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
 
 def chunk_ids(
-    student_ends: list[int], teacher_ends: list[int], student_has_eos: bool, teacher_has_eos: bool
+    student_ends: list[int], teacher_ends: list[int], student_closing: int, teacher_closing: int
 ) -> tuple[list[int], list[int]]:
     """
-    Numbers the chunk of every response token.
+    Numbers the chunk of every token of an answer.
 
     Every chunk holds at least one token of each side, and ids count up from 0 without gaps. A token that covers no
     byte belongs to the chunk that ends where it does or, where none does, to the next one to end.
 
     Args:
         student_ends, teacher_ends (`list[int]`):
-            Byte at which each response token ends, as [`response_tokens`] gives it, then that of the end-of-sequence
-            token if there is one. Both sides have text tokens and tile the same bytes (see [`check_tiling`]).
-        student_has_eos, teacher_has_eos (`bool`):
-            Whether the last one is the end-of-sequence token. On both sides, the two are a chunk of their own, the
-            last; on one side alone, it belongs to the last chunk of the text.
+            Byte at which each token ends, as [`response_tokens`] gives it, then those of the tokens that close the
+            answer. Both sides have text tokens and tile the same bytes (see [`check_tiling`]).
+        student_closing, teacher_closing (`int`):
+            How many tokens close the answer, such as its end-of-sequence token. With some on both sides, these are a
+            chunk of their own, the last; on one side alone, they belong to the last chunk of the text.
 
     Returns:
         `tuple[list[int], list[int]]`: chunk ids of the student's and of the teacher's tokens.
     """
-    both_end = student_has_eos and teacher_has_eos
-    sides = [ends[:-1] if both_end else ends for ends in (student_ends, teacher_ends)]
+    both_close = student_closing > 0 and teacher_closing > 0
+    sides = [
+        ends[: len(ends) - closing] if both_close else ends
+        for ends, closing in ((student_ends, student_closing), (teacher_ends, teacher_closing))
+    ]
     boundaries = np.array(sorted(set(sides[0]).intersection(sides[1])))
     student, teacher = (np.searchsorted(boundaries, np.array(ends)).tolist() for ends in sides)
-    if both_end:
-        student.append(len(boundaries))
-        teacher.append(len(boundaries))
+    if both_close:
+        student += [len(boundaries)] * student_closing
+        teacher += [len(boundaries)] * teacher_closing
     return student, teacher
+
+
+def answer_spans(row: Mapping[str, Any], prefix: str = "") -> list[tuple[int, int]]:
+    """
+    Where the answers of a tokenized row lie: place of the first token of each, and the place after its last.
+
+    Args:
+        row (`Mapping[str, Any]`): As [`tokenize_dataset`] writes it; without `spans` one answer goes to the end.
+        prefix (`str`): `""` for the student's tokens, `"teacher_"` for the teacher's.
+    """
+    spans = row.get(f"{prefix}spans")
+    if spans is None:
+        return [(int(row[f"{prefix}prompt_length"]), len(row[f"{prefix}input_ids"]))]
+    return [(int(start), int(stop)) for start, stop in zip(spans[::2], spans[1::2])]
+
+
+def closing_mask(byte_ends: Sequence[int], lengths: Sequence[int]) -> list[bool]:
+    """
+    Which tokens close an answer: the last ones of it that cover no byte.
+
+    Args:
+        byte_ends (`Sequence[int]`): Of all answers of a row.
+        lengths (`Sequence[int]`): Tokens of each answer.
+    """
+    mask: list[bool] = []
+    for length in lengths:
+        ends = byte_ends[len(mask) : len(mask) + length]
+        text = next((index for index in range(length - 1, 0, -1) if ends[index] > ends[index - 1]), 0) + 1
+        mask += [False] * text + [True] * (length - text)
+    return mask
 
 
 def check_tiling(byte_ends: list[int], response_bytes: int, example: int, side: str) -> None:
@@ -43,7 +79,7 @@ def check_tiling(byte_ends: list[int], response_bytes: int, example: int, side: 
     Checks that the spans of a response's text tokens cover it from its first byte to its last, in order.
 
     Args:
-        byte_ends (`list[int]`): Byte at which each token ends, without the end-of-sequence token.
+        byte_ends (`list[int]`): Byte at which each token ends, without those that close the answer.
         response_bytes (`int`): UTF-8 bytes of the response.
         example (`int`): Id of the example, for the message.
         side (`str`): `"student"` or `"teacher"`, for the message.

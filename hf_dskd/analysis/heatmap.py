@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..alignment.spans import chunk_ids
+from ..alignment.spans import answer_spans, chunk_ids, closing_mask
 from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models import input_embedding
@@ -78,6 +78,8 @@ class AlignmentExample:
     caption: str = ""
     student_chunks: tuple[int, ...] | None = None
     teacher_chunks: tuple[int, ...] | None = None
+    student_closes: tuple[int, ...] | None = None
+    teacher_closes: tuple[int, ...] | None = None
 
 
 def has_alignment(method: Method) -> bool:
@@ -146,12 +148,14 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         caption=caption,
         student_chunks=_chunks(row, ""),
         teacher_chunks=_chunks(row, "teacher_"),
+        student_closes=_closes(row, ""),
+        teacher_closes=_closes(row, "teacher_"),
     )
 
 
 def same_text(example: AlignmentExample) -> Tensor:
     """
-    Which tokens share text: at least one byte of the response, or both are the end-of-sequence token.
+    Which tokens share text: at least one byte of the response, or both close the same answer.
 
     Returns:
         `torch.Tensor` of shape `[n_s, n_t]`, bool. All false for the rare token without text that is no EOS.
@@ -163,7 +167,10 @@ def same_text(example: AlignmentExample) -> Tensor:
     first = torch.maximum(student_starts[:, None], teacher_starts[None])
     last = torch.minimum(student_ends[:, None], teacher_ends[None])
     shared = first < last
-    if example.has_eos:
+    if example.student_closes is not None and example.teacher_closes is not None:
+        closes, others = torch.tensor(example.student_closes), torch.tensor(example.teacher_closes)
+        shared |= (closes[:, None] == others[None]) & (closes[:, None] >= 0)
+    elif example.has_eos:
         shared[-1, -1] = True
     return shared
 
@@ -466,6 +473,13 @@ def _chunks(row: Mapping[str, Any], prefix: str) -> tuple[int, ...] | None:
     return None if ids is None else tuple(int(chunk) for chunk in ids)
 
 
+def _closes(row: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
+    """The answer that each response token closes, -1 for a token of its text."""
+    lengths = [stop - start for start, stop in answer_spans(row, prefix)]
+    numbers = [number for number, length in enumerate(lengths) for _ in range(length)]
+    return tuple(n if closes else -1 for n, closes in zip(numbers, closing_mask(row[f"{prefix}byte_ends"], lengths)))
+
+
 def _response_bytes(row: Mapping[str, Any], *tokenizers: PreTrainedTokenizerBase) -> bytes | None:
     """The response's UTF-8 bytes, decoded by the first tokenizer that gives back as many as the row states."""
     for prefix, tokenizer in zip(("", "teacher_"), tokenizers):
@@ -497,5 +511,5 @@ def _token_texts(
 
 
 def _response_ids(row: Mapping[str, Any], prefix: str, with_eos: bool = True) -> list[int]:
-    last = None if with_eos or row["cut"] else -1
-    return [int(token) for token in row[f"{prefix}input_ids"][row[f"{prefix}prompt_length"] : last]]
+    ids = [int(token) for start, stop in answer_spans(row, prefix) for token in row[f"{prefix}input_ids"][start:stop]]
+    return ids if with_eos else [token for token, closed in zip(ids, _closes(row, prefix)) if closed < 0]

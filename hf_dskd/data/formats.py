@@ -1,5 +1,6 @@
 """Reads one row of a data set, whatever its column names, into a prompt and a response."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,13 @@ INSTRUCTION_INPUT_TEMPLATE = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-Message = dict[str, str]
+Message = dict[str, Any]
+# Columns that are read beside those of the format.
+SYSTEM, HISTORY = "system", "history"
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+BESIDE = (SYSTEM, HISTORY, *TEMPLATE_COLUMNS)
+# Links a tool's message to its call, and says nothing that a model reads.
+LINK = "tool_call_id"
 
 
 class Columns(NamedTuple):
@@ -40,20 +47,30 @@ class Columns(NamedTuple):
 
 class Example(NamedTuple):
     """
-    One row, read.
+    One answer of a row, and what comes before it.
 
     Attributes:
-        messages (`list[dict[str, str]]`):
-            The conversation up to and without the answer, each message with `role` and `content`.
+        messages (`list[dict[str, Any]]`):
+            The conversation up to and without the answer, each message with `role` and `content`, and whatever else
+            it has for a chat template (`tool_calls`, `name`, `reasoning_content`, ...).
         prompt (`str`):
             The same as plain text, for models without a chat template.
         response (`str`):
             The answer; `""` where the row has none.
+        extras (`dict[str, Any]`, *optional*):
+            What the answer's message has beside role and content, such as `tool_calls`.
+        continued (`bool`, *optional*, defaults to `False`):
+            Whether the last of `messages` is an assistant's, which the response goes on with.
+        template (`dict[str, Any]`, *optional*):
+            What the row has for chat templates beside messages: `tools`, `documents`, `chat_template_kwargs`.
     """
 
     messages: list[Message]
     prompt: str
     response: str
+    extras: dict[str, Any] = {}
+    continued: bool = False
+    template: dict[str, Any] = {}
 
 
 def detect_format(
@@ -109,103 +126,286 @@ def detect_format(
 
 
 def read_example(
-    example: Mapping[str, Any],
+    row: Mapping[str, Any], *, prompt_column: str | None = None, response_column: str | None = None
+) -> Example:
+    """Reads the last answer of a row; see [`read_examples`]."""
+    return read_examples(row, prompt_column=prompt_column, response_column=response_column, train_on="last")[-1]
+
+
+def read_examples(
+    row: Mapping[str, Any],
     *,
     prompt_column: str | None = None,
     response_column: str | None = None,
-) -> Example:
+    train_on: str = "all",
+) -> list[Example]:
     """
-    Reads one row into messages, plain prompt text and response.
+    Reads the answers of a row that are learnt, each with the messages and the plain text before it.
 
     Understood are `messages` (the last one is the assistant's answer), `prompt` and `completion` (strings, or lists of
     messages), `instruction`, optional `input` and `output` (a string, or a list of references whose first one is
-    taken), and any two columns named by the user, which are read like `prompt` and `completion`.
+    taken), and any two columns named by the user, which are read like `prompt` and `completion`. Beside them `system`
+    (a system message), `history` (pairs of earlier instructions and answers), `tools`, `documents` and
+    `chat_template_kwargs`. Contents that are lists of text parts are joined. A `weight` of 0 keeps an assistant's
+    message from being learnt.
 
     Args:
-        example (`Mapping[str, Any]`):
+        row (`Mapping[str, Any]`):
             The row.
         prompt_column (`str`, *optional*):
             Column of the prompt.
         response_column (`str`, *optional*):
             Column of the response.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            `"all"` for every answer of `messages`, of a completion of several turns and of `history`; `"last"` for the
+            last one alone.
 
     Returns:
-        `Example`: messages, prompt and response. The response is `""` if it is `None` in the row.
+        `list[Example]`: one at least, in the order of the conversation. A response is `""` if it is `None` in the row.
 
     Raises:
-        `UserError`: if a column is missing or a value isn't of the expected type.
+        `UserError`: if a column is missing, or a value isn't of the expected type or can't be encoded.
     """
-    kind, prompt_column, response_column = detect_format(example, prompt_column, response_column)
-    if kind == "instruction":
-        instruction = _string(example[prompt_column], prompt_column)
-        context = _string(example.get("input") or "", "input")
-        response = _response_string(example[response_column], response_column)
-        if not context:
-            messages = [{"role": "user", "content": instruction}]
-            return Example(messages, INSTRUCTION_TEMPLATE.format(instruction=instruction), response)
-        messages = [{"role": "user", "content": f"{instruction}\n\n{context}"}]
-        prompt = INSTRUCTION_INPUT_TEMPLATE.format(instruction=instruction, input=context)
-        return Example(messages, prompt, response)
+    columns = detect_format(row, prompt_column, response_column)
+    turns, learnable, continued = _READERS[columns.kind](row, columns)
+    if turns[0].message["role"] == "system" and row.get(SYSTEM):
+        raise UserError(f"a column {SYSTEM!r} and a system message: leave one of them out")
+    if row.get(SYSTEM):
+        system = _string(row[SYSTEM], SYSTEM)
+        plain = _plain("system", system) if columns.kind == "messages" else f"{system}\n\n"
+        turns, learnable = [_Turn({"role": "system", "content": system}, plain), *turns], learnable + 1
+    template = {name: value for name in TEMPLATE_COLUMNS if (value := _template_value(row, name))}
+    answers = [
+        index
+        for index, turn in enumerate(turns)
+        if index >= max(learnable, 1) and turn.message["role"] == "assistant" and turn.weight
+    ]
+    if not answers:
+        raise UserError("every answer of the conversation has weight 0: leave the row out, or weigh one with 1")
+    return [
+        _example(turns, index, continued and index == len(turns) - 1, template)
+        for index in (answers[-1:] if train_on == "last" else answers)
+    ]
 
-    if kind == "messages":
-        *messages, answer = _messages(example[prompt_column], prompt_column)
-        response = _answer(answer, prompt_column)
-        if not messages:
-            raise UserError(f"column {prompt_column!r} has no message before the answer; add the user's message")
-        return Example(messages, _plain_text(messages), response)
 
-    prompt, response = example[prompt_column], example[response_column]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, prompt_column)
-    plain = prompt if isinstance(prompt, str) else _plain_text(messages)
+class _Turn(NamedTuple):
+    message: Message
+    # As plain text, what follows it in the conversation not included.
+    plain: str
+    # Before an answer to this one, as plain text.
+    header: str = ""
+    weight: int = 1
+
+
+def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str, Any]) -> Example:
+    before, answer = turns[:index], turns[index].message
+    plain = "".join(turn.plain for turn in before)
+    return Example(
+        messages=[turn.message for turn in before],
+        prompt=plain if continued else plain + before[-1].header,
+        response=answer["content"],
+        extras={key: value for key, value in answer.items() if key not in ("role", "content")},
+        continued=continued,
+        template=template,
+    )
+
+
+# From a row to its turns, the place of the first that may be learnt, and whether the last one goes on with the one
+# before it.
+def _read_instruction(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+    turns = []
+    for instruction, answer in _history(row):
+        turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
+        turns.append(_Turn(_assistant(answer), f"{answer}\n\n"))
+    instruction = _string(row[columns.prompt], columns.prompt)
+    context = _string(row.get("input") or "", "input")
+    if context:
+        plain = INSTRUCTION_INPUT_TEMPLATE.format(instruction=instruction, input=context)
+        turns.append(_Turn(_user(f"{instruction}\n\n{context}"), plain))
+    else:
+        turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
+    turns.append(_Turn(_assistant(_response_string(row[columns.response], columns.response)), ""))
+    return turns, 0, False
+
+
+def _read_messages(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+    if row.get(HISTORY):
+        raise UserError(f"a column {HISTORY!r} beside {columns.prompt!r}: put its turns into the messages")
+    turns = _conversation(row[columns.prompt], columns.prompt)
+    _check_answer(turns[-1].message, columns.prompt)
+    if len(turns) == 1:
+        raise UserError(f"column {columns.prompt!r} has no message before the answer; add the user's message")
+    return turns, 0, False
+
+
+def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+    prompt, response = row[columns.prompt], row[columns.response]
+    turns = [
+        _Turn(message, _plain(**message), _HEADER)
+        for question, answer in _history(row)
+        for message in (_user(question), _assistant(answer))
+    ]
+    first = 0 if turns else None
+    if isinstance(prompt, str):
+        text = _string(prompt, columns.prompt)
+        turns.append(_Turn(_user(text), _plain("user", text), _HEADER) if turns else _Turn(_user(text), text))
+    else:
+        turns += _conversation(prompt, columns.prompt)
+    if first is None:
+        first = len(turns)
     if not _is_conversation(response):
-        return Example(messages, plain, _response_string(response, response_column))
-    *turns, answer = _messages(response, response_column)
-    messages += turns
-    return Example(messages, _plain_text(messages) if turns else plain, _answer(answer, response_column))
+        last = turns[-1].message
+        answer = _assistant(_response_string(response, columns.response))
+        continued = last["role"] == "assistant"
+        if continued:
+            # The prompt is the beginning of the answer, and not closed.
+            turns[-1] = _Turn(last, f"{_HEADER}{last['content']}")
+        return [*turns, _Turn(answer, "")], first, continued
+    answers = _conversation(response, columns.response)
+    _check_answer(answers[-1].message, columns.response)
+    if len(answers) > 1 and isinstance(prompt, str):
+        turns[-1] = _Turn(turns[-1].message, _plain("user", prompt), _HEADER)
+    return [*turns, *answers], first, False
 
 
-def _answer(message: Message, column: str) -> str:
+_READERS = {"instruction": _read_instruction, "messages": _read_messages, "pair": _read_pair}
+_HEADER = "### Assistant:\n"
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _plain(role: str, content: str, **extras: Any) -> str:
+    return f"### {role.capitalize()}:\n{content}\n\n"
+
+
+def _check_answer(message: Message, column: str) -> None:
     if message["role"] != "assistant":
         raise UserError(
             f"the last message in column {column!r} has role {message['role']!r}; it must be the answer, with "
             f"role 'assistant'"
         )
-    return message["content"]
 
 
-def _plain_text(messages: list[Message]) -> str:
-    turns = "".join(f"### {message['role'].capitalize()}:\n{message['content']}\n\n" for message in messages)
-    return turns + "### Assistant:\n"
+def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    pairs = row.get(HISTORY) or []
+    for pair in pairs if isinstance(pairs, list) else [None]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(
+                f"column {HISTORY!r} holds {_shown(pairs)}; it must be a list of pairs, [instruction, answer], or have"
+                " another name"
+            )
+    return [(_string(question, HISTORY), _string(answer, HISTORY)) for question, answer in pairs]
+
+
+def _template_value(row: Mapping[str, Any], name: str) -> Any:
+    """What a row has for chat templates in a column, read from JSON where it is a string."""
+    value = _without_nothing(_parsed(row.get(name)))
+    kinds = {"chat_template_kwargs": dict}
+    kind = kinds.get(name, list)
+    if value and not isinstance(value, kind):
+        raise UserError(f"column {name!r} holds {_shown(value)}; it must be a {kind.__name__}, or JSON of one")
+    return [_parsed(item) for item in value] if isinstance(value, list) else value
+
+
+def _parsed(value: Any) -> Any:
+    """JSON in a string as what it says; any other string as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _without_nothing(value: Any) -> Any:
+    """Without the keys that `datasets` fills in with `None` where another row has them."""
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(item) for key, item in value.items() if item is not None}
+    return [_without_nothing(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _messages(value: Any, column: str) -> list[Message]:
+def _conversation(value: Any, column: str) -> list[_Turn]:
     if not _is_conversation(value):
         raise UserError(
             f"column {column!r} holds {_shown(value)}; it must be a list of messages with role and content"
             + (" or a string" if column != "messages" else "")
         )
-    messages = []
-    for index, message in enumerate(value):
-        role, content = message.get("role"), message.get("content")
-        if content is None and role == "assistant" and index == len(value) - 1:
+    turns = []
+    for index, given in enumerate(value):
+        where = f"of message {index} in column {column!r}"
+        message = {key: item for key, item in _without_nothing(given).items() if item not in ([], {})}
+        weight = message.pop("weight", 1)
+        if weight not in (0, 1):
+            raise UserError(f"'weight' {where} is {_shown(weight)}; it must be 1, or 0 for an answer to leave alone")
+        calls = message.get("tool_calls")
+        content = _joined(message.get("content"))
+        if content is None and message.get("role") == "assistant" and (calls or index == len(value) - 1):
             content = ""
-        for key, item in (("role", role), ("content", content)):
+        for key, item in (("role", message.get("role")), ("content", content)):
             if not isinstance(item, str):
-                raise UserError(
-                    f"{key!r} of message {index} in column {column!r} is {_shown(item)}; it must be a string"
-                )
-        messages.append({"role": role, "content": content})
-    return messages
+                raise UserError(f"{key!r} {where} is {_shown(given.get(key))}; it must be a string")
+            _check_text(item, f"{key!r} {where}")
+        message |= {"content": content}
+        if calls:
+            message["tool_calls"] = _calls(calls, where)
+        ordered = {"role": message.pop("role"), "content": message.pop("content"), **message}
+        turns.append(_Turn(ordered, _plain(ordered["role"], content), _HEADER, int(weight)))
+    return turns
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is a list of text parts; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+    ]
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else content
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of tools with their arguments as a mapping, as chat templates write them; OpenAI's have JSON there."""
+    calls = _parsed(calls)
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"'tool_calls' {where} is {_shown(calls)}; it must be a list of calls")
+    read = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping):
+            function = (
+                {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else function
+            )
+            call = {**call, "function": function}
+        read.append(dict(call))
+    return read
 
 
 def _string(value: Any, column: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"column {column!r} holds {_shown(value)}; it must be a string")
+    _check_text(value, f"column {column!r}")
     return value
+
+
+def _check_text(value: str, where: str) -> None:
+    # A half of a pair of UTF-16 can be in a Python string, and in no file of text.
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} has a lone surrogate at character {error.start} ({value[error.start]!r}), which is no text:"
+            " repair it where the data are made"
+        ) from None
 
 
 def _response_string(value: Any, column: str) -> str:

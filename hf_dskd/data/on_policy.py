@@ -8,10 +8,12 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from ..evaluation.generation import end_token_ids, response_text, sample
-from .tokenization import encode_response
+from ..alignment.spans import answer_spans
+from ..evaluation.generation import end_token_ids, read_response, sample
+from .tokenization import Frame, answer_frame, encode_response
 
 
 if TYPE_CHECKING:
@@ -49,9 +51,12 @@ def on_policy_batch(
     seed: int | None,
     autocast: AbstractContextManager | None = None,
     align: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    frames: dict[str, Frame] | None = None,
 ) -> dict[str, Tensor]:
     """
     Replaces the responses of a batch by those that the student writes now.
+
+    Of a conversation it writes the last answer, which is then the only one of the example.
 
     What the student has written is decoded, and the text tokenized for both models as data is. An example for which it
     writes nothing, or for whose response there is no room, keeps the response that it has.
@@ -67,6 +72,9 @@ def on_policy_batch(
         seed (`int`, *optional*): Of the sampling. No other random stream moves.
         autocast (`AbstractContextManager`, *optional*): Around the sampling.
         align (`Callable`, *optional*): Gives a row the columns that come after tokenization.
+        frames (`dict[str, Frame]`, *optional*):
+            What stands around an answer of the `"student"` and of the `"teacher"` (see
+            [`~hf_dskd.data.tokenization.answer_frame`]); the end-of-sequence tokens by default.
 
     Returns:
         `dict[str, torch.Tensor]`: a batch with the same keys, examples and device.
@@ -75,36 +83,41 @@ def on_policy_batch(
     read = {name: tensor.cpu() for name, tensor in batch.items()}
     rows = [_row(read, index) for index in range(len(batch["input_ids"]))]
     prompts = [
-        {name: row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]] for name, prefix in PREFIXES.items()}
+        {name: row[f"{prefix}input_ids"][: answer_spans(row, prefix)[-1][0]] for name, prefix in PREFIXES.items()}
         for row in rows
     ]
-    rooms = [max_length - max(map(len, prompt.values())) - 1 for prompt in prompts]
+    tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
+    frames = frames or {name: answer_frame(tokenizer, "plain") for name, tokenizer in tokenizers.items()}
+    rooms = [
+        max_length - max(len(tokens) + len(frames[name].end) for name, tokens in prompt.items()) for prompt in prompts
+    ]
     if generation_config.max_new_tokens is not None:
         rooms = [min(room, generation_config.max_new_tokens) for room in rooms]
-    ends = end_token_ids(student_tokenizer, generation_config)
+    stops = end_token_ids(student_tokenizer, generation_config, frames["student"].end[-1])
     with autocast or nullcontext():
         responses = sample(
             model,
             [prompt["student"] for prompt in prompts],
             pad_token_id=student_tokenizer.pad_token_id,  # type: ignore[arg-type]
-            eos_token_ids=ends,
+            eos_token_ids=stops,
             max_new_tokens=rooms,
             generation_config=generation_config,
             seed=seed,
             batch_size=len(rows),
         )
 
-    tokenizers = {"student": student_tokenizer, "teacher": teacher_tokenizer}
     for index, (prompt, response) in enumerate(zip(prompts, responses)):
-        finished = bool(response) and response[-1] in ends
-        text = response_text(student_tokenizer, response[:-1] if finished else response)
-        if not finished:
-            # The first bytes of a character that there was no room for.
-            text = text.rstrip("\ufffd")
+        text, finished = read_response(student_tokenizer, response, stops, frames["student"])
         if not text.strip():
             continue
         written = encode_response(
-            prompt, tokenizers, text, max_length, example_id=rows[index]["example_id"], finished=finished
+            prompt,
+            tokenizers,
+            text,
+            max_length,
+            example_id=rows[index]["example_id"],
+            finished=finished,
+            frames=frames,
         )
         if written is not None:
             # Rows that the user has tokenized may be without chunks.
@@ -123,10 +136,11 @@ def _row(batch: dict[str, Tensor], index: int) -> dict[str, Any]:
     for prefix in PREFIXES.values():
         real = batch[f"{prefix}attention_mask"][index].bool()
         is_response = batch[f"{prefix}labels"][index][real] != -100
-        prompt_length = int(is_response.int().argmax())
+        # Between two answers there is always something of the prompt.
+        edges = torch.nn.functional.pad(is_response.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
         row[f"{prefix}input_ids"] = batch[f"{prefix}input_ids"][index][real].tolist()
-        row[f"{prefix}prompt_length"] = prompt_length
+        row[f"{prefix}prompt_length"], row[f"{prefix}spans"] = edges[0], edges
         for name in (f"{prefix}byte_ends", f"{prefix}chunk_ids"):
             if name in batch:
-                row[name] = batch[name][index][real][prompt_length:].tolist()
+                row[name] = batch[name][index][real][is_response].tolist()
     return row

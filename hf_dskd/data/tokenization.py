@@ -1,22 +1,27 @@
 """
 One text, two tokenizations.
 
-Both models get their own token ids of the same prompt and response. For every response token the byte of the response
-at which it ends is kept, so that tokens of the two models can be matched through the text.
+Both models get their own token ids of the same prompt and responses. For every response token the byte of the
+responses at which it ends is kept, so that tokens of the two models can be matched through the text.
 """
 
 import json
 import re
 import reprlib
+import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, chain, pairwise
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
-from hf_dskd.data.formats import Example, detect_format, read_example
+from hf_dskd.data.formats import Example, detect_format, read_examples
+from hf_dskd.data.templates import MARK, Template, Turn, check_rendered, control_pattern, special_ids
 from hf_dskd.errors import UserError
 
 
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+
+logger = getLogger(__name__)
 
 SPACE_MARK = "\u2581"
 # Texts put before a response to keep a tokenizer from putting a space there. Llama's and Mistral's newline is a byte
@@ -42,11 +49,30 @@ class TokenizationReport:
         kept (`int`):
             Rows that are trained on.
         cut (`int`):
-            Kept rows whose response was shortened to fit into the maximum length.
+            Answers of kept rows that were shortened to fit into the maximum length.
         empty_responses (`int`):
             Rows skipped because their response is empty, or has no token for one of the models.
         long_prompts (`int`):
             Rows skipped because their prompt leaves no room for a response.
+        answers (`int`):
+            Answers that are learnt: more than `kept` where conversations have several.
+        left_out (`int`):
+            Answers of kept rows that aren't, because they are empty or lie behind the maximum length.
+        bad (`dict[str, int]`):
+            Rows skipped because they can't be read: the first of each kind of fault, and how many there are.
+        ends_removed (`int`):
+            Rows whose text already had an end-of-turn token after an answer, which was taken off.
+        control_as_text (`int`):
+            Rows with control tokens of a model in their text, which it gets as text.
+        control_live (`int`):
+            Rows with control tokens in a prompt of which the chat template's own can't be told apart: they act.
+        one_sided (`int`):
+            Rows with something, such as tools, that only one of the two chat templates writes.
+        foreign_calls (`int`):
+            Answers in the format of one model's chat template (calls of tools, thoughts), which the other one reads as
+            text.
+        lost (`dict[str, int]`):
+            Rows with characters that the `"student"`'s or the `"teacher"`'s tokenizer doesn't give back.
     """
 
     rows: int
@@ -54,13 +80,44 @@ class TokenizationReport:
     cut: int
     empty_responses: int
     long_prompts: int
+    answers: int = 0
+    left_out: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    ends_removed: int = 0
+    control_as_text: int = 0
+    control_live: int = 0
+    one_sided: int = 0
+    foreign_calls: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def remarkable(self) -> bool:
+        """Whether there is something that the user should see."""
+        return self.kept < self.rows or self.cut > 0 or len(self._remarks()) > 0
+
+    def _remarks(self) -> list[str]:
+        counts = [
+            (self.left_out, "answers of these rows are empty or too far back to be learnt"),
+            (self.ends_removed, "rows had an end-of-turn token in an answer, which was taken off"),
+            (self.control_as_text, "rows have control tokens in their text, which are read as text"),
+            (self.control_live, "rows have control tokens in a prompt that act as such: take them out of the data"),
+            (self.one_sided, "rows have tools or the like that only one of the two chat templates writes"),
+            (self.foreign_calls, "answers are in the format of one model's chat template, text to the other"),
+            *((count, f"rows have characters that the {name}'s tokenizer loses") for name, count in self.lost.items()),
+        ]
+        return [f"{count} {what}" for count, what in counts if count]
 
     def __str__(self) -> str:
-        return (
-            f"kept {self.kept} of {self.rows} rows ({self.cut} with a response cut to the maximum length), skipped "
-            f"{self.empty_responses} with an empty response and {self.long_prompts} with a prompt that leaves no room "
-            f"for a response"
+        answers = "" if self.answers in (0, self.kept) else f", {self.answers} answers"
+        said = (
+            f"kept {self.kept} of {self.rows} rows{answers} ({self.cut} with a response cut to the maximum length), "
+            f"skipped {self.empty_responses} with an empty response and {self.long_prompts} with a prompt that leaves "
+            f"no room for a response"
         )
+        if self.bad:
+            first = "; ".join(f"{count} such as {message}" for message, count in self.bad.items())
+            said += f", and {sum(self.bad.values())} that can't be read: {first}"
+        return "; ".join([said, *self._remarks()])
 
 
 @dataclass(frozen=True)
@@ -68,12 +125,16 @@ class _Traits:
     token_bytes: dict[int, bytes]
     adds_space: bool
     start_ids: list[int]
+    # By what a template puts after an answer, and the end-of-sequence token.
+    closings: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
 
 _TRAITS: "WeakKeyDictionary[PreTrainedTokenizerBase, _Traits]" = WeakKeyDictionary()
 
 
-def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
+def response_tokens(
+    tokenizer: "PreTrainedTokenizerBase", text: str, control: bool = False
+) -> tuple[list[int], list[int]]:
     """
     Tokenizes a response as it stands after a prompt, and tells which bytes each token covers.
 
@@ -86,6 +147,8 @@ def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
             A fast tokenizer.
         text (`str`):
             The response.
+        control (`bool`, *optional*, defaults to `False`):
+            Whether control tokens that are spelled out in the text are meant. In data they are text like any other.
 
     Returns:
         `tuple[list[int], list[int]]`: token ids and byte ends, of the same length.
@@ -93,26 +156,50 @@ def response_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[li
     Raises:
         `UserError`: if the tokenizer isn't a fast one.
     """
+    return _response_tokens(tokenizer, text, control)[:2]
+
+
+def _response_tokens(
+    tokenizer: "PreTrainedTokenizerBase", text: str, control: bool
+) -> tuple[list[int], list[int], bool]:
+    """Token ids and byte ends as in [`response_tokens`], and whether the tokens give the text back."""
     traits = _traits(tokenizer)
     for anchor in ANCHORS if traits.adds_space else ():
-        ids = _encode(tokenizer, anchor + text)
+        ids = _encode(tokenizer, anchor + text, control)
         skipped = _tokens_covering(traits.token_bytes, ids, f" {anchor}".encode())
         if skipped:
             ids = ids[skipped:]
             break
     else:
-        anchor, skipped, ids = "", 0, _encode(tokenizer, text)
+        anchor, skipped, ids = "", 0, _encode(tokenizer, text, control)
 
     data = text.encode()
     pieces = [traits.token_bytes.get(token, b"") for token in ids]
     if b"".join(pieces) == data:
-        return ids, list(accumulate(map(len, pieces)))
+        return ids, list(accumulate(map(len, pieces))), True
     # The tokenizer changed the text (normalization, an unknown token), so the vocabulary doesn't say where tokens end.
-    encoding = tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(
+        anchor + text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        split_special_tokens=not control,
+    )
     offsets = [
         (max(start - len(anchor), 0), max(end - len(anchor), 0)) for start, end in encoding["offset_mapping"][skipped:]
     ]
-    return ids, _byte_ends_from_offsets(offsets, text)
+    decoded = tokenizer.decode(encoding["input_ids"], clean_up_tokenization_spaces=False)
+    # One character that is written as two is the same text. A space may be added before the first.
+    whole = {unicodedata.normalize("NFC", anchor + text), unicodedata.normalize("NFC", f" {anchor}{text}")}
+    return ids, _byte_ends_from_offsets(offsets, text), unicodedata.normalize("NFC", str(decoded)) in whole
+
+
+def _answer_tokens(
+    tokenizer: "PreTrainedTokenizerBase", lead: str, text: str, control: bool = False
+) -> tuple[list[int], list[int], bool]:
+    """As [`_response_tokens`], of an answer after white space that is none of its bytes."""
+    ids, byte_ends, whole = _response_tokens(tokenizer, lead + text, control)
+    return ids, [max(end - len(lead), 0) for end in byte_ends], whole
 
 
 def prompt_tokens(
@@ -123,6 +210,8 @@ def prompt_tokens(
 ) -> list[int]:
     """
     Tokenizes a prompt, the same way for training and for generation.
+
+    Control tokens in the messages are text, as far as the chat template lets them be told from its own.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -141,21 +230,130 @@ def prompt_tokens(
     Raises:
         `UserError`: if the chat template rejects the messages.
     """
-    if prompt_style == "plain" or not tokenizer.chat_template:
-        return _traits(tokenizer).start_ids + _encode(tokenizer, example.prompt)
+    if not uses_template(tokenizer, prompt_style):
+        return _plain_tokens(tokenizer, example.prompt)
+    return _rendered_tokens(Template(tokenizer, chat_template_kwargs), example)[0]
 
-    from jinja2 import TemplateError
 
-    try:
-        rendered = tokenizer.apply_chat_template(
-            example.messages, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"the chat template of {_name(tokenizer)} rejects the messages ({' '.join(str(error).split())}); change "
-            f"them or set prompt_style='plain'"
-        ) from error
-    return _encode(tokenizer, str(rendered))
+def uses_template(tokenizer: "PreTrainedTokenizerBase", prompt_style: str) -> bool:
+    """Whether a model's prompts are written by its chat template."""
+    return prompt_style == "chat" and bool(tokenizer.chat_template)
+
+
+class Frame(NamedTuple):
+    """
+    What stands around an answer.
+
+    Attributes:
+        lead (`str`):
+            White space that the chat template puts before the answer, after where the model begins to write.
+        end (`list[int]`):
+            Tokens that end the answer: those that the chat template puts there, or else the end-of-sequence token.
+            They go up to the template's last control token, at which a model stops: white space after it belongs to
+            the next prompt. Where a template ends answers with ordinary text, the end-of-sequence token follows it.
+    """
+
+    lead: str
+    end: list[int]
+
+
+def answer_frame(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt_style: str = "chat",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Frame:
+    """
+    Finds what stands around an answer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`), prompt_style (`str`), chat_template_kwargs (`dict[str, Any]`):
+            As in [`prompt_tokens`].
+    """
+    if not uses_template(tokenizer, prompt_style):
+        return Frame("", [tokenizer.eos_token_id])
+    put, closing = Template(tokenizer, chat_template_kwargs).frame
+    return Frame(put[len(put.rstrip()) :], _closing_tokens(tokenizer, closing))
+
+
+def _closing_tokens(tokenizer: "PreTrainedTokenizerBase", closing: str) -> list[int]:
+    """Tokens of what a template puts after an answer, up to the last control token; one is added if there is none."""
+    closings, end = _traits(tokenizer).closings, tokenizer.eos_token_id
+    if (closing, end) not in closings:
+        ids = response_tokens(tokenizer, closing, control=True)[0] if closing.strip() else []
+        control = {*special_ids(tokenizer), end}
+        last = max((place for place, token in enumerate(ids) if token in control), default=None)
+        if last is None:
+            visible = closing.rstrip()
+            ids = [*response_tokens(tokenizer, visible, control=True)[0], end] if visible else [end]
+        closings[closing, end] = ids if last is None else ids[: last + 1]
+    return closings[closing, end]
+
+
+def _plain_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
+    return _traits(tokenizer).start_ids + _encode(tokenizer, prompt, control=False)
+
+
+def _rendered_tokens(template: Template, example: Example, text: str | None = MARK) -> tuple[list[int], str | None]:
+    """
+    Tokens of the prompt of an answer `text` (`None` for one in the template's own format), in which control tokens are
+    those of the template, not those in the messages.
+
+    To tell the two apart the prompt is rendered once more with stand-ins of the same length for the latter.
+
+    Returns:
+        Token ids, and `"control_as_text"` or `"control_live"` where messages have control tokens, else `None`.
+    """
+
+    def render(example: Example) -> str:
+        turn = None if text is None else template.turn(example, text)
+        return template.prompt(example) if turn is None else turn.prompt
+
+    tokenizer, rendered = template.tokenizer, render(example)
+    pattern = control_pattern(tokenizer)
+    found = sorted({name for part in _texts((example.messages, example.template)) for name in pattern.findall(part)})
+    if not found:
+        return _encode(tokenizer, rendered, control=True), None
+    stand_ins = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
+    masked = render(_mapped(example, lambda part: pattern.sub(lambda match: stand_ins[match.group()], part)))
+    restored = masked
+    for name, stand_in in stand_ins.items():
+        restored = restored.replace(stand_in, name)
+
+    def pieces(whole: str) -> list[int]:
+        """Ids of `whole`, in which only the template's own control tokens are such."""
+        ids, start = [], 0
+        for match in pattern.finditer(masked):
+            if match.start() > start:
+                ids += _encode(tokenizer, whole[start : match.start()], control=False)
+            ids.append(tokenizer.convert_tokens_to_ids(match.group()))
+            start = match.end()
+        return ids + (_encode(tokenizer, whole[start:], control=False) if start < len(whole) else [])
+
+    # What is put together must be what the tokenizer itself makes where there is nothing to tell apart.
+    if restored != rendered or pieces(masked) != _encode(tokenizer, masked, control=True):
+        return _encode(tokenizer, rendered, control=True), "control_live"
+    return pieces(rendered), "control_as_text"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in an example but roles and names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(_texts(item) for key, item in value.items() if key != "role")
+    elif isinstance(value, (list, tuple)):
+        yield from chain.from_iterable(map(_texts, value))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: item if key == "role" else _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, Example):
+        return Example(*(_mapped(item, change) for item in value))
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
 def common_cut(text: str, *sides: tuple[list[int], int]) -> int:
@@ -178,6 +376,79 @@ def common_cut(text: str, *sides: tuple[list[int], int]) -> int:
     return max((end for end in common if end == len(data) or data[end] & 0xC0 != 0x80), default=0)
 
 
+class _Side(NamedTuple):
+    """An answer for one model: its prompt, the answer's tokens with the bytes at which they end, and its end."""
+
+    prompt: list[int]
+    ids: list[int]
+    byte_ends: list[int]
+    end: list[int]
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.byte_ends) and self.byte_ends[-1] > 0
+
+
+class _Answer(NamedTuple):
+    """An answer for both models, as much of it as there is room for; `cut` ones have no end."""
+
+    sides: dict[str, _Side]
+    size: int  # in UTF-8 bytes
+    cut: bool
+
+
+def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool = True) -> _Answer | None:
+    """The answer that fits on every side; `None` if nothing of it does."""
+    size = len(text.encode())
+    lengths = [len(side.prompt) + len(side.ids) + len(side.end) for side in sides.values()]
+    if finished and max(lengths) <= max_length:
+        return _Answer(sides, size, False)
+    size = common_cut(text, *((side.byte_ends, max_length - len(side.prompt)) for side in sides.values()))
+    if size == 0:
+        return None
+    cut = {}
+    for name, side in sides.items():
+        count = bisect_left(side.byte_ends, size) + 1
+        cut[name] = _Side(side.prompt, side.ids[:count], side.byte_ends[:count], [])
+    return _Answer(cut, size, True)
+
+
+def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
+    """The columns of a row whose answers follow each other: the prompt of each begins with all tokens before it."""
+    row: dict[str, Any] = {
+        "response_bytes": sum(answer.size for answer in answers),
+        "example_id": example_id,
+        "cut": answers[-1].cut,
+    }
+    names = list(answers[0].sides)
+    ids: dict[str, list[int]] = {}
+    columns: dict[str, dict[str, list[int]]] = {
+        name: {"byte_ends": [], "spans": [], "chunk_ids": []} for name in names
+    }
+    offset = chunks = 0
+    for answer in answers:
+        ends = {name: side.byte_ends + [answer.size] * len(side.end) for name, side in answer.sides.items()}
+        for name, side in answer.sides.items():
+            check_tiling(side.byte_ends, answer.size, example_id, name)
+            ids[name] = side.prompt + side.ids + side.end
+            columns[name]["spans"] += [len(side.prompt), len(ids[name])]
+            columns[name]["byte_ends"] += [offset + end for end in ends[name]]
+        if len(names) == 2:
+            numbered = chunk_ids(*ends.values(), *(len(side.end) for side in answer.sides.values()))
+            for name, chunk in zip(names, numbered):
+                columns[name]["chunk_ids"] += [chunks + number for number in chunk]
+            chunks += max(numbered[0]) + 1
+        offset += answer.size
+    for name in names:
+        prefix = "" if name == "student" else "teacher_"
+        row[f"{prefix}input_ids"] = ids[name]
+        row[f"{prefix}prompt_length"] = columns[name]["spans"][0]
+        row |= {f"{prefix}{column}": values for column, values in columns[name].items()}
+        if len(names) == 1:
+            del row["chunk_ids"]
+    return row
+
+
 def encode_response(
     prompts: dict[str, list[int]],
     tokenizers: "dict[str, PreTrainedTokenizerBase]",
@@ -186,6 +457,7 @@ def encode_response(
     *,
     example_id: int,
     finished: bool = True,
+    frames: dict[str, Frame] | None = None,
 ) -> dict[str, Any] | None:
     """
     Puts a response after a prompt that is tokenized already, for both models.
@@ -198,46 +470,27 @@ def encode_response(
         response (`str`):
             The response.
         max_length (`int`):
-            The most tokens that prompt, response and end-of-sequence token may have together, on either side.
+            The most tokens that prompt, response and its end may have together, on either side.
         example_id (`int`):
             Number of the example.
         finished (`bool`, *optional*, defaults to `True`):
-            Whether the response is whole. One that isn't has no end-of-sequence token on either side, as if it had
-            been cut.
+            Whether the response is whole. One that isn't has no end on either side, as if it had been cut.
+        frames (`dict[str, Frame]`, *optional*):
+            What stands around a response of each model (see [`answer_frame`]); by default the end-of-sequence token
+            after it.
 
     Returns:
         `dict[str, Any]` or `None`: the row's columns as in [`tokenize_dataset`], or `None` if the response has no
         token for one of the models or none that fits.
     """
-    responses = {name: response_tokens(tokenizer, response) for name, tokenizer in tokenizers.items()}
-    if not all(ids for ids, _ in responses.values()):
-        return None
-    rooms = {name: max_length - len(prompt) for name, prompt in prompts.items()}
-    cut = not finished or any(len(responses[name][0]) + 1 > rooms[name] for name in tokenizers)
-    kept_bytes = len(response.encode())
-    if cut:
-        kept_bytes = common_cut(response, *((responses[name][1], rooms[name]) for name in tokenizers))
-    if kept_bytes == 0:
-        return None
-
-    result: dict[str, Any] = {"response_bytes": kept_bytes, "example_id": example_id, "cut": cut}
+    sides = {}
     for name, tokenizer in tokenizers.items():
-        ids, byte_ends = responses[name]
-        if cut:
-            count = bisect_left(byte_ends, kept_bytes) + 1
-            ids, byte_ends = ids[:count], byte_ends[:count]
-        check_tiling(byte_ends, kept_bytes, example_id, name)
-        if not cut:
-            ids, byte_ends = [*ids, tokenizer.eos_token_id], [*byte_ends, kept_bytes]
-        prefix = "" if name == "student" else "teacher_"
-        result[f"{prefix}input_ids"] = prompts[name] + ids
-        result[f"{prefix}prompt_length"] = len(prompts[name])
-        result[f"{prefix}byte_ends"] = byte_ends
-    if "teacher" in tokenizers:
-        result["chunk_ids"], result["teacher_chunk_ids"] = chunk_ids(
-            result["byte_ends"], result["teacher_byte_ends"], not cut, not cut
-        )
-    return result
+        frame = answer_frame(tokenizer, "plain") if frames is None else frames[name]
+        sides[name] = _Side(prompts[name], *_answer_tokens(tokenizer, frame.lead, response)[:2], frame.end)
+    if not all(side.has_text for side in sides.values()):
+        return None
+    answer = _fitted(response, sides, max_length, finished)
+    return None if answer is None else _row([answer], example_id)
 
 
 def set_pad_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> str | None:
@@ -302,6 +555,8 @@ def tokenize_dataset(
     prompt_column: str | None = None,
     response_column: str | None = None,
     skip_long_prompts: bool = False,
+    train_on: str = "all",
+    on_bad_row: str = "stop",
     finished_column: str | None = None,
     num_proc: int | None = None,
     description: str = "train",
@@ -309,18 +564,24 @@ def tokenize_dataset(
     """
     Tokenizes a data set for both models.
 
-    A response that doesn't fit is cut at the same byte for both models and then ends without an end-of-sequence token;
-    a prompt is never cut. Rows with an empty response, or one without any token for one of the models, are skipped.
+    In chat style an answer ends as the model's own template ends it (see [`answer_frame`]), else with the
+    end-of-sequence token. A response that doesn't fit is cut at the same byte for both models and then has no end; a
+    prompt is never cut. Rows with an empty response, or one without any token for one of the models, are skipped.
+
+    The answers of a conversation are in one row as far as each model's prompt of a later answer begins with the tokens
+    of the row so far. Where it doesn't, as with templates that leave out earlier thoughts, or plain text, whose
+    answers end with a token that the next prompt hasn't, the later answer begins a row of its own: in training, every
+    answer follows the tokens that the model will be asked with.
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            Rows in one of the formats of [`read_example`].
+            Rows in one of the formats of [`read_examples`].
         student_tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer of the student.
         teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer of the teacher. Without it, only the student's columns are written.
         max_length (`int`):
-            The most tokens that prompt, response and end-of-sequence token may have together, on either side.
+            The most tokens that prompt, response and its end may have together, on either side.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"` for each model's chat template where it has one, `"plain"` for the same plain text for both.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -331,9 +592,13 @@ def tokenize_dataset(
             Column of the response.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Whether to skip rows whose prompt leaves no room for a response instead of raising an error.
+        train_on (`str`, *optional*, defaults to `"all"`):
+            Which answers of a conversation are learnt: `"all"`, or the `"last"`.
+        on_bad_row (`str`, *optional*, defaults to `"stop"`):
+            What to do about a row that can't be read: `"stop"` with an error, or `"skip"` and count it.
         finished_column (`str`, *optional*):
             Column that tells whether the response is whole. Where it is false, the response is treated as a cut one:
-            no end-of-sequence token follows it.
+            no end follows it.
         num_proc (`int`, *optional*):
             Number of processes. Not used for an `IterableDataset`.
         description (`str`, *optional*, defaults to `"train"`):
@@ -341,11 +606,13 @@ def tokenize_dataset(
 
     Returns:
         `tuple[Dataset | IterableDataset, TokenizationReport | None]`: the tokenized rows, and what became of the
-        source's rows (`None` for an `IterableDataset`, whose rows aren't read yet). The columns are `input_ids`,
-        `prompt_length`, `byte_ends` (one per response token and end-of-sequence token, see [`response_tokens`]), the
-        same three with the prefix `teacher_`, `response_bytes` (UTF-8 bytes of the response that are kept),
-        `example_id` (number of the row in the source) and `cut`; with a teacher also `chunk_ids` and
-        `teacher_chunk_ids`, parallel to the byte ends (see [`~hf_dskd.alignment.spans.chunk_ids`]).
+        source's rows (`None` for an `IterableDataset`, whose rows aren't read yet). The columns are `input_ids`;
+        `spans`, the place of the first token of each answer and the place after its end, `[start, stop, start, ...]`;
+        `prompt_length`, the first of them; `byte_ends` (one per token of the answers and their ends, see
+        [`response_tokens`]; bytes are counted through all answers of the row); the same four with the prefix
+        `teacher_`; `response_bytes` (UTF-8 bytes of the answers that are kept), `example_id` (number of the row in the
+        source) and `cut`; with a teacher also `chunk_ids` and `teacher_chunk_ids`, parallel to the byte ends (see
+        [`~hf_dskd.alignment.spans.chunk_ids`]).
 
     Raises:
         `UserError`: if a tokenizer has no end-of-sequence token or isn't a fast one, if the data set has no usable
@@ -358,7 +625,8 @@ def tokenize_dataset(
     for name, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer)):
         if tokenizer is not None:
             _check_tokenizer(tokenizer, name)
-    tokenize_row = _RowTokenizer(
+    streamed = not isinstance(dataset, Dataset)
+    tokenize_rows = _RowTokenizer(
         student_tokenizer,
         teacher_tokenizer,
         max_length,
@@ -369,11 +637,16 @@ def tokenize_dataset(
         skip_long_prompts,
         description,
         finished_column,
+        train_on,
+        on_bad_row,
+        streamed,
     )
     features = _features(with_teacher=teacher_tokenizer is not None)
-    columns = [name for name in features if name != "status"]
-    if not isinstance(dataset, Dataset):
-        rows = dataset.map(tokenize_row, with_indices=True, remove_columns=dataset.column_names).filter(_is_kept)
+    columns = [name for name in features if name != "notes"]
+    if streamed:
+        # In two steps: a stream needn't know its columns, and only those that are known could be left out at once.
+        rows = dataset.map(tokenize_rows.listed, with_indices=True).select_columns(["tokenized"])
+        rows = rows.map(_unlisted, batched=True, batch_size=1, remove_columns=["tokenized"])
         # The types come last: datasets 4 can't filter the typed rows of `map`.
         return rows.select_columns(columns).cast(Features({name: features[name] for name in columns})), None
 
@@ -381,27 +654,72 @@ def tokenize_dataset(
         raise UserError(f"the {description} data set has no rows; pass a data set with at least one")
     detect_format(dataset.column_names, prompt_column, response_column)
     tokenized = dataset.map(
-        tokenize_row,
+        tokenize_rows,
         with_indices=True,
+        batched=True,
+        batch_size=100,
         remove_columns=dataset.column_names,
         features=features,
         num_proc=None if num_proc == 1 else num_proc,  # datasets 4 would start another process
         desc=f"Tokenizing {description}",
     )
-    statuses = list(tokenized["status"])
-    counts = Counter(statuses)
-    kept = [index for index, status in enumerate(statuses) if status == "kept"]
-    if not kept:
+    report = _report(tokenized["notes"])
+    if report.kept == 0:
         raise UserError(
-            f"no row of the {description} data set is left: {counts['empty']} have an empty response and "
-            f"{counts['long']} a prompt that leaves no room for a response; check the response column or raise "
-            f"max_length={max_length}"
+            f"no row of the {description} data set is left: {report.empty_responses} have an empty response and "
+            f"{report.long_prompts} a prompt that leaves no room for a response"
+            + "".join(f", {count} can't be read, such as {message}" for message, count in report.bad.items())
+            + f"; check the response column or raise max_length={max_length}"
         )
+    kept = [index for index, size in enumerate(tokenized["response_bytes"]) if size]
     if len(kept) < len(tokenized):
         tokenized = tokenized.select(kept)
-    tokenized = tokenized.select_columns(columns)
-    report = TokenizationReport(len(statuses), len(kept), sum(tokenized["cut"]), counts["empty"], counts["long"])
-    return tokenized, report
+    return tokenized.select_columns(columns), report
+
+
+def is_tokenized(dataset: Any) -> bool:
+    """Whether a data set has been tokenized already: its columns say so, whatever else they are called."""
+    return {"input_ids", "prompt_length"} <= set(getattr(dataset, "column_names", None) or [])
+
+
+def _report(notes: Iterable[list[str]]) -> TokenizationReport:
+    counts = Counter(chain.from_iterable(notes))
+    bad: dict[str, list[Any]] = {}
+    for note, count in counts.items():
+        if note.startswith(_BAD):
+            # One kind of fault, whatever the values are.
+            kind = bad.setdefault(_kind_of(note), [note.removeprefix(_BAD), 0])
+            kind[1] += count
+    skipped = counts["empty"] + counts["long"] + sum(count for _, count in bad.values())
+    lost = {name: counts[f"lost {name}"] for name in ("student", "teacher") if counts[f"lost {name}"]}
+    plain = ("ends_removed", "control_as_text", "control_live", "one_sided", "foreign_calls", "left_out")
+    return TokenizationReport(
+        rows=counts["kept"] + skipped,
+        kept=counts["kept"],
+        cut=counts["cut"],
+        empty_responses=counts["empty"],
+        long_prompts=counts["long"],
+        answers=counts["answer"],
+        bad=dict(bad.values()),
+        lost=lost,
+        **{name: counts[name] for name in plain},
+    )
+
+
+_BAD = "bad: "
+
+
+def _kind_of(message: str) -> str:
+    return re.sub(r"\(.*?\): |\d+|'[^']*'|\"[^\"]*\"", "…", message)
+
+
+@lru_cache(maxsize=100)
+def _say_once(kind: str, message: str) -> None:
+    logger.warning("%s; rows of this kind are skipped (on_bad_row='skip')", message)
+
+
+class _Skipped(Exception):
+    """A row that has nothing to learn, and why: `"empty"` or `"long"`."""
 
 
 @dataclass(frozen=True)
@@ -417,63 +735,217 @@ class _RowTokenizer:
     skip_long_prompts: bool
     description: str
     finished_column: str | None = None
+    train_on: str = "all"
+    on_bad_row: str = "stop"
+    streamed: bool = False
 
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        models = self._models()
+        tokenized = [new for row, index in zip(rows, indices) for new in self._rows(row, index, models)]
+        return {name: [row[name] for row in tokenized] for name in tokenized[0]}
+
+    def listed(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """The rows that one row of a stream becomes, in one column."""
+        return {"tokenized": self._rows(row, index, self._models())}
+
+    def _models(self) -> "dict[str, _Model]":
+        tokenizers = {"student": self.student_tokenizer, "teacher": self.teacher_tokenizer}
+        return {
+            name: _Model.of(tokenizer, self.prompt_style, self.chat_template_kwargs)
+            for name, tokenizer in tokenizers.items()
+            if tokenizer is not None
+        }
+
+    def _rows(self, row: dict[str, Any], index: int, models: "dict[str, _Model]") -> list[dict[str, Any]]:
+        """The rows that a row becomes, or one without tokens that says why there is none."""
         try:
-            return self._tokenize(row, index)
+            answers, notes = self._answers(row, models)
+            rows = [_row(part, index) for part in _joined(answers)]
+            return [{**new, "notes": notes if new is rows[0] else []} for new in rows]
+        except _Skipped as skipped:
+            return [self._nothing(index, str(skipped))]
         except UserError as error:
             # The number is that of what is left after shuffling and holding out: the row itself tells which one.
-            raise UserError(f"{self.description} data set, row {index} ({_excerpt(row)}): {error}") from error
+            message = f"{self.description} data set, row {index} ({_excerpt(row)}): {error}"
+            if self.on_bad_row == "stop":
+                raise UserError(message) from error
+            if self.streamed:
+                _say_once(_kind_of(message), message)
+            return [self._nothing(index, f"{_BAD}{message}")]
 
-    def _tokenize(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        example = read_example(row, prompt_column=self.prompt_column, response_column=self.response_column)
-        if not example.response.strip():
-            return self._skipped("empty", index)
-
-        tokenizers = {"student": self.student_tokenizer}
-        if self.teacher_tokenizer is not None:
-            tokenizers["teacher"] = self.teacher_tokenizer
-        prompts = {
-            name: prompt_tokens(tokenizer, example, self.prompt_style, self.chat_template_kwargs)
-            for name, tokenizer in tokenizers.items()
-        }
-        for name, prompt in prompts.items():
-            if not prompt:
-                raise UserError(
-                    f"the prompt has no tokens for the {name}, so nothing could predict the first token of the "
-                    f"response; give the row a prompt"
-                )
+    def _answers(self, row: dict[str, Any], models: "dict[str, _Model]") -> tuple[list[_Answer], list[str]]:
+        """The answers of a row that are learnt, and what is to be noted of it."""
+        examples = read_examples(
+            row,
+            prompt_column=self.prompt_column,
+            response_column=self.response_column,
+            train_on=self.train_on,
+        )
+        examples, notes = _without_ends(examples, [end for model in models.values() for end in model.end_texts])
+        templates = [model.template for model in models.values() if model.template is not None]
+        if not check_rendered(examples[-1], templates, len(models)):
+            notes.add("one_sided")
         finished = True if self.finished_column is None else bool(row[self.finished_column])
-        result = encode_response(
-            prompts, tokenizers, example.response, self.max_length, example_id=index, finished=finished
-        )
-        if result is not None:
-            return {**result, "status": "kept"}
-        if not all(response_tokens(tokenizer, example.response)[0] for tokenizer in tokenizers.values()):
-            return self._skipped("empty", index)
-        if self.skip_long_prompts:
-            return self._skipped("long", index)
-        name = max(prompts, key=lambda side: len(prompts[side]))
-        raise UserError(
-            f"the prompt has {len(prompts[name])} tokens for the {name}, which leaves no room for a response "
-            f"within max_length={self.max_length}; raise max_length or set skip_long_prompts=True"
-        )
+        answers, reasons = [], []
+        for example in examples:
+            if not (example.response.strip() or example.extras):
+                reasons.append("empty")
+                continue
+            text, sides = _sides(example, models, notes)
+            if not all(side.has_text for side in sides.values()):
+                reasons.append("empty")
+                continue
+            answer = _fitted(text, sides, self.max_length, finished or example is not examples[-1])
+            if answer is None:
+                reasons.append("long")
+            else:
+                answers.append(answer)
+        if answers:
+            repeated = ["answer"] * len(answers) + ["cut"] * sum(answer.cut for answer in answers)
+            return answers, ["kept", *sorted(notes), *repeated, *["left_out"] * len(reasons)]
+        if "long" in reasons and not self.skip_long_prompts:
+            name = max(sides, key=lambda side: len(sides[side].prompt))
+            raise UserError(
+                f"the prompt has {len(sides[name].prompt)} tokens for the {name}, which leaves no room for a response "
+                f"within max_length={self.max_length}; raise max_length or set skip_long_prompts=True"
+            )
+        raise _Skipped("long" if "long" in reasons else "empty")
 
-    def _skipped(self, status: str, index: int) -> dict[str, Any]:
-        result: dict[str, Any] = {"response_bytes": 0, "example_id": index, "cut": False, "status": status}
-        for prefix in ("",) if self.teacher_tokenizer is None else ("", "teacher_"):
-            result |= {f"{prefix}input_ids": [], f"{prefix}prompt_length": 0, f"{prefix}byte_ends": []}
-        if self.teacher_tokenizer is not None:
-            result |= {"chunk_ids": [], "teacher_chunk_ids": []}
+    def _nothing(self, index: int, note: str) -> dict[str, Any]:
+        result: dict[str, Any] = {"response_bytes": 0, "example_id": index, "cut": False, "notes": [note]}
+        both = self.teacher_tokenizer is not None
+        for prefix in ("", "teacher_") if both else ("",):
+            result |= {f"{prefix}input_ids": [], f"{prefix}prompt_length": 0}
+            result |= {f"{prefix}{name}": [] for name in ("byte_ends", "spans", *(["chunk_ids"] if both else []))}
         return result
+
+
+class _Model(NamedTuple):
+    """How a model reads rows: its tokenizer, its chat template where one is used, and how answers end as text."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: Template | None
+    end_texts: list[str]
+
+    @classmethod
+    def of(cls, tokenizer: Any, prompt_style: str, chat_template_kwargs: dict[str, Any] | None) -> "_Model":
+        if not uses_template(tokenizer, prompt_style):
+            return cls(tokenizer, None, [tokenizer.eos_token])
+        template = Template(tokenizer, chat_template_kwargs)
+        closing = template.frame[1].strip()
+        texts = [tokenizer.eos_token, *control_pattern(tokenizer).findall(closing)]
+        return cls(tokenizer, template, [*texts, closing] if len(texts) > 1 else texts)
+
+
+def _without_ends(examples: list[Example], ends: list[str]) -> tuple[list[Example], set[str]]:
+    """Takes off the ends that answers, or earlier ones in their prompts, have already, of whichever model."""
+    ends = sorted(set(ends), key=len, reverse=True)
+    removed = False
+
+    def bare(text: str) -> str:
+        nonlocal removed
+        while end := next((end for end in ends if text.rstrip().endswith(end)), None):
+            text, removed = text.rstrip().removesuffix(end), True
+        return text
+
+    examples = [
+        example._replace(
+            messages=[
+                {**message, "content": bare(message["content"])}
+                if message["role"] == "assistant" and not (example.continued and message is example.messages[-1])
+                else message
+                for message in example.messages
+            ],
+            response=bare(example.response),
+        )
+        for example in examples
+    ]
+    return examples, {"ends_removed"} if removed else set()
+
+
+def _sides(example: Example, models: dict[str, _Model], notes: set[str]) -> tuple[str, dict[str, _Side]]:
+    """The text of an answer, the same for both models, and what each of them reads; adds to `notes`."""
+    text, turns = _turns(example, {name: model.template for name, model in models.items() if model.template})
+    if len({name not in turns or turns[name].verbatim for name in models}) > 1:
+        notes.add("foreign_calls")
+    sides = {}
+    for name, (tokenizer, template, _) in models.items():
+        if template is None:
+            turn, note = Turn("", "", text, ""), None
+            prompt = _plain_tokens(tokenizer, example.prompt)
+            if control_pattern(tokenizer).search(example.prompt):
+                note = "control_as_text"
+        else:
+            turn = turns[name]
+            prompt, note = _rendered_tokens(template, example, turn.answer if turn.verbatim else None)
+        if not prompt:
+            raise UserError(
+                f"the prompt has no tokens for the {name}, so nothing could predict the first token of the "
+                f"response; give the row a prompt"
+            )
+        ids, byte_ends, whole = _answer_tokens(tokenizer, turn.lead, text, control=not turn.verbatim)
+        if note is None and turn.verbatim and control_pattern(tokenizer).search(text):
+            note = "control_as_text"
+        if note is not None:
+            notes.add(note)
+        if not whole or tokenizer.unk_token_id in prompt:
+            notes.add(f"lost {name}")
+        sides[name] = _Side(prompt, ids, byte_ends, _closing_tokens(tokenizer, turn.closing))
+    return text, sides
+
+
+def _turns(example: Example, templates: dict[str, Template]) -> tuple[str, dict[str, Turn]]:
+    """
+    The text of an answer and each template's view of it.
+
+    It is the row's own, or that without white space around it where a template trims it. Calls of tools and thoughts
+    have the format of the first template that writes them; to another model, which has another format, they are text.
+    """
+    if not example.extras:
+        for text in dict.fromkeys((example.response, example.response.strip())):
+            turns = {name: turn for name, template in templates.items() if (turn := template.turn(example, text))}
+            if len(turns) == len(templates):
+                return text, turns
+    plain = example._replace(extras={})
+    written = {
+        name: turn
+        for name, template in templates.items()
+        if (turn := template.written(example)) and (not example.extras or template.renders(example, plain))
+    }
+    text = next((turn.answer for turn in written.values() if turn.answer), example.response)
+    return text, {
+        name: written[name]
+        if name in written and written[name].answer == text
+        else Turn(template.prompt(example), "", text, template.frame[1])
+        for name, template in templates.items()
+    }
+
+
+def _joined(answers: list[_Answer]) -> list[list[_Answer]]:
+    """Parts that are a row each: within one, the prompt of an answer begins with all tokens up to the one before."""
+    parts = [[answers[0]]]
+    for before, answer in pairwise(answers):
+        follows = not before.cut and all(
+            answer.sides[name].prompt[: len(tokens)] == tokens
+            for name, side in before.sides.items()
+            for tokens in [side.prompt + side.ids + side.end]
+        )
+        if follows:
+            parts[-1].append(answer)
+        else:
+            parts.append([answer])
+    return parts
 
 
 def _excerpt(row: dict[str, Any]) -> str:
     return ", ".join(f"{name}={reprlib.repr(value)}" for name, value in row.items())[:200]
 
 
-def _is_kept(row: dict[str, Any]) -> bool:
-    return row["status"] == "kept"
+def _unlisted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    rows = list(chain.from_iterable(batch["tokenized"]))
+    kept = [row for row in rows if row["input_ids"]]
+    return {name: [row[name] for row in kept] for name in rows[0]}
 
 
 def _features(with_teacher: bool) -> Any:
@@ -485,12 +957,13 @@ def _features(with_teacher: bool) -> Any:
         features[f"{prefix}input_ids"] = Sequence(Value("int32"))
         features[f"{prefix}prompt_length"] = Value("int32")
         features[f"{prefix}byte_ends"] = Sequence(Value("int32"))
+        features[f"{prefix}spans"] = Sequence(Value("int32"))
         if with_teacher:
             features[f"{prefix}chunk_ids"] = Sequence(Value("int32"))
     features["response_bytes"] = Value("int32")
     features["example_id"] = Value("int64")
     features["cut"] = Value("bool")
-    features["status"] = Value("string")
+    features["notes"] = Sequence(Value("string"))
     return Features(features)
 
 
@@ -503,8 +976,15 @@ def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     _traits(tokenizer)
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, control: bool) -> list[int]:
+    """Token ids of a text; control tokens that are spelled out in it are such only with `control`."""
+    return tokenizer(
+        text,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=not control,
+    )["input_ids"]
 
 
 def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -532,7 +1012,7 @@ def _read_traits(tokenizer: "PreTrainedTokenizerBase") -> _Traits:
             f"where its tokens lie in the text; load the fast one (use_fast=True)"
         )
     token_bytes = _token_bytes(tokenizer)
-    bare = _encode(tokenizer, "a")
+    bare = _encode(tokenizer, "a", control=False)
     framed = tokenizer("a", verbose=False)["input_ids"]
     start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
     return _Traits(

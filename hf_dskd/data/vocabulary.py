@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .templates import special_ids
 from .tokenization import token_bytes
 
 
@@ -16,12 +17,20 @@ if TYPE_CHECKING:
 
 
 def shared_tokens(
-    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    ends: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    Tokens of the two vocabularies that stand for the same bytes, and the two end-of-sequence tokens as one pair.
+    Tokens of the two vocabularies that stand for the same bytes, and the two tokens that end an answer as one pair.
 
     Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken.
+
+    Args:
+        student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
+        ends (`tuple[int, int]`, *optional*):
+            Tokens that end an answer (see [`~hf_dskd.data.tokenization.end_of_answer`]); the end-of-sequence tokens by
+            default.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted
@@ -40,7 +49,7 @@ def shared_tokens(
             f" {teacher_tokenizer.name_or_path or 'the teacher'!r} share no token: use what compares neither tokens"
             " nor heads, such as alm, or dskd_cma with its own projector_init"
         )
-    ends = student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
+    ends = ends or (student_tokenizer.eos_token_id, teacher_tokenizer.eos_token_id)
     pairs = {s: t for s, t in pairs.items() if s != ends[0] and t != ends[1]}
     pairs[ends[0]] = ends[1]
     ids = torch.tensor(sorted(pairs.items()), dtype=torch.int64)
@@ -56,8 +65,7 @@ def same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenize
 
 
 def _ids_by_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[bytes, int]:
-    special = set(tokenizer.all_special_ids)
-    special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_ids(tokenizer)
     found: dict[bytes, int] = {}
     for token, data in sorted(token_bytes(tokenizer).items()):
         if data and token not in special and token < size:

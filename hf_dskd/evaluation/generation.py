@@ -18,6 +18,8 @@ from ..models import base_causal_lm
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from ..data.tokenization import Frame
+
 # SplitMix64's increment, as a signed number.
 _STEP = -7046029254386353131
 
@@ -225,6 +227,7 @@ def score_generation(
     examples: Sequence[tuple[list[int], list[str]]],
     *,
     max_length: int,
+    frame: Frame | None = None,
     batch_size: int = 8,
     description: str | None = None,
 ) -> Scores:
@@ -236,6 +239,7 @@ def score_generation(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
         examples (sequence of `tuple[list[int], list[str]]`): Token ids of a prompt and its references, one at least.
         max_length (`int`): Most tokens of prompt and answer together; an answer that runs into it is unfinished.
+        frame ([`~hf_dskd.data.tokenization.Frame`], *optional*): What a chat template puts around an answer.
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         description (`str`, *optional*): Of the progress bar; without one there is none.
 
@@ -246,18 +250,19 @@ def score_generation(
 
     from .scores import exact_match, rouge_l
 
-    ends = end_token_ids(tokenizer, base_causal_lm(model).generation_config)
+    ends = () if frame is None else frame.end[-1:]
+    stops = end_token_ids(tokenizer, base_causal_lm(model).generation_config, *ends)
     responses = sample(
         model,
         [prompt for prompt, _ in examples],
         pad_token_id=padding_token_id(tokenizer),
-        eos_token_ids=ends,
+        eos_token_ids=stops,
         max_new_tokens=[max(max_length - len(prompt), 0) for prompt, _ in examples],
         generation_config=GenerationConfig(do_sample=False),
         batch_size=batch_size,
         description=description,
     )
-    texts, finished = zip(*(read_response(tokenizer, response, ends) for response in responses))
+    texts, finished = zip(*(read_response(tokenizer, response, stops, frame) for response in responses))
     values: dict[str, Callable[[str, list[str]], float]] = {"rouge_l": rouge_l, "exact_match": exact_match}
     metrics = {
         name: 100.0 * sum(value(text, references) for text, (_, references) in zip(texts, examples)) / len(examples)
@@ -267,11 +272,14 @@ def score_generation(
 
 
 def read_response(
-    tokenizer: PreTrainedTokenizerBase, response: list[int], eos_token_ids: list[int]
+    tokenizer: PreTrainedTokenizerBase, response: list[int], eos_token_ids: list[int], frame: Frame | None = None
 ) -> tuple[str, bool]:
-    """The text of a response's tokens, and whether the model ended it itself."""
+    """The text of a response's tokens without what `frame` puts around it, and whether the model ended it itself."""
     finished = bool(response) and response[-1] in eos_token_ids
-    text = response_text(tokenizer, response)
+    if finished:
+        end = [] if frame is None else frame.end
+        response = response[: -len(end)] if end and response[-len(end) :] == end else response[:-1]
+    text = response_text(tokenizer, response).removeprefix("" if frame is None else frame.lead)
     # An unfinished one can end within a character.
     return (text if finished else text.rstrip("\ufffd")), finished
 
@@ -281,11 +289,26 @@ def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """The tokens that end a response: the tokenizer's, then those that the generation config has besides."""
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, *ends: int
+) -> list[int]:
+    """
+    The tokens that end a response: the tokenizer's, then those that the generation config has besides, then `ends`,
+    such as the last that a chat template puts there (see [`~hf_dskd.data.tokenization.answer_frame`]).
+    """
     configured = None if generation_config is None else generation_config.eos_token_id
     others = configured if isinstance(configured, list) else [configured]
-    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *others] if token is not None))
+    return list(dict.fromkeys(token for token in [tokenizer.eos_token_id, *others, *ends] if token is not None))
+
+
+def add_end_tokens(model: nn.Module, *ends: int) -> None:
+    """Puts `ends`, tokens that end an answer, among those at which the model's own generation config stops."""
+    config = base_causal_lm(model).generation_config
+    if config is not None:
+        configured = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        missing = [end for end in ends if end not in configured]
+        if missing:
+            config.eos_token_id = [token for token in [*configured, *missing] if token is not None]
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response: list[int]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.collator import DualCollator
 from ..models import backbone, lm_head
@@ -64,7 +64,7 @@ def row_likelihoods(
             logits = head(part).float()
             losses.append(F.cross_entropy(logits, target.to(logits.device), reduction="none"))
             correct.append(logits.argmax(-1) == target.to(logits.device))
-    text = (ends[:, 1:] > ends[:, :-1].clamp_min(0))[response].cpu()
+    text = covers_text(ends)[response].cpu()
     row_of_token = response.nonzero()[:, 0].cpu()
     sums = torch.zeros(len(rows), 2, dtype=torch.float64)
     values = torch.stack([torch.cat(losses).cpu().double() * text, torch.cat(correct).cpu().double()], 1)
@@ -74,6 +74,19 @@ def row_likelihoods(
         RowLikelihood(nats, row["response_bytes"], int(right), count)
         for (nats, right), row, count in zip(sums.tolist(), rows, counts)
     ]
+
+
+def covers_text(byte_ends: Tensor) -> Tensor:
+    """
+    Tells which tokens cover a byte of an answer. Those that close it don't: each tokenizer has its own.
+
+    Args:
+        byte_ends (`torch.Tensor` of shape `[B, S]`): Byte at which each token ends, -1 outside the answers.
+
+    Returns:
+        `torch.Tensor` of shape `[B, S - 1]`, bool: of the tokens from the second on, which are predicted.
+    """
+    return byte_ends[:, 1:] > byte_ends.cummax(1).values[:, :-1].clamp_min(0)
 
 
 def bits_per_byte(

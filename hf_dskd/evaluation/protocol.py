@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..checks import check_eos, loading
-from ..data.tokenization import encode_response
+from ..data.tokenization import Frame, answer_frame, encode_response
 from ..environment import hardware, versions
 from ..errors import UserError
 from ..launch import check_processes
@@ -191,6 +191,12 @@ class Evaluation:
         """Loaded when the first answer is asked for: a finished evaluation needs none."""
         return load_model(self.settings, self.state.device)
 
+    @functools.cached_property
+    def frame(self) -> Frame:
+        """What stands around an answer: in chat style what the template puts there."""
+        style = "chat" if self.settings.prompt_style == "chat" else "plain"
+        return answer_frame(self.tokenizer, style, self.settings.chat_template_kwargs)
+
     def prompts(self, questions: QuestionSet) -> list[list[int]]:
         """Token ids of a set's prompts, whole."""
         if questions.name not in self._prompts:
@@ -224,7 +230,7 @@ class Evaluation:
         from transformers import GenerationConfig
 
         settings, tokenizer = self.settings, self.tokenizer
-        ends = end_token_ids(tokenizer, base_causal_lm(self.model).generation_config)
+        ends = end_token_ids(tokenizer, base_causal_lm(self.model).generation_config, self.frame.end[-1])
         config = GenerationConfig(no_repeat_ngram_size=settings.no_repeat_ngram_size)
         if seed is not None:
             config.update(do_sample=True, temperature=settings.temperature, top_p=settings.top_p, top_k=0)
@@ -241,7 +247,7 @@ class Evaluation:
         )
         lines = []
         for example, response in zip(examples, responses):
-            text, finished = read_response(tokenizer, response, ends)
+            text, finished = read_response(tokenizer, response, ends, self.frame)
             prompt = tokenizer.decode(prompts[example], clean_up_tokenization_spaces=False)
             references = questions.questions[example].references
             lines.append(
@@ -280,7 +286,9 @@ class Evaluation:
         for example in examples:
             for text in questions.questions[example].references:
                 prompt, tokenizer = {"student": prompts[example]}, {"student": self.tokenizer}
-                row = encode_response(prompt, tokenizer, text, room, example_id=example)
+                row = encode_response(
+                    prompt, tokenizer, text, room, example_id=example, frames={"student": self.frame}
+                )
                 if row is None:
                     lines[example]["skipped"] += 1
                 else:

@@ -43,6 +43,8 @@ class ResponseStates:
             Which rows enter standard deviations; `None` is all of the batch together, padding included.
         chunks (`[B, R]`, *optional*): Chunk of the token to be predicted, -1 outside the response.
         partners (`[B, R]`, *optional*): Which response token of the other model stands for it, -1 for none.
+        places (`[B, R]`, *optional*): Which answer of the row it belongs to, and where in it; -1 outside the response.
+        closing (`[B, R]`, bool, *optional*): Whether it closes an answer, and is no text.
     """
 
     hidden: Tensor
@@ -53,6 +55,8 @@ class ResponseStates:
     statistics_mask: Tensor | None
     chunks: Tensor | None = None
     partners: Tensor | None = None
+    places: Tensor | None = None
+    closing: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -96,6 +100,8 @@ def response_states(
     chunks: Tensor | None = None,
     partners: Tensor | None = None,
     gathered: bool = False,
+    places: Tensor | None = None,
+    closing: Tensor | None = None,
 ) -> ResponseStates:
     """
     Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
@@ -108,10 +114,12 @@ def response_states(
         chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
         gathered (`bool`, *optional*, defaults to `False`):
             `hidden` has only the rows that predict a response token, as those of a teacher cache.
+        places (`torch.Tensor` of shape `[B, S]`, *optional*), closing (`[B, S]`, bool, *optional*):
+            Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
     """
 
-    def of_targets(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, -1)
+    def of_targets(values: Tensor | None, nothing: int = -1) -> Tensor | None:
+        return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, nothing)
 
     targets = labels[:, 1:]
     valid = targets != IGNORE
@@ -133,6 +141,8 @@ def response_states(
         statistics_mask=mask,
         chunks=of_targets(chunks),
         partners=of_targets(partners),
+        places=of_targets(places),
+        closing=of_targets(closing, 0),
     )
 
 

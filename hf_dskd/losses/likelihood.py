@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.templates import special_ids
 from ..data.tokenization import token_bytes
 from .divergences import precise
 
@@ -124,12 +125,15 @@ def merge_chunks(
             Chunk of each token, -1 outside the response.
         teacher_boundary (`torch.Tensor` of shape `[B, R_t]`):
             The teacher's probability that a boundary follows each of its tokens, from [`boundary_after`].
-        bias_threshold (`float`): A chunk is complete where that probability after its last token is greater.
+        bias_threshold (`float`):
+            A chunk is complete where that probability after its last token is greater, and at the end of an answer.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: new chunk ids of student and teacher, in the same layout.
     """
-    complete = _chunk_ends(teacher_chunks) & (teacher_boundary > bias_threshold)
+    # What follows an answer is another answer, or its end, which is in no chunk.
+    last = F.pad(teacher_chunks[:, 1:], (0, 1), value=-1) < 0
+    complete = _chunk_ends(teacher_chunks) & ((teacher_boundary > bias_threshold) | last)
     completed = torch.zeros_like(teacher_chunks, dtype=torch.int64)
     completed = completed.scatter_add(1, teacher_chunks.long().clamp(min=0), complete.long())
     # A chunk's new id is how many chunks before it are complete.
@@ -153,7 +157,7 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
         `torch.Tensor` of shape `[rows]`, bool.
     """
     boundary = {token for token, data in token_bytes(tokenizer).items() if data[:1].isspace()}
-    boundary.update(tokenizer.all_special_ids)
+    boundary.update(special_ids(tokenizer))
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[[token for token in boundary if token < rows]] = True
     return mask

@@ -35,23 +35,26 @@ def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence:
     return divergence(student_logits[..., :shared], teacher_logits[..., :shared].detach())
 
 
-def paired_rows(student_mask: Tensor, teacher_mask: Tensor) -> tuple[Tensor, Tensor]:
+def rows_at_places(student_places: Tensor, teacher_places: Tensor) -> Tensor:
     """
-    Pairs the i-th response token of the student with the i-th of the teacher, up to the shorter response.
+    Pairs the i-th token of an answer of the student with the i-th of the same answer of the teacher.
 
     Args:
-        student_mask (`torch.Tensor` of shape `[B, R_s]`): Which positions are response rows.
-        teacher_mask (`torch.Tensor` of shape `[B, R_t]`): The same of the teacher.
+        student_places (`torch.Tensor` of shape `[B, R_s]`), teacher_places (`torch.Tensor` of shape `[B, R_t]`):
+            Place of each token, rising along an example, -1 where there is none.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `[P]` each, int64: rows of the packed student and of the packed
-        teacher, in order.
+        `torch.Tensor` of shape `[N]`, int64: for each packed row of the student that of the packed teacher, or -1
+        where the teacher's answer is shorter.
     """
-    shorter = torch.minimum(student_mask.sum(1), teacher_mask.sum(1)).unsqueeze(1)
-    student_rows, teacher_rows = (
-        (mask.cumsum(1) <= shorter)[mask].nonzero()[:, 0] for mask in (student_mask, teacher_mask)
+    student, teacher = (
+        (places + 2**40 * torch.arange(len(places), device=places.device).unsqueeze(1))[places >= 0]
+        for places in (student_places, teacher_places)
     )
-    return student_rows, teacher_rows
+    if not len(teacher):
+        return torch.full_like(student, -1)
+    found = torch.searchsorted(teacher, student).clamp_max(len(teacher) - 1)
+    return torch.where(teacher[found] == student, found, -1)
 
 
 def uld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alignment.spans import answer_spans
 from ..errors import UserError
 from ..models import LMHead, base_causal_lm, check_head, hidden_size
 from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
@@ -306,18 +307,21 @@ def _count(examples: Iterable[_Example]) -> int:
 
 def example_key(row: Mapping[str, Any]) -> str:
     """What an example is known by: hash of the teacher's tokens and of where the response begins, 32 hex digits."""
-    return _key(np.asarray(row["teacher_input_ids"]), int(row["teacher_prompt_length"]))
+    return _key(np.asarray(row["teacher_input_ids"]), answer_spans(row, "teacher_"))
 
 
-def _key(ids: np.ndarray, prompt_length: int) -> str:
-    digest = hashlib.blake2b(prompt_length.to_bytes(8, "little"), digest_size=16)
+def _key(ids: np.ndarray, spans: list[tuple[int, int]]) -> str:
+    digest = hashlib.blake2b(spans[0][0].to_bytes(8, "little"), digest_size=16)
     digest.update(ids.astype("<i4").tobytes())
+    if len(spans) > 1:
+        # A single answer goes to the end.
+        digest.update(np.array(spans, dtype="<i4").tobytes())
     return digest.hexdigest()
 
 
-def _predicting(length: int, prompt_length: int) -> slice:
-    """Positions whose next token belongs to the response. Nothing predicts the first token of a sequence."""
-    return slice(max(prompt_length - 1, 0), length - 1)
+def _predicting(spans: list[tuple[int, int]]) -> np.ndarray:
+    """Positions whose next token belongs to an answer. Nothing predicts the first token of a sequence."""
+    return np.concatenate([np.arange(max(start - 1, 0), stop - 1) for start, stop in spans])
 
 
 def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[str, _Example]:
@@ -331,13 +335,17 @@ def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[
                 f"teacher_cache needs a dataset with a length: the {split} data is a {type(dataset).__name__}; pass a"
                 " datasets.Dataset, or leave teacher_cache out"
             )
-        columns: Any = dataset.select_columns(["teacher_input_ids", "teacher_prompt_length"])
+        # A dataset that the user has tokenized may be without spans.
+        names = {"teacher_input_ids", "teacher_prompt_length", "teacher_spans"} & {*dataset.column_names}
+        columns: Any = dataset.select_columns(sorted(names))
         index = 0
         for table in columns.with_format("arrow").iter(batch_size=1000):
-            for tokens, prompt_length in zip(table["teacher_input_ids"], table["teacher_prompt_length"]):
-                ids, start = tokens.values.to_numpy(), prompt_length.as_py()
-                rows = _predicting(len(ids), start)
-                example = _Example(_key(ids, start), split, index, len(ids), rows.stop - rows.start)
+            rest = [table[name].to_pylist() for name in sorted(names - {"teacher_input_ids"})]
+            for tokens, *values in zip(table["teacher_input_ids"], *rest):
+                ids = tokens.values.to_numpy()
+                row = {"teacher_input_ids": ids, **dict(zip(sorted(names - {"teacher_input_ids"}), values))}
+                spans = answer_spans(row, "teacher_")
+                example = _Example(_key(ids, spans), split, index, len(ids), len(_predicting(spans)))
                 examples.setdefault(example.key, example)
                 index += 1
     return examples
@@ -914,6 +922,7 @@ def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]
         attention_mask[place, : example.length] = 1
     with torch.inference_mode():
         hidden = teacher(input_ids, attention_mask)
-        predicting = [_predicting(e.length, int(row["teacher_prompt_length"])) for e, row in zip(examples, rows)]
-        states = torch.cat([part[where] for part, where in zip(hidden, predicting)]).to(torch.bfloat16).cpu()
+        predicting = [torch.from_numpy(_predicting(answer_spans(row, "teacher_"))) for row in rows]
+        states = [part[where.to(part.device)] for part, where in zip(hidden, predicting)]
+        states = torch.cat(states).to(torch.bfloat16).cpu()
     return list(states.split([example.count for example in examples]))

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.formats import Columns, Example, detect_format, read_example
-from ..data.tokenization import prompt_tokens
+from ..data.formats import BESIDE, Columns, Example, detect_format, read_example
+from ..data.tokenization import Frame, answer_frame, prompt_tokens
 from ..errors import UserError
-from ..evaluation.generation import end_token_ids, response_text, sample
+from ..evaluation.generation import end_token_ids, read_response, sample
 from ..models import base_causal_lm
 from ..result import write_text
 
@@ -106,6 +106,7 @@ def write_responses(
             load_teacher(),
             teacher_tokenizer,
             max_length,
+            answer_frame(teacher_tokenizer, prompt_style, chat_template_kwargs),
             lambda row: prompt_tokens(teacher_tokenizer, _read(row, columns), prompt_style, chat_template_kwargs),
             batch_size,
         )
@@ -122,6 +123,7 @@ def _write_rows(
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    frame: Frame,
     prompt_of: Callable[[dict[str, Any]], list[int]],
     batch_size: int,
 ) -> None:
@@ -133,7 +135,7 @@ def _write_rows(
     ):
         for start in range(done, len(dataset), batch_size):
             rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            texts = _greedy_texts(teacher, tokenizer, [prompt_of(row) for row in rows], max_length)
+            texts = _greedy_texts(teacher, tokenizer, [prompt_of(row) for row in rows], max_length, frame)
             for index, (row, (text, finished)) in enumerate(zip(rows, texts), start=start):
                 line = {**_with_response(row, columns, text), "example_id": index, "finished": finished}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -142,11 +144,11 @@ def _write_rows(
 
 
 def _greedy_texts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_length: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_length: int, frame: Frame
 ) -> list[tuple[str, bool]]:
     from transformers import GenerationConfig
 
-    ends = end_token_ids(tokenizer, base_causal_lm(model).generation_config)
+    ends = end_token_ids(tokenizer, base_causal_lm(model).generation_config, frame.end[-1])
     responses = sample(
         model,
         prompts,
@@ -156,13 +158,7 @@ def _greedy_texts(
         generation_config=GenerationConfig(do_sample=False),
         batch_size=len(prompts),
     )
-    texts = []
-    for response in responses:
-        finished = bool(response) and response[-1] in ends
-        text = response_text(tokenizer, response[:-1] if finished else response)
-        # An unfinished one can end within a character.
-        texts.append((text if finished else text.rstrip("\ufffd"), finished))
-    return texts
+    return [read_response(tokenizer, response, ends, frame) for response in responses]
 
 
 def _read(row: dict[str, Any], columns: Columns) -> Example:
@@ -181,12 +177,13 @@ def _hash_prompts(dataset: Dataset, columns: Columns) -> str:
             example = _read(row, columns)
         except UserError as error:
             raise UserError(f"train data set, row {index}: {error}") from error
-        prompts.update(json.dumps([example.messages, example.prompt]).encode())
+        content: list[Any] = [example.messages, example.prompt]
+        prompts.update(json.dumps([*content, example.template] if example.template else content).encode())
     return prompts.hexdigest()
 
 
 def _columns(names: list[str], columns: Columns) -> list[str]:
-    own = [columns.prompt, columns.response]
+    own = [columns.prompt, columns.response, *(name for name in BESIDE if name in names)]
     if columns.kind == "instruction" and "input" in names:
         own.insert(1, "input")
     return list(dict.fromkeys(own))
@@ -195,7 +192,9 @@ def _columns(names: list[str], columns: Columns) -> list[str]:
 def _with_response(row: dict[str, Any], columns: Columns, text: str) -> dict[str, Any]:
     response = row[columns.response]
     if isinstance(response, list) and response and isinstance(response[0], dict):
-        new: Any = [*response[:-1], {**response[-1], "content": text}]
+        # The teacher writes text, in the place of calls and thoughts too.
+        answer = {**dict.fromkeys(response[-1]), "role": response[-1]["role"], "content": text}
+        new: Any = [*response[:-1], answer]
     else:
         new = text
     return {name: row[name] for name in _columns(list(row), columns)} | {columns.response: new}

@@ -48,11 +48,35 @@ def test_batch():
         "teacher_labels": [[-100, -100, 41, 3, -100, -100, -100], [-100, -100, -100, 44, 45, 46, 47]],
         "teacher_byte_ends": [[-1, -1, 9, 9, -1, -1, -1], [-1, -1, -1, 1, 2, 3, 4]],
         "teacher_chunk_ids": [[-1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 0, 0, 0]],
+        "places": [[-1, -1, 0, 1, 2], [-1, 0, -1, -1, -1]],
+        "closing": [[False, False, False, False, True], [False] * 5],
+        "teacher_places": [[-1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, 2, 3]],
+        "teacher_closing": [[False, False, False, True, False, False, False], [False] * 7],
         "example_ids": [11, 3],
         "response_bytes": [9, 4],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    dtypes = {name: torch.bool if name.endswith("closing") else torch.int64 for name in batch}
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dtypes
+
+
+def test_several_answers():
+    row = {
+        # Two answers, "ab" and "c", each closed; the second by two tokens, one of which is none of text.
+        "input_ids": [5, 6, 7, 2, 5, 8, 4, 2],
+        "prompt_length": 1,
+        "spans": [1, 4, 5, 8],
+        "byte_ends": [1, 2, 2, 3, 3, 3],
+        "chunk_ids": [0, 1, 2, 3, 4, 4],
+        "response_bytes": 3,
+        "example_id": 0,
+    }
+    batch = DualCollator(0)([row])
+    assert batch["labels"].tolist() == [[-100, 6, 7, 2, -100, 8, 4, 2]]
+    assert batch["byte_ends"].tolist() == [[-1, 1, 2, 2, -1, 3, 3, 3]]
+    assert batch["chunk_ids"].tolist() == [[-1, 0, 1, 2, -1, 3, 4, 4]]
+    assert batch["places"].tolist() == [[-1, 0, 1, 2, -1, 2**20, 2**20 + 1, 2**20 + 2]]
+    assert batch["closing"].nonzero()[:, 1].tolist() == [3, 6, 7]
 
 
 def test_without_teacher():
@@ -61,7 +85,9 @@ def test_without_teacher():
         for row in ROWS
     ]
     batch = DualCollator(student_pad_token_id=2)(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "example_ids", "response_bytes"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "places", "closing"} | {
+        *("example_ids", "response_bytes")
+    }
 
 
 def test_rows_without_chunks():

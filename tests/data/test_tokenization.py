@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_dskd.data.formats import Example
 from hf_dskd.data.tokenization import (
     _byte_ends_from_offsets,
+    _response_tokens,
     _RowTokenizer,
     _traits,
     common_cut,
@@ -225,7 +226,10 @@ def test_same_ids_as_in_context(name, text):
     tokenizer = get(name)
     prompt = "### Response:\n"
     prompt_ids = tokenizer(prompt)["input_ids"]
-    assert prompt_ids + response_tokens(tokenizer, text)[0] == tokenizer(prompt + text)["input_ids"]
+    # Control tokens in data are text.
+    whole = tokenizer(prompt + text, split_special_tokens=True)["input_ids"]
+    assert prompt_ids + response_tokens(tokenizer, text)[0] == whole
+    assert prompt_ids + response_tokens(tokenizer, text, control=True)[0] == tokenizer(prompt + text)["input_ids"]
 
 
 def test_newline_that_merges_with_the_anchor():
@@ -269,6 +273,10 @@ def test_dropped_whitespace_goes_to_the_next_token():
 def test_special_token_in_the_response():
     tokenizer = get("sentencepiece")
     ids, byte_ends = response_tokens(tokenizer, "an</s>he")
+    assert tokenizer.eos_token_id not in ids
+    assert b"".join(spans("an</s>he", byte_ends)) == b"an</s>he" and len(ids) == 6
+    # Where a template has written it, it is one.
+    ids, byte_ends = response_tokens(tokenizer, "an</s>he", control=True)
     assert tokenizer.convert_ids_to_tokens(ids) == ["an", "</s>", "▁", "he"]
     # The tokenizer says that this mark lies on the letter after it.
     assert byte_ends == [2, 6, 7, 8]
@@ -490,10 +498,11 @@ def test_only_the_end_of_sequence_does_not_fit():
 
 # Data sets
 
-COLUMNS = {"input_ids", "prompt_length", "byte_ends", "response_bytes", "example_id", "cut"}
+COLUMNS = {"input_ids", "prompt_length", "spans", "byte_ends", "response_bytes", "example_id", "cut"}
 TEACHER_COLUMNS = {
     "teacher_input_ids",
     "teacher_prompt_length",
+    "teacher_spans",
     "teacher_byte_ends",
     "chunk_ids",
     "teacher_chunk_ids",
@@ -554,11 +563,11 @@ def test_chunks_with_bos_on_one_side_only():
 
 
 def test_spans_that_do_not_cover_the_response(monkeypatch):
-    def broken(tokenizer, text):
-        ids, byte_ends = response_tokens(tokenizer, text)
-        return ids, [*byte_ends[:-1], byte_ends[-1] - 1]
+    def broken(tokenizer, text, control):
+        ids, byte_ends, whole = _response_tokens(tokenizer, text, control)
+        return ids, [*byte_ends[:-1], byte_ends[-1] - 1], whole
 
-    monkeypatch.setattr("hf_dskd.data.tokenization.response_tokens", broken)
+    monkeypatch.setattr("hf_dskd.data.tokenization._response_tokens", broken)
     with pytest.raises(RuntimeError, match=r"student's tokens .* example 0: the last token ends at byte .* a bug"):
         tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100)
 
@@ -690,9 +699,9 @@ def test_row_tokenizer_pickles():
     tokenize_row = _RowTokenizer(get("bytes"), get("sentencepiece"), 50, "chat", {}, None, None, False, "train")
     row = {"prompt": "Hi\n", "completion": "there"}
     before = Hasher.hash(tokenize_row)
-    result = tokenize_row(row, 0)
+    result = tokenize_row({name: [value] for name, value in row.items()}, [0])
     assert Hasher.hash(tokenize_row) == before
-    assert pickle.loads(pickle.dumps(tokenize_row))(row, 0) == result
+    assert pickle.loads(pickle.dumps(tokenize_row))({name: [value] for name, value in row.items()}, [0]) == result
 
 
 def test_set_pad_token():

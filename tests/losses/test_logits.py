@@ -6,7 +6,7 @@ import torch
 
 from hf_dskd.losses import logits as module
 from hf_dskd.losses.divergences import DIVERGENCES, forward_kl, reverse_kl
-from hf_dskd.losses.logits import mapped_kd, mapped_target, packed_partners, paired_rows, shared_prefix_kd, uld
+from hf_dskd.losses.logits import mapped_kd, mapped_target, packed_partners, rows_at_places, shared_prefix_kd, uld
 from hf_dskd.losses.temperature import Temperatures, with_temperature
 
 
@@ -62,18 +62,25 @@ class TestSharedPrefix:
 class TestPairs:
     def test_equal_a_loop(self):
         torch.manual_seed(0)
-        # Responses anywhere in the sequence, of different lengths, one of them empty.
-        student_mask, teacher_mask = torch.rand(5, 6) < 0.6, torch.rand(5, 8) < 0.4
-        student_mask[2] = False
-        expected, first_student, first_teacher = [], 0, 0
-        for s, t in zip(student_mask.sum(1).tolist(), teacher_mask.sum(1).tolist()):
-            expected += [(first_student + i, first_teacher + i) for i in range(min(s, t))]
-            first_student, first_teacher = first_student + s, first_teacher + t
-        assert expected and list(zip(*(rows.tolist() for rows in paired_rows(student_mask, teacher_mask)))) == expected
+        # Two answers an example, of different lengths on both sides, some of them empty.
+        counts = torch.randint(0, 4, (5, 2, 2))
+        counts[2, :, 0] = 0
+        sides: list = [[], []]
+        expected, offset = [], 0
+        for example in counts.tolist():
+            rows = [[(answer, i) for answer in range(2) for i in range(example[answer][side])] for side in range(2)]
+            expected += [offset + rows[1].index(row) if row in rows[1] else -1 for row in rows[0]]
+            offset += len(rows[1])
+            for side, found in zip(sides, rows):
+                places = [answer * 2**20 + i for answer, i in found]
+                side.append(places + [-1] * (6 - len(places)))
+        assert -1 in expected and max(expected) > 3
+        assert rows_at_places(torch.tensor(sides[0]), torch.tensor(sides[1])).tolist() == expected
 
     def test_of_nothing(self):
-        empty = torch.zeros(2, 3, dtype=torch.bool)
-        assert [rows.tolist() for rows in paired_rows(empty, torch.ones(2, 4, dtype=torch.bool))] == [[], []]
+        nothing, places = torch.full((2, 3), -1), torch.arange(4).repeat(2, 1)
+        assert rows_at_places(nothing, places).tolist() == []
+        assert rows_at_places(places, nothing).tolist() == [-1] * 8
 
 
 class TestULD:

@@ -155,8 +155,9 @@ def test_a_batch_has_the_rows_that_losses_gather(whole):
 
 
 def test_a_response_without_a_prompt_has_no_state_for_its_first_token(tmp_path):
-    row = {**DATA[0], "teacher_prompt_length": 0}
-    cache = filled(tmp_path / "cache", tmp_path, DATA.select([0]).map(lambda _: {"teacher_prompt_length": 0}))
+    whole = {"teacher_prompt_length": 0, "teacher_spans": [0, len(DATA[0]["teacher_input_ids"])]}
+    row = {**DATA[0], **whole}
+    cache = filled(tmp_path / "cache", tmp_path, DATA.select([0]).map(lambda _: whole))
     assert len(cache.states(example_key(row))) == len(row["teacher_input_ids"]) - 1
 
 
@@ -176,11 +177,15 @@ def test_key_is_of_the_teachers_tokens_and_the_prompts_length():
     same = {**row, "example_id": 99, "input_ids": [1], "teacher_input_ids": torch.tensor(row["teacher_input_ids"])}
     assert example_key(row) == example_key(same) and len(example_key(row)) == 32
     others = [
-        {**row, "teacher_prompt_length": row["teacher_prompt_length"] + 1},
+        {**row, "teacher_spans": [row["teacher_prompt_length"] + 1, len(row["teacher_input_ids"])]},
+        {**row, "teacher_spans": [1, 2, 3, len(row["teacher_input_ids"])]},
+        {**row, "teacher_spans": [1, 3, 4, len(row["teacher_input_ids"])]},
         {**row, "teacher_input_ids": row["teacher_input_ids"][:-1]},
         DATA[1],
     ]
-    assert len({example_key(other) for other in [row, *others]}) == 4
+    assert len({example_key(other) for other in [row, *others]}) == 6
+    # A dataset that was tokenized without spans has one answer, which goes to the end.
+    assert example_key({name: value for name, value in row.items() if name != "teacher_spans"}) == example_key(row)
 
 
 def test_second_fill_only_adds(tmp_path):
@@ -198,7 +203,7 @@ def test_second_fill_only_adds(tmp_path):
 
 
 def test_unknown_example_is_refused(whole):
-    row = {**DATA[0], "teacher_prompt_length": 1, "example_id": 7}
+    row = {**DATA[0], "teacher_spans": [1, len(DATA[0]["teacher_input_ids"])], "example_id": 7}
     refused(lambda: whole.batch([DATA[1], row]), "example 7", str(whole.folder), "cache-teacher")
 
 

@@ -214,7 +214,7 @@ def test_messages(tmp_path, whole):
         assert row["messages"][:-1] == source["messages"][:-1]
         assert row["messages"][-1]["role"] == "assistant"
         assert row["messages"][-1]["content"] not in (None, "Two.")
-    assert len(tokenize_dataset(written, STUDENT, TOKENIZER, max_length=MAX_LENGTH)[0]) == 2
+    assert len(tokenize_dataset(written, STUDENT, TOKENIZER, max_length=MAX_LENGTH, train_on="last")[0]) == 2
 
 
 @pytest.mark.parametrize(

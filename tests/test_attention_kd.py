@@ -61,7 +61,7 @@ def test_checkpointing_and_evaluation(tmp_path):
         ({"as_published": True}, "released code has no attention_kd_rate"),
         ({"teacher_cache": "cache"}, "a cache holds last hidden states alone"),
         ({"padding_free": True}, "compares queries and keys of padded batches"),
-        ({"attention_kd_rate": -1.0}, "must not be negative"),
+        ({"attention_kd_rate": -1.0}, "must be at least 0"),
         ({"attention_layers": "first"}, "attention_layers='first'"),
         ({"attention_relation_heads": 0}, "attention_relation_heads=0"),
     ],

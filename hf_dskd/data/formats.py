@@ -370,7 +370,7 @@ def _joined(content: Any) -> Any:
     parts = [
         part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
     ]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else content
+    return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else content
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -325,7 +325,7 @@ def _rendered_tokens(template: Template, example: Example, text: str | None = MA
         for match in pattern.finditer(masked):
             if match.start() > start:
                 ids += _encode(tokenizer, whole[start : match.start()], control=False)
-            ids.append(tokenizer.convert_tokens_to_ids(match.group()))
+            ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
             start = match.end()
         return ids + (_encode(tokenizer, whole[start:], control=False) if start < len(whole) else [])
 
@@ -434,7 +434,8 @@ def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
             columns[name]["spans"] += [len(side.prompt), len(ids[name])]
             columns[name]["byte_ends"] += [offset + end for end in ends[name]]
         if len(names) == 2:
-            numbered = chunk_ids(*ends.values(), *(len(side.end) for side in answer.sides.values()))
+            student, teacher = (answer.sides[name] for name in names)
+            numbered = chunk_ids(ends[names[0]], ends[names[1]], len(student.end), len(teacher.end))
             for name, chunk in zip(names, numbered):
                 columns[name]["chunk_ids"] += [chunks + number for number in chunk]
             chunks += max(numbered[0]) + 1

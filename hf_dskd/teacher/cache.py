@@ -923,6 +923,6 @@ def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]
     with torch.inference_mode():
         hidden = teacher(input_ids, attention_mask)
         predicting = [torch.from_numpy(_predicting(answer_spans(row, "teacher_"))) for row in rows]
-        states = [part[where.to(part.device)] for part, where in zip(hidden, predicting)]
-        states = torch.cat(states).to(torch.bfloat16).cpu()
+        parts = [part[where.to(part.device)] for part, where in zip(hidden, predicting)]
+        states = torch.cat(parts).to(torch.bfloat16).cpu()
     return list(states.split([example.count for example in examples]))

@@ -390,7 +390,7 @@ class DSKDTrainer(Trainer):
         vocabulary_map = None
         if row.alignment == "min_edit":
             with args.main_process_first(desc="vocabulary map"):
-                options = args.prompt_style, _options(args.chat_template_kwargs)
+                options = args.prompt_style, options_of(args.chat_template_kwargs)
                 ends = (answer_frame(tokenizer, *options).end[-1], answer_frame(teacher_tokenizer, *options).end[-1])
                 vocabulary_map = edit_distance_map(
                     tokenizer, teacher_tokenizer, rows=_rows(teacher_model, teacher_config), ends=ends
@@ -1531,7 +1531,7 @@ class _Tokenize:
         vocabulary_map: Tensor | None = None,
     ):
         self.student, self.teacher, self.args, self.reports = student, teacher, args, reports
-        options = args.prompt_style, _options(args.chat_template_kwargs)
+        options = args.prompt_style, options_of(args.chat_template_kwargs)
         tokenizers = {"student": student, **({} if teacher is None else {"teacher": teacher})}
         self.frames = {name: answer_frame(tokenizer, *options) for name, tokenizer in tokenizers.items()}
         self.partners = None if vocabulary_map is None else _Partners(student, teacher, vocabulary_map)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,8 +22,9 @@ def first_examples(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     first = {name: value[: max(count, 1)] for name, value in batch.items()}
     if count < 1:
         first |= {name: value.new_full(value.shape, -100) for name, value in first.items() if name.endswith("labels")}
-        responses = ("byte_ends", "chunk_ids", "partners")
+        responses = ("byte_ends", "chunk_ids", "partners", "places")
         first |= {name: value.new_full(value.shape, -1) for name, value in first.items() if name.endswith(responses)}
+        first |= {name: torch.zeros_like(value) for name, value in first.items() if name.endswith("closing")}
     if "teacher_states" in batch:
         # A cache's states are padded to the longest response of the batch.
         longest = int((first["teacher_labels"][:, 1:] != -100).sum(1).max())

@@ -271,3 +271,51 @@ def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
     missing = [tensor for tensor in needed if tensor not in batch]
     if missing:
         raise UserError(f"data_collator={name} makes batches without {', '.join(missing)}: {remedy}")
+
+
+def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, init_kwargs: dict[str, Any]) -> None:
+    """
+    A tokenizer that is given must have the ids of the one saved beside the model.
+
+    Of a student or teacher given by name it is an error, for its embedding can't have another's rows; a loaded model
+    may have been changed, and its embedding with it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        saved = AutoTokenizer.from_pretrained(name, local_files_only=True, **init_kwargs).get_vocab()
+    except Exception:  # there is none, or none that can be read here
+        return
+    given = tokenizer.get_vocab()
+    same = sum(given.get(piece) == token for piece, token in saved.items())
+    if saved and same < len(saved) / 2:
+        said = (
+            f"{parameter} gives only {same} of {len(saved)} tokens the id that the tokenizer saved with {name!r} gives"
+            " them: it is another model's; leave it out, or pass that model's own"
+        )
+        if isinstance(model, str):
+            raise UserError(said)
+        logger.warning(said)
+
+
+def check_not_exchanged(tokenizers: tuple[Any, Any], configs: tuple[Any, Any], names: tuple[str | None, ...]) -> None:
+    """
+    Each of two tokenizers must be its own model's, not the other's.
+
+    They are the other's where both carry the other model's name, or where both end with the token that the other
+    model's config names and not with that of their own.
+    """
+
+    def ends(tokenizer: Any, config: Any) -> bool:
+        end = config.get_text_config().eos_token_id
+        return tokenizer.eos_token_id in (end if isinstance(end, (list, tuple)) else [end])
+
+    (student, teacher), (student_config, teacher_config) = tokenizers, configs
+    carried = (getattr(student, "name_or_path", ""), getattr(teacher, "name_or_path", ""))
+    by_name = all(carried) and carried == tuple(reversed(names)) and carried != tuple(names)
+    own = ends(student, student_config) or ends(teacher, teacher_config)
+    if by_name or (not own and ends(student, teacher_config) and ends(teacher, student_config)):
+        raise UserError(
+            "processing_class is the tokenizer of the teacher's model, and teacher_processing_class that of the"
+            " student's: exchange the two"
+        )

@@ -44,8 +44,10 @@ from .arguments import (
     check_collator,
     check_evaluation,
     check_functions,
+    check_not_exchanged,
     check_optimized,
     check_optimizers,
+    check_own_tokenizer,
     check_quantization,
     check_trackers,
 )
@@ -78,6 +80,7 @@ from .data.tokenization import (
     set_pad_token,
     tokenize_dataset,
 )
+from .data.tokenized import check_tokenized
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import NonFiniteLossError, UserError
 from .evaluation.generation import (
@@ -333,6 +336,9 @@ class DSKDTrainer(Trainer):
         tokenizer = processing_class or load_tokenizer(
             student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
         )
+        if processing_class is not None:
+            options = _where(args.model_init_kwargs)
+            check_own_tokenizer(tokenizer, model, student_name, "processing_class", options)
         self._check_tokenizer(tokenizer, model, student_config, "student", args)
         teacher_tokenizer: Any = teacher_processing_class
         teacher_name = None
@@ -350,6 +356,14 @@ class DSKDTrainer(Trainer):
             teacher_tokenizer = teacher_tokenizer or load_tokenizer(
                 teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
             )
+            if processing_class is not None and teacher_processing_class is not None:
+                both, configs = (tokenizer, teacher_tokenizer), (student_config, teacher_config)
+                check_not_exchanged(both, configs, (student_name, teacher_name))
+            if teacher_processing_class is not None:
+                options = _where(args.teacher_model_init_kwargs)
+                check_own_tokenizer(
+                    teacher_tokenizer, teacher_model, teacher_name, "teacher_processing_class", options
+                )
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher", args)
             check_vocabularies(args, tokenizer, teacher_tokenizer)
         vocabularies = [student_config.get_text_config().vocab_size]
@@ -1537,7 +1551,11 @@ class _Tokenize:
         self.partners = None if vocabulary_map is None else _Partners(student, teacher, vocabulary_map)
 
     def __call__(self, dataset: Any, split: str) -> Any:
-        if dataset is not None and not is_tokenized(dataset):
+        if dataset is not None and is_tokenized(dataset):
+            both = {"": self.student, "teacher_": self.teacher}
+            both = {prefix: tokenizer for prefix, tokenizer in both.items() if tokenizer is not None}
+            dataset = check_tokenized(dataset, split, both, self.args.max_length)
+        elif dataset is not None:
             written = self.args.method_row.text == "teacher" and split == "train"
             dataset, report = tokenize_dataset(
                 dataset,
@@ -1622,4 +1640,8 @@ def _wrap_with_adapter(model: Any, peft_config: Any, args: DSKDConfig) -> Any:
         raise UserError("peft_config and a model that already has an adapter: pass only one of them")
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    return get_peft_model(model, peft_config)
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise UserError(f"peft_config doesn't fit the student: {reason}; see its target_modules") from error

@@ -273,7 +273,7 @@ def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
         raise UserError(f"data_collator={name} makes batches without {', '.join(missing)}: {remedy}")
 
 
-def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, init_kwargs: dict[str, Any]) -> None:
+def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, init_kwargs: Any) -> None:
     """
     A tokenizer that is given must have the ids of the one saved beside the model.
 
@@ -282,8 +282,11 @@ def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, i
     """
     from transformers import AutoTokenizer
 
+    from .pretrained import place
+
+    options = {**place(init_kwargs, "trust_remote_code"), "local_files_only": True}
     try:
-        saved = AutoTokenizer.from_pretrained(name, local_files_only=True, **init_kwargs).get_vocab()
+        saved = AutoTokenizer.from_pretrained(name, **options).get_vocab()
     except Exception:  # there is none, or none that can be read here
         return
     given = tokenizer.get_vocab()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import checkpoints
 from .errors import NonFiniteLossError, UserError
+from .field_checks import check_fields
 from .redaction import without_values
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
@@ -68,6 +69,15 @@ class RunArguments:
     sft_teacher_lora_r: int = field(
         default=64, metadata={"help": "rank of the teacher's adapter, which is merged afterwards; 0 trains all of it"}
     )
+
+
+_RULES: dict[str, dict[str, Any]] = {
+    **{name: {"least": 1} for name in ("train_size", "maximum_characters", "total_batch_size")},
+    **{name: {"least": 0} for name in ("held_out_size", "sft_teacher_learning_rate", "sft_teacher_lora_r")},
+    "sft_teacher_epochs": {"above": 0},
+    # Empty where a smoke run replaces a recipe's.
+    "rename_columns": {"unchecked": True},
+}
 
 
 @dataclass
@@ -188,6 +198,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     except ValueError as error:
         raise _not_parsed(" ".join(str(error).split()), known) from None
     run = Run(script, config, model, options)
+    check_fields(options, _RULES)
     check_model_config(model, given | settings.keys())
     check_script_arguments(script)
     if options.teacher_model_revision is not None and options.teacher_model_name_or_path is None:

@@ -337,8 +337,7 @@ class DSKDTrainer(Trainer):
             student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
         )
         if processing_class is not None:
-            options = _where(args.model_init_kwargs)
-            check_own_tokenizer(tokenizer, model, student_name, "processing_class", options)
+            check_own_tokenizer(tokenizer, model, student_name, "processing_class", args.model_init_kwargs)
         self._check_tokenizer(tokenizer, model, student_config, "student", args)
         teacher_tokenizer: Any = teacher_processing_class
         teacher_name = None
@@ -360,7 +359,7 @@ class DSKDTrainer(Trainer):
                 both, configs = (tokenizer, teacher_tokenizer), (student_config, teacher_config)
                 check_not_exchanged(both, configs, (student_name, teacher_name))
             if teacher_processing_class is not None:
-                options = _where(args.teacher_model_init_kwargs)
+                options = args.teacher_model_init_kwargs
                 check_own_tokenizer(
                     teacher_tokenizer, teacher_model, teacher_name, "teacher_processing_class", options
                 )

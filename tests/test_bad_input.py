@@ -51,6 +51,8 @@ def saved(tmp_path_factory):
     pairs = {
         "student": (tiny.gpt2(len(runs._STUDENT_TOKENIZER)), runs._STUDENT_TOKENIZER),
         "teacher": (tiny.qwen2(len(runs._TEACHER_TOKENIZER)), runs._TEACHER_TOKENIZER),
+        # As if its own tokenizer had been exchanged together with its embedding.
+        "weights": (tiny.qwen2(len(runs._TEACHER_TOKENIZER)), None),
         "narrow": (tiny.qwen2(len(runs._TEACHER_TOKENIZER), width=96), runs._TEACHER_TOKENIZER),
         "bert": (bert(), None),
         "t5": (t5(), None),
@@ -286,7 +288,7 @@ def test_vocabulary_larger_than_the_embedding(make, saved, tmp_path, role):
 def test_same_vocabulary_methods_on_different_ones(make, saved, settings, parts):
     refused(lambda: make(**settings), f"{str(saved / 'student')!r} and {str(saved / 'teacher')!r} differ", *parts)
     with pytest.raises(Loaded):
-        make(teacher_processing_class=runs._STUDENT_TOKENIZER, **settings)
+        make(teacher_model=saved / "weights", teacher_processing_class=runs._STUDENT_TOKENIZER, **settings)
 
 
 @pytest.mark.parametrize(
@@ -298,12 +300,13 @@ def test_same_vocabulary_methods_on_different_ones(make, saved, settings, parts)
         {"method": "dskd_cma", "alignment": "exact_tokens"},
     ],
 )
-def test_vocabularies_without_a_common_token(make, settings, tmp_path, monkeypatch):
+def test_vocabularies_without_a_common_token(make, saved, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path / "cache"))
     backend = Tokenizer(models.BPE(vocab={"</s>": 0, "ĠQQ": 1, "ĠZZ": 2}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     apart = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    refused(lambda: make(teacher_processing_class=apart, **settings), "'the teacher' share no token", "such as alm")
+    options = {"teacher_model": saved / "weights", "teacher_processing_class": apart}
+    refused(lambda: make(**options, **settings), "'the teacher' share no token", "such as alm")
     with pytest.raises(Loaded):
         make(**settings)
 

@@ -280,14 +280,12 @@ def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, i
     Of a student or teacher given by name it is an error, for its embedding can't have another's rows; a loaded model
     may have been changed, and its embedding with it.
     """
-    from transformers import AutoTokenizer
+    from .pretrained import load_tokenizer, options_of
 
-    from .pretrained import place
-
-    options = {**place(init_kwargs, "trust_remote_code"), "local_files_only": True}
     try:
-        saved = AutoTokenizer.from_pretrained(name, **options).get_vocab()
-    except Exception:  # there is none, or none that can be read here
+        here = {**options_of(init_kwargs), "local_files_only": True}
+        saved = load_tokenizer(name, here, "the tokenizer", parameter).get_vocab()
+    except (UserError, OSError):  # there is none here, or the model has no name
         return
     given = tokenizer.get_vocab()
     same = sum(given.get(piece) == token for piece, token in saved.items())

@@ -359,10 +359,8 @@ class DSKDTrainer(Trainer):
                 both, configs = (tokenizer, teacher_tokenizer), (student_config, teacher_config)
                 check_not_exchanged(both, configs, (student_name, teacher_name))
             if teacher_processing_class is not None:
-                options = args.teacher_model_init_kwargs
-                check_own_tokenizer(
-                    teacher_tokenizer, teacher_model, teacher_name, "teacher_processing_class", options
-                )
+                named = teacher_model, teacher_name, "teacher_processing_class"
+                check_own_tokenizer(teacher_tokenizer, *named, args.teacher_model_init_kwargs)
             self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher", args)
             check_vocabularies(args, tokenizer, teacher_tokenizer)
         vocabularies = [student_config.get_text_config().vocab_size]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint import AUXILIARY_NAME, ROLES
+from ..data.files import format_of
 from ..errors import UserError
 from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
@@ -484,8 +485,7 @@ def _is_on_hub(run: RunFiles, source: str) -> bool:
         return False
     # A path is relative to where the run was started: here, or in a folder that its own is in.
     places = (Path.cwd(), *run.folder.resolve().parents)
-    files = (".json", ".jsonl", ".csv", ".parquet")
-    return not source.endswith(files) and not any((place / source).exists() for place in places)
+    return format_of(source) is None and not any((place / source).exists() for place in places)
 
 
 def _dataset_words(run: RunFiles, source: str | None, given: Sequence[str]) -> str:

@@ -86,8 +86,11 @@ MODEL = {
         lambda trainer: adapter(trainer).target_modules == {"c_proj", "c_fc"},
     ),
     "lora_target_parameters": (
-        [*LORA, "--lora_dropout=0", "--lora_target_parameters", "h.0.mlp.c_fc.weight"],
-        lambda trainer: adapter(trainer).target_parameters == ["h.0.mlp.c_fc.weight"],
+        [
+            *("--model_name_or_path=some/teacher", "--teacher_model_name_or_path=some/student", "--use_peft"),
+            *("--lora_target_modules=q_proj", "--lora_dropout=0", "--lora_target_parameters", "0.mlp.up_proj.weight"),
+        ],
+        lambda trainer: adapter(trainer).target_parameters == ["0.mlp.up_proj.weight"],
     ),
     "lora_modules_to_save": (
         [*LORA, "--lora_modules_to_save", "ln_f"],

@@ -173,12 +173,19 @@ class LastHiddenState:
             Run the real tokens of a batch as one row without padding, in which each example's positions begin anew.
             The model is tried at once, where it is and under the autocast that is on: it must keep the examples apart.
 
+    Attributes:
+        added (`torch.Tensor`, *optional*):
+            What the model added to its own loss on the last batch (see [`hf_dskd.model_loss`]), a scalar in nats.
+
     Raises:
         UserError: If `padding_free` and the model with its attention implementation can't.
     """
 
     def __init__(self, model: nn.Module, padding_free: bool = False):
+        from .model_loss import adds_to_loss
+
         self.value: Tensor | None = None
+        self.added: Tensor | None = None
         body = backbone(model)
         body.register_forward_hook(self._store)
         # Logits are of no use here: ask for those of one position where the model can be asked.
@@ -186,6 +193,7 @@ class LastHiddenState:
         self._arguments: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in accepts:
             self._arguments["logits_to_keep"] = 1
+        self._adds_to_loss = adds_to_loss(model)
         self.padding_free = padding_free
         if padding_free:
             self._check_packing(model, "position_ids" in accepts)
@@ -214,11 +222,22 @@ class LastHiddenState:
         return hidden.view(*input_ids.shape, -1)
 
     def _run(self, model: nn.Module, **inputs: Tensor) -> Tensor:
-        model(**inputs, **self._arguments)
+        if self._adds_to_loss:
+            self.added = self._run_with_loss(model, inputs)
+        else:
+            model(**inputs, **self._arguments)
         hidden, self.value = self.value, None
         assert hidden is not None
         # PEFT's prompt tuning puts tokens of its own before the text.
         return hidden[:, -inputs["input_ids"].shape[1] :]
+
+    def _run_with_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        from accelerate.utils import extract_model_from_parallel
+
+        from .model_loss import no_cross_entropy
+
+        with no_cross_entropy(extract_model_from_parallel(model, keep_torch_compile=False)):
+            return model(**inputs, labels=inputs["input_ids"], **self._arguments).loss
 
     def _check_packing(self, model: nn.Module, takes_positions: bool) -> None:
         """

@@ -43,6 +43,8 @@ class Terms:
             gradient. What the terms above carry is of no account.
         ce_rows: The student's cross entropy at each response token, packed `[N_s]`.
         features: Detached queries and keys of the response tokens for the critic; `None` without one.
+        added: What the student's model adds to its own loss (see [`hf_dskd.model_loss`]), a scalar with its gradient;
+            `None` where it adds nothing.
     """
 
     student: dict[str, Tensor]
@@ -53,6 +55,7 @@ class Terms:
     teacher_tokens: Tensor | None = None
     ce_rows: Tensor | None = None
     features: Features | None = None
+    added: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -466,12 +469,13 @@ def total_loss(
     """
     The training loss, a scalar: each term's sum divided by the response tokens of the *global* batch.
 
+    What a model adds to its own loss counts whole for each micro-batch of each rank, as in transformers' Trainer.
     `teacher_tokens` divides the terms in teacher space; as published those are divided by `student_tokens` too.
     """
     loss = terms.student_loss / student_tokens
     if terms.teacher_loss is not None:
         loss = loss + terms.teacher_loss / (student_tokens if config.as_published else teacher_tokens)
-    return loss
+    return loss if terms.added is None else loss + terms.added
 
 
 def weighted_loss(

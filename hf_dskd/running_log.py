@@ -26,6 +26,8 @@ RATIOS = {
     "alm_loss": ("alm", "teacher_tokens"),
     "kq_loss": ("kq", "student_tokens"),
     "attention_loss": ("attention", "student_tokens"),
+    # Of a step, over its micro-batches and all ranks: what the loss has of it.
+    "aux_loss": ("aux", "ranked_steps"),
     "correctness_mask_rate": ("t2s_correct", "student_tokens"),
     "aligned_rate": ("t2s_rows", "student_tokens"),
     "s2t_agreement": ("s2t_agree", "teacher_tokens"),

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -762,6 +762,9 @@ class DSKDTrainer(Trainer):
             )
             if terms.teacher_tokens is not None:
                 self._running.add(teacher_tokens=terms.teacher_tokens.sum())
+            if terms.added is not None:
+                self._running.watch(self.state.global_step, None, {"aux": terms.added})
+                self._running.add(aux=terms.added * self.accelerator.num_processes)
             if self.adversary is not None and terms.features is not None:
                 self.adversary.keep(terms.features)
         else:
@@ -811,12 +814,14 @@ class DSKDTrainer(Trainer):
         attention: Tensor | None = None,
         only: str | None = None,
     ) -> Terms:
+        # What the forward pass of these states left.
+        added = self._last_hidden_state.added if only in (None, "aux") else None
         student_head = lm_head(self.model)
         if teacher is None:
-            return student_terms(self.args, student, student_head)
+            return replace(student_terms(self.args, student, student_head), added=added)
         assert self.teacher is not None
         critic = None if self.adversary is None else self.adversary.critic.train(training)
-        return distillation_terms(
+        terms = distillation_terms(
             self.args,
             student,
             teacher,
@@ -832,6 +837,7 @@ class DSKDTrainer(Trainer):
             only=only,
             attention=attention,
         )
+        return replace(terms, added=added)
 
     def _states(
         self, hidden: Tensor, inputs: dict[str, Any], side: str, embedding: Tensor, gathered: bool = False
@@ -1221,6 +1227,8 @@ class DSKDTrainer(Trainer):
         if self.args.as_published:
             # Its other terms depend on what else is in a batch, and none has an exact mean.
             values = {name: value for name, value in values.items() if name in ("ce", "correct")}
+        elif terms.added is not None:
+            values["aux"] = terms.added.expand_as(text)
         self._evaluated_names = sorted(values)
         columns += [values[name] for name in self._evaluated_names]
         exact = exact_dtype(self.accelerator.device)
@@ -1251,13 +1259,19 @@ class DSKDTrainer(Trainer):
     def _exact_metrics(self) -> dict[str, float]:
         if not self._evaluated:
             return {}
-        sums = torch.cat(self._evaluated).sum(0).tolist()
+        rows = torch.cat(self._evaluated)
+        sums = rows.sum(0).tolist()
         self._evaluated = []
         student_tokens, teacher_tokens, response_bytes, text, *values = sums
         totals = dict(zip(self._evaluated_names, values))
         metrics = {}
         if not self.args.as_published:
             metrics["loss"] = weighted_loss(self.args, totals, student_tokens, teacher_tokens)
+            # Of a batch, not of its tokens: a mean over examples, as of the loss in Trainer.
+            added = totals.pop("aux", None)
+            if added is not None:
+                metrics["aux_loss"] = added / len(rows)
+                metrics["loss"] += metrics["aux_loss"]
         for name, value in totals.items():
             shown = "t2s_accuracy" if name == "t2s_correct" else LOG_NAMES[name]
             metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)

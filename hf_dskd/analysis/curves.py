@@ -23,6 +23,7 @@ PANELS: dict[str, dict[str, str]] = {
     "divergence of chunk likelihoods (alm_loss)": {"": "alm_loss"},
     "key-query matching (kq_loss)": {"": "kq_loss"},
     "divergence of attention (attention_loss)": {"": "attention_loss"},
+    "what the model adds: routers, adapter (aux_loss)": {"": "aux_loss"},
     "transport cost under the critics": {"": "transport_cost"},
     "discriminator's loss": {"": "discriminator_loss"},
     "discriminator's accuracy": {

@@ -113,6 +113,8 @@ def gradient_norms(trainer: DSKDTrainer, rows: Sequence[dict[str, Any]]) -> dict
     batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     with unchanged(trainer), torch.enable_grad():
         _, student, teacher, attention = trainer._run_both(trainer.model, batch)
+        if trainer._last_hidden_state.added is not None:
+            names.append("aux")
         for name in names:
             with trainer._autocast():
                 terms = trainer._terms(student, teacher, batch, training=False, attention=attention, only=name)

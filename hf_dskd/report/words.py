@@ -21,7 +21,7 @@ MEASURES: dict[str, tuple[str, str | None]] = {
     "loss": ("method's own loss", None),
 }
 KD_TERMS = ("t2s_kd", "s2t_kd", "kd", "alm")
-TERMS = ("ce", "t2s_ce", *KD_TERMS, "kq")
+TERMS = ("ce", "t2s_ce", *KD_TERMS, "kq", "aux")
 # Number of an analysis → what it means.
 MEANINGS = {
     "aligned_rate": "tokens that have a partner",

@@ -7,6 +7,7 @@ import pytest
 import runs
 import tiny
 from matplotlib.image import imread
+from test_model_loss import mixtral
 
 from hf_dskd import UserError
 from hf_dskd.analysis.curves import (
@@ -94,6 +95,7 @@ def test_one_step(tmp_path, figures):
 
 
 OF_OTHER_METHODS = {
+    "what the model adds: routers, adapter (aux_loss)": {"method": "sft", "student": mixtral()},
     "divergence of logits (kd_loss)": {"method": "uld"},
     "divergence of chunk likelihoods (alm_loss)": {"method": "alm"},
     "divergence of attention (attention_loss)": {"method": "uld", "attention_kd_rate": 1.0},

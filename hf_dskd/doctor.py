@@ -508,8 +508,9 @@ def models(run: Run, wanted: str) -> Lines:
 def tokenizers(run: Run) -> Lines:
     """Whether they load and fit their models, and have one vocabulary or two."""
     from .checks import check_vocabularies
+    from .data.tokenization import answer_frame
     from .data.vocabulary import same_vocabulary
-    from .pretrained import load_tokenizer, name_and_config
+    from .pretrained import load_tokenizer, name_and_config, options_of
     from .trainer import DSKDTrainer
 
     found = {}
@@ -519,7 +520,15 @@ def tokenizers(run: Run) -> Lines:
             _, config = name_and_config(name, options, f"the {role}")
             DSKDTrainer._check_tokenizer(found[role], name, config, role, run.config)
             template = "a chat template" if found[role].chat_template else "no chat template"
-            yield OK, f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template}"
+            frame = answer_frame(found[role], run.config.prompt_style, options_of(run.config.chat_template_kwargs))
+            end = " ".join(map(repr, found[role].convert_ids_to_tokens(frame.end)))
+            if found[role].eos_token_id not in frame.end:
+                end += f" as its template writes it (its EOS is {found[role].eos_token!r})"
+            yield (
+                OK,
+                f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template}; an answer ends with"
+                f" {end}",
+            )
     if len(found) < 2:
         return
     check_vocabularies(run.config, *found.values())

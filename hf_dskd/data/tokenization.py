@@ -319,20 +319,24 @@ def _rendered_tokens(template: Template, example: Example, text: str | None = MA
     for name, stand_in in stand_ins.items():
         restored = restored.replace(stand_in, name)
 
-    def pieces(whole: str) -> list[int]:
+    def pieces(whole: str, continued: bool) -> list[int]:
         """Ids of `whole`, in which only the template's own control tokens are such."""
         ids, start = [], 0
-        for match in pattern.finditer(masked):
-            if match.start() > start:
-                ids += _encode(tokenizer, whole[start : match.start()], control=False)
-            ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
-            start = match.end()
-        return ids + (_encode(tokenizer, whole[start:], control=False) if start < len(whole) else [])
+        for match in [*pattern.finditer(masked), None]:
+            part = whole[start : None if match is None else match.start()]
+            if part:
+                ids += response_tokens(tokenizer, part)[0] if continued and start else _encode(tokenizer, part, False)
+            if match is not None:
+                ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
+                start = match.end()
+        return ids
 
-    # What is put together must be what the tokenizer itself makes where there is nothing to tell apart.
-    if restored != rendered or pieces(masked) != _encode(tokenizer, masked, control=True):
-        return _encode(tokenizer, rendered, control=True), "control_live"
-    return pieces(rendered), "control_as_text"
+    # What is put together must be what the tokenizer itself makes where there is nothing to tell apart. Some put a
+    # space before every part, some only before the first.
+    for continued in (False, True) if restored == rendered else ():
+        if pieces(masked, continued) == _encode(tokenizer, masked, control=True):
+            return pieces(rendered, continued), "control_as_text"
+    return _encode(tokenizer, rendered, control=True), "control_live"
 
 
 def _texts(value: Any) -> Iterator[str]:

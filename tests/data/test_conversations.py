@@ -1,0 +1,492 @@
+"""Rows as people have them, through the chat templates of both models: what is learnt, and what the models read."""
+
+import json
+
+import pytest
+import tiny
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer
+
+from hf_dskd.data.formats import read_examples
+from hf_dskd.data.tokenization import answer_frame, is_tokenized, prompt_tokens, response_tokens, tokenize_dataset
+from hf_dskd.errors import UserError
+from hf_dskd.tiny_models import tiny_model
+
+
+FAMILIES = ("qwen2", "gemma3", "llama2", "llama3", "mistral", "smollm2")
+DAY = {"date_string": "1 May 2025"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture
+def tokenizer(folder):
+    """A fresh tokenizer of a family with its chat template: tests change some."""
+
+    def load(family, chat_template=None):
+        loaded = AutoTokenizer.from_pretrained(str(tiny_model(family, folder / family, "student")))
+        if chat_template is not None:
+            loaded.chat_template = chat_template
+        return loaded
+
+    return load
+
+
+def tokenized(rows, student, teacher=None, **options):
+    options = {"max_length": 512, "chat_template_kwargs": DAY, **options}
+    data, report = tokenize_dataset(Dataset.from_list(rows), student, teacher, **options)
+    return list(data), report
+
+
+def answers(row, tokenizer, prefix=""):
+    """The answers of a row as their tokens, each with its end."""
+    spans = row[f"{prefix}spans"]
+    ids = row[f"{prefix}input_ids"]
+    return [tokenizer.convert_ids_to_tokens(ids[start:stop]) for start, stop in zip(spans[::2], spans[1::2])]
+
+
+def chat(*contents):
+    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
+
+
+# ---- The end of an answer
+
+
+@pytest.mark.parametrize(
+    ("family", "eos", "end"),
+    [
+        ("gemma3", None, ["<end_of_turn>"]),
+        ("qwen2", "<|endoftext|>", ["<|im_end|>"]),
+        ("qwen2", None, ["<|im_end|>"]),
+        ("llama3", "<|end_of_text|>", ["<|eot_id|>"]),
+        ("llama2", None, ["</s>"]),
+        ("mistral", None, ["</s>"]),
+    ],
+)
+def test_an_answer_ends_as_the_template_ends_it(tokenizer, family, eos, end):
+    own = tokenizer(family)
+    if eos is not None:
+        own.eos_token = eos
+    (row,), _ = tokenized([{"messages": chat("hi", "yes", "sure?", "yes!")}], own)
+    assert [tokens[-len(end) :] for tokens in answers(row, own)] == [end, end]
+    assert own.convert_ids_to_tokens(answer_frame(own, "chat", DAY).end) == end
+    # What stands between two answers is what the template writes there.
+    rendered = own.apply_chat_template(chat("hi", "yes", "sure?", "yes!"), tokenize=False, **DAY)
+    # The space that Llama 2's kind puts before each piece between control tokens is none of the template's.
+    assert rendered.replace(" ", "").rstrip().startswith(own.decode(row["input_ids"]).replace(" ", ""))
+    # In plain style there is no template.
+    (row,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], own, prompt_style="plain")
+    assert row["input_ids"][-1] == own.eos_token_id
+
+
+def template(after):
+    """ChatML with something else after an answer."""
+    return (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if m.role == 'assistant' %}"
+        f"{{{{ {after!r} }}}}"
+        "{% else %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "end"),
+    [
+        # Several tokens, the white space before the control token among them, but not what is after it.
+        (" <|im_end|>\n\n", ["Ġ", "<|im_end|>"]),
+        ("<|im_end|><|endoftext|>\n", ["<|im_end|>", "<|endoftext|>"]),
+        # Text that no generation stops at, so that EOS follows; and nothing at all.
+        ("!!\n", ["!", "!", "<|im_end|>"]),
+        ("\n\n", ["<|im_end|>"]),
+        ("", ["<|im_end|>"]),
+    ],
+)
+def test_other_closings(tokenizer, after, end):
+    own = tokenizer("qwen2", template(after))
+    (row,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], own)
+    (answer,) = answers(row, own)
+    assert answer[-len(end) :] == end and own.convert_tokens_to_string(answer[: -len(end)]) == "yes"
+    assert row["byte_ends"][-len(end) :] == [3] * len(end) and row["response_bytes"] == 3
+    assert own.convert_ids_to_tokens(answer_frame(own).end) == end
+
+
+def test_white_space_that_the_template_puts_before_an_answer(tokenizer):
+    """Mistral's writes " answer" after its prompt: the model says it, and it is none of the answer's bytes."""
+    own, other = tokenizer("mistral"), tokenizer("qwen2")
+    (row,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], own, other)
+    ids = own.apply_chat_template(chat("hi", "yes"), tokenize=True)
+    ids = ids if isinstance(ids, list) else ids["input_ids"]
+    assert own.decode(row["input_ids"]) == own.decode(ids)
+    assert answer_frame(own).lead == " " and answer_frame(other).lead == ""
+    assert row["response_bytes"] == 3 and row["byte_ends"][-1] == row["teacher_byte_ends"][-1] == 3
+
+
+def test_ends_of_the_pair_are_one_chunk(tokenizer):
+    student, teacher = tokenizer("qwen2", template(" <|im_end|>\n")), tokenizer("gemma3")
+    (row,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], student, teacher)
+    last = max(row["chunk_ids"])
+    assert row["chunk_ids"][-2:] == [last, last] and row["teacher_chunk_ids"][-1:] == [last]
+    assert row["chunk_ids"].count(last) == 2 and row["teacher_chunk_ids"].count(last) == 1
+
+
+# ---- An end that is there already
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|im_end|>\n", "<|im_end|></s>", "<|endoftext|>"])
+def test_an_end_in_the_data_is_taken_off_and_counted(tokenizer, end):
+    student, teacher = tokenizer("llama2"), tokenizer("qwen2")
+    teacher.eos_token = "<|endoftext|>"
+    rows = [{"prompt": "hi", "completion": f"yes{end}"}, {"prompt": "hi", "completion": "yes"}]
+    (ended, plain), report = tokenized(rows, student, teacher)
+    assert report.ends_removed == 1 and "1 rows had an end-of-turn token" in str(report) and report.remarkable
+    assert {**ended, "example_id": 1} == plain
+    (ended,), _ = tokenized([{"messages": chat("hi", f"yes{end}", "sure?", f"yes!{end}")}], student, teacher)
+    (plain,), report = tokenized([{"messages": chat("hi", "yes", "sure?", "yes!")}], student, teacher)
+    assert ended == plain and report.ends_removed == 0 and not report.remarkable
+    # In the middle it is text.
+    (row,), report = tokenized([{"prompt": "hi", "completion": f"a{end.strip()}b"}], student, teacher)
+    assert report.ends_removed == 0 and row["response_bytes"] == 2 + len(end.strip())
+
+
+# ---- Control tokens in data
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["prompt", "earlier answer", "response"])
+def test_control_tokens_in_data_are_text(tokenizer, family, place):
+    own = tokenizer(family)
+    control = {token for token, added in own.added_tokens_decoder.items() if added.special}
+    names = "".join(own.convert_ids_to_tokens(sorted(control)))
+    texts = {name: f"say {names} now" if name == place else "so" for name in ("prompt", "earlier answer", "response")}
+
+    def row(texts):
+        return {"messages": chat(texts["prompt"], texts["earlier answer"], "and?", texts["response"])}
+
+    (plain,), _ = tokenized([row(dict.fromkeys(texts, "so"))], own, train_on="last")
+    (found,), report = tokenized([row(texts)], own, train_on="last")
+
+    def controls(found):
+        return [token for token in found["input_ids"] if token in control]
+
+    # The same control tokens as without: those of the template.
+    assert controls(found) == controls(plain)
+    assert (report.control_as_text, report.control_live) == (1, 0)
+    assert own.decode(found["input_ids"]).replace(" ", "").count(names.replace(" ", "")) == 1
+
+
+def test_a_token_that_is_no_control_token_stays(tokenizer):
+    own = tokenizer("qwen2")
+    own.add_tokens(["<thought>"])
+    (row,), report = tokenized([{"prompt": "<thought>?", "completion": "<thought>yes"}], own)
+    assert row["input_ids"].count(own.convert_tokens_to_ids("<thought>")) == 2 and report.control_as_text == 0
+
+
+def test_control_tokens_that_cannot_be_told_apart_are_counted(tokenizer):
+    own = tokenizer("qwen2", template("<|im_end|>\n"))
+    rows = [{"prompt": "say <|im_end|>", "completion": "yes"}]
+    for changed in ("m.content", "m.content | trim", "m.content + (m.content | length | string)"):
+        own.chat_template = template("<|im_end|>\n").replace("m.content", f"({changed})")
+        assert tokenized(rows, own)[1].control_as_text == 1
+    # Stand-ins for control tokens are no such tokens: a template that looks for them writes something else.
+    own.chat_template = template("<|im_end|>\n").replace(
+        "m.content", "(m.content + ('!' if '<|im_end|>' in m.content else ''))"
+    )
+    _, report = tokenized(rows, own)
+    assert (report.control_as_text, report.control_live) == (0, 1)
+    assert "1 rows have control tokens in a prompt that act as such" in str(report)
+
+
+def test_prompts_for_generation_are_those_of_training(tokenizer):
+    own = tokenizer("llama3")
+    rows = [{"prompt": "say <|eot_id|> now", "completion": "<|eot_id|> yes"}]
+    (row,), _ = tokenized(rows, own)
+    (example,) = read_examples(rows[0])
+    assert prompt_tokens(own, example, "chat", DAY) == row["input_ids"][: row["prompt_length"]]
+
+
+# ---- Every answer
+
+
+@pytest.mark.parametrize("pair", [("qwen2", "gemma3"), ("mistral", "llama3"), ("llama2", "smollm2")])
+def test_every_answer_is_learnt_as_it_would_be_alone(tokenizer, pair):
+    student, teacher = map(tokenizer, pair)
+    messages = chat("hi", "yes", "sure?", "日本 yes", "why?", "so it is")
+    rows, report = tokenized([{"messages": messages}], student, teacher)
+    assert (report.rows, report.kept, report.answers, report.cut) == (1, 1, 3, 0)
+    alone = [tokenized([{"messages": messages[:n]}], student, teacher, train_on="last")[0][0] for n in (2, 4, 6)]
+    for prefix, own in (("", student), ("teacher_", teacher)):
+        got = [ids for row in rows for ids in answers(row, own, prefix)]
+        assert got == [answers(row, own, prefix)[0] for row in alone]
+        # Each answer follows the tokens that the model would be asked with.
+        places = [(row, start) for row in rows for start in row[f"{prefix}spans"][::2]]
+        assert [row[f"{prefix}input_ids"][:start] for row, start in places] == [
+            row[f"{prefix}input_ids"][: row[f"{prefix}prompt_length"]] for row in alone
+        ]
+    assert sum(row["response_bytes"] for row in rows) == sum(row["response_bytes"] for row in alone)
+    if pair == ("qwen2", "gemma3"):
+        # One row: bytes and chunks are counted through.
+        (row,) = rows
+        assert row["byte_ends"] == sorted(row["byte_ends"]) and row["byte_ends"][-1] == row["response_bytes"]
+        counts = [max(part["chunk_ids"]) + 1 for part in alone]
+        assert row["chunk_ids"] == [
+            chunk + sum(counts[:i]) for i, part in enumerate(alone) for chunk in part["chunk_ids"]
+        ]
+    last, report = tokenized([{"messages": messages}], student, teacher, train_on="last")
+    assert last == [alone[-1]] and report.answers == 1
+
+
+def test_answers_that_no_row_can_hold_together_have_one_each(tokenizer):
+    """Plain text ends an answer with EOS, which no later prompt has; so do templates that rewrite earlier turns."""
+    own = tokenizer("qwen2")
+    messages = chat("hi", "yes", "sure?", "yes!")
+    rows, report = tokenized([{"messages": messages}, {"messages": messages[:2]}], own, prompt_style="plain")
+    assert [row["example_id"] for row in rows] == [0, 0, 1] and (report.kept, report.answers) == (2, 3)
+    assert own.decode(rows[1]["input_ids"]).startswith("### User:\nhi\n\n### Assistant:\nyes\n\n### User:")
+    assert all(answers(row, own)[0][-1] == own.eos_token for row in rows)
+    # A template that leaves earlier answers out.
+    own.chat_template = template("<|im_end|>\n").replace("+ m.content", "+ (m.content if loop.last else '...')")
+    rows, report = tokenized([{"messages": messages}], own)
+    assert len(rows) == 2 and report.answers == 2
+    assert "assistant\n...<|im_end|>" in own.decode(rows[1]["input_ids"])
+
+
+def test_answers_that_do_not_fit(tokenizer):
+    student, teacher = tokenizer("qwen2"), tokenizer("gemma3")
+    messages = chat("hi", "yes", "sure?", "a long answer " * 20, "why?", "no")
+    (row,), report = tokenized([{"messages": messages}], student, teacher, max_length=64)
+    assert row["cut"] and (report.answers, report.cut, report.left_out) == (2, 1, 1)
+    assert len(answers(row, student)) == 2 and student.eos_token not in answers(row, student)[1]
+    assert "1 answers of these rows are empty or too far back" in str(report)
+    with pytest.raises(UserError, match=r"row 0 .* leaves no room for a response within max_length=8"):
+        tokenized([{"messages": messages}], student, teacher, max_length=8)
+    empty, report = tokenized([{"messages": chat("hi", " ", "sure?", "yes")}], student, teacher)
+    assert len(answers(empty[0], student)) == 1 and (report.answers, report.left_out) == (1, 1)
+
+
+def test_an_answer_of_weight_nothing_is_not_learnt(tokenizer):
+    own = tokenizer("qwen2")
+    messages = chat("hi", "yes", "sure?", "no")
+    messages[1]["weight"] = 0
+    (row,), report = tokenized([{"messages": messages}], own)
+    assert own.decode(row["input_ids"]).count("yes") == 1 and len(answers(row, own)) == 1 == report.answers
+    messages[3]["weight"] = 0
+    with pytest.raises(UserError, match="every answer of the conversation has weight 0"):
+        tokenized([{"messages": messages}], own)
+    messages[3]["weight"] = 0.5
+    with pytest.raises(UserError, match=r"'weight' of message 3 in column 'messages' is 0.5"):
+        tokenized([{"messages": messages}], own)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "mistral"])
+def test_a_prompt_that_ends_in_an_answer_is_continued(tokenizer, family):
+    own = tokenizer(family)
+    prompt = [*chat("count"), {"role": "assistant", "content": "one, two"}]
+    (row,), _ = tokenized([{"prompt": prompt, "completion": ", three"}], own)
+    (whole,), _ = tokenized([{"messages": chat("count", "one, two, three")}], own)
+    assert own.decode(row["input_ids"]) == own.decode(whole["input_ids"])
+    text = own.convert_tokens_to_string(answers(row, own)[0][:-1])
+    assert text.lstrip() == ", three" and len(answers(row, own)) == 1
+    (row,), _ = tokenized([{"prompt": prompt, "completion": ", three"}], own, prompt_style="plain")
+    assert "### Assistant:\none, two, three" in own.decode(row["input_ids"])
+
+
+# ---- What a row says beside the text
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALLS = [{"type": "function", "id": "c1", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]
+WITH_TOOLS = (
+    "{% if tools %}{{ 'TOOLS ' + tools | tojson + '\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}"
+    "{{ m.content or '' }}"
+    "{% if m.tool_calls %}{{ 'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson) }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tools_and_calls_reach_the_templates(tokenizer):
+    student, teacher = tokenizer("qwen2", WITH_TOOLS), tokenizer("smollm2", WITH_TOOLS)
+    as_json = [{**CALLS[0], "function": {"name": "weather", "arguments": json.dumps({"city": "Paris"})}}]
+    turns = [*chat("Paris?"), {"role": "assistant", "content": None, "tool_calls": CALLS}]
+    turns += [{"role": "tool", "content": "18 C", "tool_call_id": "c1"}, {"role": "assistant", "content": "18 C."}]
+    rows = [{"messages": turns, "tools": TOOLS}]
+    (row,), report = tokenized(rows, student, teacher)
+    text = student.decode(row["input_ids"])
+    assert text.startswith("TOOLS [") and '{"city": "Paris"}' in text and report.answers == 2
+    assert student.convert_tokens_to_string(answers(row, student)[0][:-1]).startswith('CALL [{"name": "weather"')
+    assert (report.one_sided, report.foreign_calls) == (0, 0)
+    # The same from JSON, as files and OpenAI's format have it.
+    turns[1]["tool_calls"] = as_json
+    assert tokenized([{"messages": turns, "tools": json.dumps(TOOLS)}], student, teacher)[0] == [row]
+    # Another format of the teacher's: the student's own is the text.
+    teacher.chat_template = WITH_TOOLS.replace("'CALL '", "'<call>'")
+    (row, _), report = tokenized(rows, student, teacher)
+    assert report.foreign_calls == 1 and "CALL [" in teacher.decode(
+        row["teacher_input_ids"][row["teacher_spans"][0] :]
+    )
+    # A template that writes none of it.
+    teacher.chat_template = tokenizer("smollm2").chat_template
+    turns[1]["content"] = ""
+    _, report = tokenized([{"messages": turns, "tools": TOOLS}], student, teacher)
+    assert report.one_sided == 1 and "only one of the two chat templates writes" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"messages": chat("hi", "yes"), "tools": TOOLS}, "column 'tools'"),
+        (
+            {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": CALLS}]},
+            "'tool_calls' of the",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi", "name": "Ann"}, *chat("", "yes")[1:]]},
+            "'name' of message 0",
+        ),
+        (
+            {"messages": [*chat("hi"), {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]},
+            "'reasoning_content' of the answer",
+        ),
+        ({"prompt": "hi", "completion": "yes", "documents": [{"text": "x"}]}, "column 'documents'"),
+    ],
+)
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_what_no_template_writes_is_refused(tokenizer, row, what, style):
+    with pytest.raises(UserError) as error:
+        tokenized([row], tokenizer("qwen2"), tokenizer("gemma3"), prompt_style=style)
+    assert "row 0" in str(error.value) and f"{what}" in str(error.value) and "\n" not in str(error.value)
+    assert ("prompt_style='chat'" in str(error.value)) == (style == "plain")
+    # Empty, or filled in by a table, is nothing.
+    bare = {key: None if key in ("tools", "documents") else value for key, value in row.items()}
+    if bare != row:
+        assert tokenized([bare], tokenizer("qwen2"), tokenizer("gemma3"))[1].kept == 1
+
+
+def test_thoughts_are_part_of_the_answer(tokenizer):
+    own = tokenizer("qwen2", WITH_TOOLS)
+    messages = [*chat("hi"), {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
+    (row,), _ = tokenized([{"messages": messages}], own)
+    assert own.convert_tokens_to_string(answers(row, own)[0][:-1]) == "(hm)yes"
+
+
+def test_system_and_history_columns(tokenizer):
+    own = tokenizer("qwen2")
+    row = {"instruction": "And 2?", "input": "", "output": "Two.", "system": "Be brief.", "history": [["1?", "One."]]}
+    (found,), report = tokenized([row], own)
+    messages = [{"role": "system", "content": "Be brief."}, *chat("1?", "One.", "And 2?", "Two.")]
+    assert found == tokenized([{"messages": messages}], own)[0][0] and report.answers == 2
+    pair = {"prompt": "And 2?", "completion": "Two.", "system": "Be brief.", "history": [["1?", "One."]]}
+    assert tokenized([pair], own)[0] == [found]
+    rows, _ = tokenized([row], own, prompt_style="plain")
+    text = own.decode(rows[-1]["input_ids"])
+    assert text.startswith("Be brief.\n\nBelow is an instruction") and text.count("### Response:\n") == 2
+    with pytest.raises(UserError, match="column 'system' and a system message"):
+        tokenized([{"messages": messages, "system": "Be long."}], own)
+    with pytest.raises(UserError, match=r"column 'history' holds 'ancient'; it must be a list of pairs"):
+        tokenized([{"prompt": "a", "completion": "b", "history": "ancient"}], own)
+
+
+def test_lists_of_text_parts_are_joined(tokenizer):
+    own = tokenizer("qwen2")
+    parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]
+    assert (
+        tokenized([{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}], own)[
+            0
+        ]
+        == tokenized([{"messages": chat("hi there", "hi there")}], own)[0]
+    )
+    image = [{"type": "image", "text": None}]
+    with pytest.raises(UserError, match=r"'content' of message 0 in column 'messages'"):
+        read_examples({"messages": [{"role": "user", "content": image}, *chat("", "yes")[1:]]})
+
+
+def test_options_of_a_row_for_its_template(tokenizer):
+    own = tokenizer("llama3")
+    rows = [{"prompt": "hi", "completion": "yes", "chat_template_kwargs": {"date_string": "2 June"}}]
+    assert "2 June" in own.decode(tokenized(rows, own)[0][0]["input_ids"])
+
+
+# ---- Rows that can't be read
+
+
+def test_bad_rows_are_skipped_and_counted_by_kind():
+    tokenizer = tiny.byte_level_tokenizer()
+    good = {"prompt": "q", "completion": "yes"}
+    rows = [good, {"prompt": "", "completion": "x"}, {"prompt": "", "completion": "yy"}, good]
+    rows.append({"prompt": "long " * 100, "completion": "x"})
+    with pytest.raises(UserError, match=r"row 1 .*the prompt has no tokens for the student"):
+        tokenized(rows, tokenizer)
+    kept, report = tokenized(rows, tokenizer, on_bad_row="skip", max_length=60)
+    assert [row["example_id"] for row in kept] == [0, 3] and (report.rows, report.kept) == (5, 2)
+    assert sorted(report.bad.values()) == [1, 2]
+    said = str(report)
+    assert (
+        "3 that can't be read: 2 such as train data set, row 1 (" in said and "1 such as train data set, row 4" in said
+    )
+    with pytest.raises(
+        UserError, match=r"no row of the train data set is left.*2 can't be read, such as train data set"
+    ):
+        tokenized(rows[1:3], tokenizer, on_bad_row="skip")
+
+
+def test_bad_rows_of_a_stream(caplog):
+    tokenizer = tiny.byte_level_tokenizer()
+
+    def rows():
+        yield {"prompt": "q", "completion": "yes"}
+        yield {"prompt": "q", "completion": "half a \ud83d pair"}
+        yield {"prompt": "\udc00", "completion": "no"}
+        yield {"prompt": "q", "completion": "no"}
+
+    stream = IterableDataset.from_generator(rows)
+    data, _ = tokenize_dataset(stream, tokenizer, max_length=100)
+    with pytest.raises(
+        UserError, match=r"train data set, row 1 .*column 'completion' has a lone surrogate at character 7"
+    ):
+        list(data)
+    with caplog.at_level("WARNING", "hf_dskd"):
+        data, _ = tokenize_dataset(stream, tokenizer, max_length=100, on_bad_row="skip")
+        assert [row["example_id"] for row in data] == [0, 3]
+    assert "row 1" in caplog.text and "on_bad_row='skip'" in caplog.text
+
+
+def test_stream_of_conversations(tokenizer):
+    own = tokenizer("qwen2")
+    rows = [{"messages": chat("hi", "yes", "sure?", "yes!")}, {"messages": chat("hi", "no")}]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    data, _ = tokenize_dataset(stream, own, max_length=100, prompt_style="plain")
+    expected, _ = tokenize_dataset(Dataset.from_list(rows), own, max_length=100, prompt_style="plain")
+    assert list(data) == list(expected) and len(expected) == 3
+
+
+# ---- Text that a tokenizer loses
+
+
+def test_characters_that_a_tokenizer_drops_are_noticed():
+    from tokenizers import normalizers
+
+    whole, lossy = tiny.byte_level_tokenizer(), tiny.byte_level_tokenizer()
+    lossy.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    rows = [{"prompt": "q", "completion": text} for text in ("cafe", "café", "naïve", "e\u0301")]
+    _, report = tokenized(rows, whole, lossy)
+    assert report.lost == {"teacher": 3} and report.remarkable
+    assert "3 rows have characters that the teacher's tokenizer loses" in str(report)
+    # A letter and its accent as one character are the same text.
+    composing = tiny.byte_level_tokenizer()
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    assert tokenized(rows, composing)[1].lost == {}
+
+
+def test_a_text_dataset_with_a_column_of_a_tokenized_one():
+    rows = [{"prompt": "q", "completion": "yes", "prompt_length": 1}]
+    assert not is_tokenized(Dataset.from_list(rows))
+    data, report = tokenized(rows, tiny.byte_level_tokenizer())
+    assert report.kept == 1 and is_tokenized(Dataset.from_list(data))
+
+
+def test_special_tokens_of_the_response_are_those_of_its_end(tokenizer):
+    own = tokenizer("llama2")
+    assert own.eos_token_id not in response_tokens(own, "a </s> b")[0]
+    assert own.eos_token_id in response_tokens(own, "a </s> b", control=True)[0]

@@ -526,8 +526,8 @@ def tokenizers(run: Run) -> Lines:
                 end += f" as its template writes it (its EOS is {found[role].eos_token!r})"
             yield (
                 OK,
-                f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template}; an answer ends with"
-                f" {end}",
+                f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template};"
+                f" an answer ends with {end}",
             )
     if len(found) < 2:
         return

@@ -88,6 +88,7 @@ from .evaluation.generation import (
     check_generation_config,
     read_response,
     response_text,
+    save_generation_config,
     score_generation,
 )
 from .evaluation.likelihood import covers_text
@@ -1463,6 +1464,9 @@ class DSKDTrainer(Trainer):
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), self._facts)
+            if self._facts["adapter"]:
+                # PEFT saves none, and that of the base may stop at other tokens.
+                save_generation_config(self.model, str(folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

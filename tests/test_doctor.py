@@ -328,6 +328,7 @@ def test_a_run_that_can_start_has_no_problem(examined, tmp_path):
     assert "GPT" not in found["student"][0][1] and "gpt2, 0 M parameters" in found["student"][0][1]
     assert "vocabulary of 450" in found["teacher"][0][1]
     assert [text for _, text in found["tokenizers"]][-1] == "two vocabularies"
+    assert found["tokenizers"][0][1].endswith("no chat template; an answer ends with '<|endoftext|>'")
     assert "prompt and completion, held out too" in found["data"][0][1]
     assert found["step"][0][0] == "ok" and "x 128 tokens takes about" in found["step"][0][1]
     assert not (tmp_path / "runs").exists()
@@ -336,6 +337,15 @@ def test_a_run_that_can_start_has_no_problem(examined, tmp_path):
 def test_methods_without_a_teacher(examined):
     found = examined(method="sft", teacher_model_name_or_path=None)
     assert problems(found) == {} and "teacher" not in found
+
+
+def test_the_end_that_a_template_writes_is_told(examined, pair, tmp_path):
+    tokenizer = tiny.sentencepiece_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + '<s>' }}{% endfor %}"
+    tiny.qwen2(450).save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    line = examined(teacher_model_name_or_path=str(tmp_path / "chat"))["tokenizers"][1]
+    assert line[1].endswith("an answer ends with '<s>' as its template writes it (its EOS is '</s>')")
 
 
 def test_one_vocabulary_is_told(examined, pair):

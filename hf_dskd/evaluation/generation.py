@@ -311,6 +311,13 @@ def add_end_tokens(model: nn.Module, *ends: int) -> None:
             config.eos_token_id = [token for token in [*configured, *missing] if token is not None]
 
 
+def save_generation_config(model: nn.Module, folder: str) -> None:
+    """Writes the generation config of the plain model below an adapter, if it has one."""
+    config = base_causal_lm(model).generation_config
+    if config is not None:
+        config.save_pretrained(folder)
+
+
 def response_text(tokenizer: PreTrainedTokenizerBase, response: list[int]) -> str:
     """
     The text of a response's tokens, without special tokens.

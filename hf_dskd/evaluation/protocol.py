@@ -455,7 +455,7 @@ def model_and_base(settings: EvaluationSettings) -> tuple[str, str | None]:
 
 def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
     """The model on its device, in eval mode."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     from ..models import check_config
     from ..teacher.load import check_four_bit_shapes, four_bit_config, load_causal_lm
@@ -478,6 +478,9 @@ def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
 
         with loading("the adapter", name, ("adapter_config.json",), "save it anew"):
             model = PeftModel.from_pretrained(model, name)
+            if (Path(name) / "generation_config.json").is_file():
+                # The adapter may have been taught to stop at other tokens than its base.
+                base_causal_lm(model).generation_config = GenerationConfig.from_pretrained(name)
     if quantization is None:
         model.to(device)
     return model.eval()

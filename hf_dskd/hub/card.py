@@ -46,7 +46,7 @@ WEIGHTS = {
     False: ("model*.safetensors", "pytorch_model*.bin"),
 }
 MODEL_FILES = {
-    True: (*WEIGHTS[True], "adapter_config.json"),
+    True: (*WEIGHTS[True], "adapter_config.json", "generation_config.json"),
     False: (*WEIGHTS[False], "config.json", "generation_config.json", "*.index.json"),
 }
 TOKENIZER_FILES = (

@@ -301,7 +301,8 @@ WITH_TOOLS = (
     "{% if tools %}{{ 'TOOLS ' + tools | tojson + '\n' }}{% endif %}{% for m in messages %}"
     "{{ '<|im_start|>' + m.role + '\n' }}{% if m.reasoning_content %}{{ '(' + m.reasoning_content + ')' }}{% endif %}"
     "{{ m.content or '' }}"
-    "{% if m.tool_calls %}{{ 'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson) }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if m.tool_calls %}{{ 'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson) }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 

@@ -508,7 +508,7 @@ def models(run: Run, wanted: str) -> Lines:
 def tokenizers(run: Run) -> Lines:
     """Whether they load and fit their models, and have one vocabulary or two."""
     from .checks import check_vocabularies
-    from .data.tokenization import answer_frame
+    from .data.prompts import answer_frame
     from .data.vocabulary import same_vocabulary
     from .pretrained import load_tokenizer, name_and_config, options_of
     from .trainer import DSKDTrainer

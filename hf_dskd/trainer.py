@@ -71,15 +71,9 @@ from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.fillers import first_examples
 from .data.on_policy import is_on_policy, on_policy_batch
+from .data.prompts import answer_frame, depends_on_the_day, set_pad_token
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
-from .data.tokenization import (
-    TokenizationReport,
-    answer_frame,
-    depends_on_the_day,
-    is_tokenized,
-    set_pad_token,
-    tokenize_dataset,
-)
+from .data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
 from .data.tokenized import check_tokenized
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import NonFiniteLossError, UserError

@@ -453,7 +453,7 @@ def make_dataset(cell: Cell, student: PreTrainedTokenizerBase, teacher: PreTrain
     from datasets import Dataset
 
     from hf_dskd.alignment.spans import chunk_ids
-    from hf_dskd.data.tokenization import token_bytes
+    from hf_dskd.data.tokens import token_bytes
     from hf_dskd.data.vocabulary import shared_tokens
 
     ids = np.stack([side.numpy() for side in shared_tokens(student, teacher)])

@@ -26,7 +26,8 @@ from transformers import (
 
 from hf_dskd import DSKDConfig, DSKDTrainer
 from hf_dskd.checks import check_peft
-from hf_dskd.data.tokenization import response_tokens, tokenize_dataset
+from hf_dskd.data.tokenization import tokenize_dataset
+from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
 
 
@@ -412,7 +413,7 @@ def test_spans_that_do_not_cover_a_response(make, monkeypatch):
         ids, byte_ends = response_tokens(tokenizer, text)
         return ids, byte_ends if "moon" not in text else [*byte_ends[:-1], byte_ends[-1] + 1]
 
-    monkeypatch.setattr("hf_dskd.data.tokenization.response_tokens", broken)
+    monkeypatch.setattr("hf_dskd.data.tokens.response_tokens", broken)
     rows = [{"prompt": "a", "completion": text} for text in ("yes", "no", "the moon")]
     with pytest.raises(RuntimeError, match=r"student's tokens .* response of example 2: .* byte 9 of 8;"):
         make(rows=rows)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_dskd import UserError
-from hf_dskd.data.tokenization import depends_on_the_day
+from hf_dskd.data.prompts import depends_on_the_day
 from hf_dskd.data.vocabulary import same_vocabulary
 from hf_dskd.tiny_models import FAMILIES, MARKER, family_of, learn_bpe, tiny_model
 

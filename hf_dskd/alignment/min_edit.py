@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.templates import special_ids
-from ..data.tokenization import token_bytes
+from ..data.tokens import token_bytes
 from ..data.vocabulary import shared_tokens
 from ..errors import UserError
 from ..packaged import CACHE_VARIABLE, default_cache_dir

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
 from ..evaluation.generation import end_token_ids, read_response, sample
-from .tokenization import Frame, answer_frame, encode_response
+from .prompts import Frame, answer_frame
+from .tokenization import encode_response
 
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def on_policy_batch(
         align (`Callable`, *optional*): Gives a row the columns that come after tokenization.
         frames (`dict[str, Frame]`, *optional*):
             What stands around an answer of the `"student"` and of the `"teacher"` (see
-            [`~hf_dskd.data.tokenization.answer_frame`]); the end-of-sequence tokens by default.
+            [`~hf_dskd.data.prompts.answer_frame`]); the end-of-sequence tokens by default.
 
     Returns:
         `dict[str, torch.Tensor]`: a batch with the same keys, examples and device.

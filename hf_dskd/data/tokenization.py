@@ -5,23 +5,22 @@ Both models get their own token ids of the same prompt and responses. For every 
 responses at which it ends is kept, so that tokens of the two models can be matched through the text.
 """
 
-import json
 import re
 import reprlib
-import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
 from hf_dskd.data.formats import Example, detect_format, read_examples
-from hf_dskd.data.templates import MARK, Template, Turn, check_rendered, control_pattern, special_ids
+from hf_dskd.data.prompts import Frame, answer_frame, closing_tokens, plain_tokens, rendered_tokens, uses_template
+from hf_dskd.data.templates import Template, Turn, check_rendered, control_pattern
+from hf_dskd.data.tokens import answer_tokens, name_of, traits_of
 from hf_dskd.errors import UserError
 
 
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 
 
 logger = getLogger(__name__)
-
-SPACE_MARK = "\u2581"
-# Texts put before a response to keep a tokenizer from putting a space there. Llama's and Mistral's newline is a byte
-# token that merges with nothing, so it nearly always serves; the others are for vocabularies with merged newlines.
-ANCHORS = ("\n", "a", ".")
 
 
 @dataclass(frozen=True)
@@ -118,246 +112,6 @@ class TokenizationReport:
             first = "; ".join(f"{count} such as {message}" for message, count in self.bad.items())
             said += f", and {sum(self.bad.values())} that can't be read: {first}"
         return "; ".join([said, *self._remarks()])
-
-
-@dataclass(frozen=True)
-class _Traits:
-    token_bytes: dict[int, bytes]
-    adds_space: bool
-    start_ids: list[int]
-    # By what a template puts after an answer, and the end-of-sequence token.
-    closings: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-
-
-_TRAITS: "WeakKeyDictionary[PreTrainedTokenizerBase, _Traits]" = WeakKeyDictionary()
-
-
-def response_tokens(
-    tokenizer: "PreTrainedTokenizerBase", text: str, control: bool = False
-) -> tuple[list[int], list[int]]:
-    """
-    Tokenizes a response as it stands after a prompt, and tells which bytes each token covers.
-
-    No special token is added, nor the space that tokenizers of the Llama 2 kind put before any text. The tokens' byte
-    spans tile the response: token `i` covers `[byte_ends[i - 1], byte_ends[i])` of its UTF-8 bytes, the first one
-    starts at 0 and the last one ends at the last byte. A span can be empty.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            A fast tokenizer.
-        text (`str`):
-            The response.
-        control (`bool`, *optional*, defaults to `False`):
-            Whether control tokens that are spelled out in the text are meant. In data they are text like any other.
-
-    Returns:
-        `tuple[list[int], list[int]]`: token ids and byte ends, of the same length.
-
-    Raises:
-        `UserError`: if the tokenizer isn't a fast one.
-    """
-    return _response_tokens(tokenizer, text, control)[:2]
-
-
-def _response_tokens(
-    tokenizer: "PreTrainedTokenizerBase", text: str, control: bool
-) -> tuple[list[int], list[int], bool]:
-    """Token ids and byte ends as in [`response_tokens`], and whether the tokens give the text back."""
-    traits = _traits(tokenizer)
-    for anchor in ANCHORS if traits.adds_space else ():
-        ids = _encode(tokenizer, anchor + text, control)
-        skipped = _tokens_covering(traits.token_bytes, ids, f" {anchor}".encode())
-        if skipped:
-            ids = ids[skipped:]
-            break
-    else:
-        anchor, skipped, ids = "", 0, _encode(tokenizer, text, control)
-
-    data = text.encode()
-    pieces = [traits.token_bytes.get(token, b"") for token in ids]
-    if b"".join(pieces) == data:
-        return ids, list(accumulate(map(len, pieces))), True
-    # The tokenizer changed the text (normalization, an unknown token), so the vocabulary doesn't say where tokens end.
-    encoding = tokenizer(
-        anchor + text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-        split_special_tokens=not control,
-    )
-    offsets = [
-        (max(start - len(anchor), 0), max(end - len(anchor), 0)) for start, end in encoding["offset_mapping"][skipped:]
-    ]
-    decoded = tokenizer.decode(encoding["input_ids"], clean_up_tokenization_spaces=False)
-    # One character that is written as two is the same text. A space may be added before the first.
-    whole = {unicodedata.normalize("NFC", anchor + text), unicodedata.normalize("NFC", f" {anchor}{text}")}
-    return ids, _byte_ends_from_offsets(offsets, text), unicodedata.normalize("NFC", str(decoded)) in whole
-
-
-def _answer_tokens(
-    tokenizer: "PreTrainedTokenizerBase", lead: str, text: str, control: bool = False
-) -> tuple[list[int], list[int], bool]:
-    """As [`_response_tokens`], of an answer after white space that is none of its bytes."""
-    ids, byte_ends, whole = _response_tokens(tokenizer, lead + text, control)
-    return ids, [max(end - len(lead), 0) for end in byte_ends], whole
-
-
-def prompt_tokens(
-    tokenizer: "PreTrainedTokenizerBase",
-    example: Example,
-    prompt_style: str = "chat",
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[int]:
-    """
-    Tokenizes a prompt, the same way for training and for generation.
-
-    Control tokens in the messages are text, as far as the chat template lets them be told from its own.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            A fast tokenizer.
-        example (`Example`):
-            Its messages are rendered by the tokenizer's chat template, or its plain prompt text is taken.
-        prompt_style (`str`, *optional*, defaults to `"chat"`):
-            `"chat"` renders the chat template, which then decides on every special token, and is plain for tokenizers
-            without one. `"plain"` takes the plain text after the special tokens with which the tokenizer begins.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat template, such as `{"enable_thinking": False}`.
-
-    Returns:
-        `list[int]`: token ids.
-
-    Raises:
-        `UserError`: if the chat template rejects the messages.
-    """
-    if not uses_template(tokenizer, prompt_style):
-        return _plain_tokens(tokenizer, example.prompt)
-    return _rendered_tokens(Template(tokenizer, chat_template_kwargs), example)[0]
-
-
-def uses_template(tokenizer: "PreTrainedTokenizerBase", prompt_style: str) -> bool:
-    """Whether a model's prompts are written by its chat template."""
-    return prompt_style == "chat" and bool(tokenizer.chat_template)
-
-
-class Frame(NamedTuple):
-    """
-    What stands around an answer.
-
-    Attributes:
-        lead (`str`):
-            White space that the chat template puts before the answer, after where the model begins to write.
-        end (`list[int]`):
-            Tokens that end the answer: those that the chat template puts there, or else the end-of-sequence token.
-            They go up to the template's last control token, at which a model stops: white space after it belongs to
-            the next prompt. Where a template ends answers with ordinary text, the end-of-sequence token follows it.
-    """
-
-    lead: str
-    end: list[int]
-
-
-def answer_frame(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt_style: str = "chat",
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> Frame:
-    """
-    Finds what stands around an answer.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`), prompt_style (`str`), chat_template_kwargs (`dict[str, Any]`):
-            As in [`prompt_tokens`].
-    """
-    if not uses_template(tokenizer, prompt_style):
-        return Frame("", [tokenizer.eos_token_id])
-    put, closing = Template(tokenizer, chat_template_kwargs).frame
-    return Frame(put[len(put.rstrip()) :], _closing_tokens(tokenizer, closing))
-
-
-def _closing_tokens(tokenizer: "PreTrainedTokenizerBase", closing: str) -> list[int]:
-    """Tokens of what a template puts after an answer, up to the last control token; one is added if there is none."""
-    closings, end = _traits(tokenizer).closings, tokenizer.eos_token_id
-    if (closing, end) not in closings:
-        ids = response_tokens(tokenizer, closing, control=True)[0] if closing.strip() else []
-        control = {*special_ids(tokenizer), end}
-        last = max((place for place, token in enumerate(ids) if token in control), default=None)
-        if last is None:
-            visible = closing.rstrip()
-            ids = [*response_tokens(tokenizer, visible, control=True)[0], end] if visible else [end]
-        closings[closing, end] = ids if last is None else ids[: last + 1]
-    return closings[closing, end]
-
-
-def _plain_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
-    return _traits(tokenizer).start_ids + _encode(tokenizer, prompt, control=False)
-
-
-def _rendered_tokens(template: Template, example: Example, text: str | None = MARK) -> tuple[list[int], str | None]:
-    """
-    Tokens of the prompt of an answer `text` (`None` for one in the template's own format), in which control tokens are
-    those of the template, not those in the messages.
-
-    To tell the two apart the prompt is rendered once more with stand-ins of the same length for the latter.
-
-    Returns:
-        Token ids, and `"control_as_text"` or `"control_live"` where messages have control tokens, else `None`.
-    """
-
-    def render(example: Example) -> str:
-        turn = None if text is None else template.turn(example, text)
-        return template.prompt(example) if turn is None else turn.prompt
-
-    tokenizer, rendered = template.tokenizer, render(example)
-    pattern = control_pattern(tokenizer)
-    found = sorted({name for part in _texts((example.messages, example.template)) for name in pattern.findall(part)})
-    if not found:
-        return _encode(tokenizer, rendered, control=True), None
-    stand_ins = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
-    masked = render(_mapped(example, lambda part: pattern.sub(lambda match: stand_ins[match.group()], part)))
-    restored = masked
-    for name, stand_in in stand_ins.items():
-        restored = restored.replace(stand_in, name)
-
-    def pieces(whole: str, continued: bool) -> list[int]:
-        """Ids of `whole`, in which only the template's own control tokens are such."""
-        ids, start = [], 0
-        for match in [*pattern.finditer(masked), None]:
-            part = whole[start : None if match is None else match.start()]
-            if part:
-                ids += response_tokens(tokenizer, part)[0] if continued and start else _encode(tokenizer, part, False)
-            if match is not None:
-                ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
-                start = match.end()
-        return ids
-
-    # What is put together must be what the tokenizer itself makes where there is nothing to tell apart. Some put a
-    # space before every part, some only before the first.
-    for continued in (False, True) if restored == rendered else ():
-        if pieces(masked, continued) == _encode(tokenizer, masked, control=True):
-            return pieces(rendered, continued), "control_as_text"
-    return _encode(tokenizer, rendered, control=True), "control_live"
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in an example but roles and names of keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from chain.from_iterable(_texts(item) for key, item in value.items() if key != "role")
-    elif isinstance(value, (list, tuple)):
-        yield from chain.from_iterable(map(_texts, value))
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with every text changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: item if key == "role" else _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, Example):
-        return Example(*(_mapped(item, change) for item in value))
-    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
 
 
 def common_cut(text: str, *sides: tuple[list[int], int]) -> int:
@@ -491,62 +245,11 @@ def encode_response(
     sides = {}
     for name, tokenizer in tokenizers.items():
         frame = answer_frame(tokenizer, "plain") if frames is None else frames[name]
-        sides[name] = _Side(prompts[name], *_answer_tokens(tokenizer, frame.lead, response)[:2], frame.end)
+        sides[name] = _Side(prompts[name], *answer_tokens(tokenizer, frame.lead, response)[:2], frame.end)
     if not all(side.has_text for side in sides.values()):
         return None
     answer = _fitted(response, sides, max_length, finished)
     return None if answer is None else _row([answer], example_id)
-
-
-def set_pad_token(tokenizer: "PreTrainedTokenizerBase", name: str) -> str | None:
-    """
-    Lets the end-of-sequence token serve as padding where the tokenizer has no padding token.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Changed in place.
-        name (`str`):
-            Whose tokenizer it is, such as `"student"`.
-
-    Returns:
-        `str` or `None`: a sentence for the log, or `None` if nothing was changed.
-    """
-    if tokenizer.pad_token_id is not None:
-        return None
-    tokenizer.pad_token = tokenizer.eos_token
-    return f"the {name}'s tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} is used"
-
-
-def depends_on_the_day(
-    tokenizer: "PreTrainedTokenizerBase", name: str, chat_template_kwargs: dict[str, Any] | None = None
-) -> str | None:
-    """
-    Tells of a chat template that writes today's date into every prompt.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Of the chat template.
-        name (`str`):
-            Whose tokenizer it is, such as `"student"`.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat template; Llama's takes the date as `date_string`.
-
-    Returns:
-        `str` or `None`: a sentence for the log, or `None` if prompts are the same on every day.
-    """
-    template = json.dumps(tokenizer.chat_template or "")
-    takes_date = "date_string" in template
-    if "strftime_now" not in template or (takes_date and "date_string" in (chat_template_kwargs or {})):
-        return None
-    remedy = (
-        """set chat_template_kwargs={"date_string": "26 Jul 2024"}, or another date"""
-        if takes_date
-        else "change tokenizer.chat_template, or set prompt_style='plain'"
-    )
-    return (
-        f"the {name}'s chat template writes today's date into the prompts, so that a run which goes on tomorrow, or a"
-        f" teacher_cache, sees other prompts: {remedy}"
-    )
 
 
 def tokenize_dataset(
@@ -878,25 +581,25 @@ def _sides(example: Example, models: dict[str, _Model], notes: set[str]) -> tupl
     for name, (tokenizer, template, _) in models.items():
         if template is None:
             turn, note = Turn("", "", text, ""), None
-            prompt = _plain_tokens(tokenizer, example.prompt)
+            prompt = plain_tokens(tokenizer, example.prompt)
             if control_pattern(tokenizer).search(example.prompt):
                 note = "control_as_text"
         else:
             turn = turns[name]
-            prompt, note = _rendered_tokens(template, example, turn.answer if turn.verbatim else None)
+            prompt, note = rendered_tokens(template, example, turn.answer if turn.verbatim else None)
         if not prompt:
             raise UserError(
                 f"the prompt has no tokens for the {name}, so nothing could predict the first token of the "
                 f"response; give the row a prompt"
             )
-        ids, byte_ends, whole = _answer_tokens(tokenizer, turn.lead, text, control=not turn.verbatim)
+        ids, byte_ends, whole = answer_tokens(tokenizer, turn.lead, text, control=not turn.verbatim)
         if note is None and turn.verbatim and control_pattern(tokenizer).search(text):
             note = "control_as_text"
         if note is not None:
             notes.add(note)
         if not whole or tokenizer.unk_token_id in prompt:
             notes.add(f"lost {name}")
-        sides[name] = _Side(prompt, ids, byte_ends, _closing_tokens(tokenizer, turn.closing))
+        sides[name] = _Side(prompt, ids, byte_ends, closing_tokens(tokenizer, turn.closing))
     return text, sides
 
 
@@ -975,127 +678,7 @@ def _features(with_teacher: bool) -> Any:
 def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the {name}'s tokenizer {_name(tokenizer)} has no end-of-sequence token; set its eos_token to the token "
-            f"that ends an answer"
+            f"the {name}'s tokenizer {name_of(tokenizer)} has no end-of-sequence token; set its eos_token to the "
+            f"token that ends an answer"
         )
-    _traits(tokenizer)
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", text: str, control: bool) -> list[int]:
-    """Token ids of a text; control tokens that are spelled out in it are such only with `control`."""
-    return tokenizer(
-        text,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-        split_special_tokens=not control,
-    )["input_ids"]
-
-
-def _name(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return repr(tokenizer.name_or_path or type(tokenizer).__name__)
-
-
-def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
-    """Bytes of each token; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
-    return _traits(tokenizer).token_bytes
-
-
-def _traits(tokenizer: "PreTrainedTokenizerBase") -> _Traits:
-    # Tokens added later are missing here, and then located by offsets. Asking for the length of the vocabulary to
-    # notice them takes longer than tokenizing a row.
-    traits = _TRAITS.get(tokenizer)
-    if traits is None:
-        traits = _TRAITS[tokenizer] = _read_traits(tokenizer)
-    return traits
-
-
-def _read_traits(tokenizer: "PreTrainedTokenizerBase") -> _Traits:
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {_name(tokenizer)} of class {type(tokenizer).__name__} is a slow one, which doesn't tell "
-            f"where its tokens lie in the text; load the fast one (use_fast=True)"
-        )
-    token_bytes = _token_bytes(tokenizer)
-    bare = _encode(tokenizer, "a", control=False)
-    framed = tokenizer("a", verbose=False)["input_ids"]
-    start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-    return _Traits(
-        token_bytes=token_bytes,
-        adds_space=b"".join(token_bytes.get(token, b"") for token in bare) == b" a",
-        start_ids=framed[:start],
-    )
-
-
-def _token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
-    # Empty for kinds of vocabulary whose pieces don't spell the text, such as WordPiece's.
-    config = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    parts = json.dumps([config["normalizer"], config["pre_tokenizer"], config["decoder"]], ensure_ascii=False)
-    added = {token["id"]: token for token in config["added_tokens"]}
-    byte_level = '"ByteLevel"' in parts
-    if not byte_level and SPACE_MARK not in parts:
-        return {}
-
-    token_bytes = {}
-    unmapped = _byte_level_table()
-    for piece, token in tokenizer.get_vocab().items():
-        # Added tokens stand for themselves, except the runs of space marks that Gemma lists among them.
-        if token in added and (byte_level or added[token]["special"]):
-            token_bytes[token] = piece.encode()
-        elif byte_level:
-            token_bytes[token] = piece.translate(unmapped).encode("latin-1", errors="replace")
-        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            token_bytes[token] = bytes.fromhex(piece[3:5])
-        else:
-            token_bytes[token] = piece.replace(SPACE_MARK, " ").encode()
-    return token_bytes
-
-
-def _byte_level_table() -> dict[int, int]:
-    # GPT-2 writes each printable byte as the Latin-1 character and the others, in order, as those from U+0100 on.
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {256 + index: byte for index, byte in enumerate(others)}
-
-
-def _tokens_covering(token_bytes: dict[int, bytes], ids: list[int], data: bytes) -> int:
-    # How many first tokens spell exactly these bytes, or 0 if none do.
-    spelled = b""
-    for count, token in enumerate(ids, start=1):
-        spelled += token_bytes.get(token, b"")
-        if spelled == data:
-            return count
-        if not data.startswith(spelled):
-            break
-    return 0
-
-
-def _byte_ends_from_offsets(offsets: list[tuple[int, int]], text: str) -> list[int]:
-    to_byte = [0, *accumulate(len(character.encode()) for character in text)]
-    starts = [to_byte[start] for start, _ in offsets]
-    covered = {position for start, end in offsets for position in range(start, end)}
-
-    def end_byte(end: int) -> int:
-        # An accent that was composed with its letter lies outside the offsets of the token that holds both.
-        while end < len(text) and end not in covered and not text[end].isspace():
-            end += 1
-        return to_byte[end]
-
-    ends = list(accumulate((end_byte(end) for _, end in offsets), max))
-    # Text dropped at the end belongs to the last token.
-    if ends:
-        ends[-1] = to_byte[-1]
-
-    tiling: list[int] = []
-    first = 0
-    while first < len(ends):
-        # Tokens up to the same end are pieces of one character, whose bytes they share; text dropped before them goes
-        # to the first one.
-        past = first
-        while past < len(ends) and ends[past] == ends[first]:
-            past += 1
-        begin = max(starts[first], tiling[-1] if tiling else 0)
-        width = max(ends[first] - begin, 0)
-        tiling += [ends[first] - width + width * (share + 1) // (past - first) for share in range(past - first)]
-        first = past
-    return tiling
+    traits_of(tokenizer)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .templates import special_ids
-from .tokenization import token_bytes
+from .tokens import token_bytes
 
 
 if TYPE_CHECKING:

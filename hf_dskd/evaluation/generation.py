@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data.tokenization import token_bytes
+from ..data.tokens import token_bytes
 from ..errors import UserError
 from ..models import base_causal_lm
 
@@ -18,7 +18,7 @@ from ..models import base_causal_lm
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from ..data.tokenization import Frame
+    from ..data.prompts import Frame
 
 # SplitMix64's increment, as a signed number.
 _STEP = -7046029254386353131
@@ -239,7 +239,7 @@ def score_generation(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
         examples (sequence of `tuple[list[int], list[str]]`): Token ids of a prompt and its references, one at least.
         max_length (`int`): Most tokens of prompt and answer together; an answer that runs into it is unfinished.
-        frame ([`~hf_dskd.data.tokenization.Frame`], *optional*): What a chat template puts around an answer.
+        frame ([`~hf_dskd.data.prompts.Frame`], *optional*): What a chat template puts around an answer.
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         description (`str`, *optional*): Of the progress bar; without one there is none.
 
@@ -294,7 +294,7 @@ def end_token_ids(
 ) -> list[int]:
     """
     The tokens that end a response: the tokenizer's, then those that the generation config has besides, then `ends`,
-    such as the last that a chat template puts there (see [`~hf_dskd.data.tokenization.answer_frame`]).
+    such as the last that a chat template puts there (see [`~hf_dskd.data.prompts.answer_frame`]).
     """
     configured = None if generation_config is None else generation_config.eos_token_id
     others = configured if isinstance(configured, list) else [configured]

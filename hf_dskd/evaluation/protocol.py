@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..checks import check_eos, loading
-from ..data.tokenization import Frame, answer_frame, encode_response
+from ..data.prompts import Frame, answer_frame
+from ..data.tokenization import encode_response
 from ..environment import hardware, versions
 from ..errors import UserError
 from ..launch import check_processes

@@ -188,7 +188,7 @@ def question_tokens(
     Raises:
         UserError: If there is no chat template where one is asked for.
     """
-    from ..data.tokenization import prompt_tokens
+    from ..data.prompts import prompt_tokens
 
     example = question.example
     if prompt_style == "chat":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.templates import special_ids
-from ..data.tokenization import token_bytes
+from ..data.tokens import token_bytes
 from .divergences import precise
 
 

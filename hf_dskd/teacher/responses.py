@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.formats import BESIDE, Columns, Example, detect_format, read_example
-from ..data.tokenization import Frame, answer_frame, prompt_tokens
+from ..data.prompts import Frame, answer_frame, prompt_tokens
 from ..errors import UserError
 from ..evaluation.generation import end_token_ids, read_response, sample
 from ..models import base_causal_lm

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_dskd.alignment import min_edit
 from hf_dskd.alignment.min_edit import align_tokens, partners, vocabulary_map
-from hf_dskd.data.tokenization import token_bytes
+from hf_dskd.data.tokens import token_bytes
 from hf_dskd.errors import UserError
 from hf_dskd.losses.logits import mapped_target
 

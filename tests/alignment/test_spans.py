@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
-from hf_dskd.data.tokenization import response_tokens
+from hf_dskd.data.tokens import response_tokens
 
 
 def covered(pieces):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_dskd.alignment.chunked import chunk_mask, mean_weights
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
-from hf_dskd.data.tokenization import response_tokens
+from hf_dskd.data.tokens import response_tokens
 
 
 # Hypothesis keeps its tables of Unicode categories in a folder, by default one in the working directory.

@@ -8,7 +8,9 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from hf_dskd.data.formats import read_examples
-from hf_dskd.data.tokenization import answer_frame, is_tokenized, prompt_tokens, response_tokens, tokenize_dataset
+from hf_dskd.data.prompts import answer_frame, prompt_tokens
+from hf_dskd.data.tokenization import is_tokenized, tokenize_dataset
+from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
 from hf_dskd.tiny_models import tiny_model
 

@@ -11,18 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from hf_dskd.data.formats import Example
-from hf_dskd.data.tokenization import (
-    _byte_ends_from_offsets,
-    _response_tokens,
-    _RowTokenizer,
-    _traits,
-    common_cut,
-    depends_on_the_day,
-    prompt_tokens,
-    response_tokens,
-    set_pad_token,
-    tokenize_dataset,
-)
+from hf_dskd.data.prompts import depends_on_the_day, prompt_tokens, set_pad_token
+from hf_dskd.data.tokenization import _RowTokenizer, common_cut, tokenize_dataset
+from hf_dskd.data.tokens import _byte_ends_from_offsets, located_tokens, response_tokens, traits_of
 from hf_dskd.errors import UserError
 
 
@@ -206,9 +197,9 @@ def test_spans_are_what_the_tokens_decode_to(name, text):
 
 @pytest.mark.parametrize("text", NASTY)
 def test_no_phantom_space(spaced, text):
-    assert _traits(spaced).adds_space
+    assert traits_of(spaced).adds_space
     first, *_ = spans(text, response_tokens(spaced, text)[1])
-    piece = _traits(spaced).token_bytes[response_tokens(spaced, text)[0][0]]
+    piece = traits_of(spaced).token_bytes[response_tokens(spaced, text)[0][0]]
     if not text.startswith(("▁", "<")):
         assert piece == first
 
@@ -564,10 +555,10 @@ def test_chunks_with_bos_on_one_side_only():
 
 def test_spans_that_do_not_cover_the_response(monkeypatch):
     def broken(tokenizer, text, control):
-        ids, byte_ends, whole = _response_tokens(tokenizer, text, control)
+        ids, byte_ends, whole = located_tokens(tokenizer, text, control)
         return ids, [*byte_ends[:-1], byte_ends[-1] - 1], whole
 
-    monkeypatch.setattr("hf_dskd.data.tokenization._response_tokens", broken)
+    monkeypatch.setattr("hf_dskd.data.tokens.located_tokens", broken)
     with pytest.raises(RuntimeError, match=r"student's tokens .* example 0: the last token ends at byte .* a bug"):
         tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100)
 

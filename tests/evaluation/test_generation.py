@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from hf_dskd.data.tokenization import response_tokens
+from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
 from hf_dskd.evaluation.generation import (
     check_generation_config,

@@ -22,7 +22,8 @@ def test_teacher_side_is_the_teachers_own_student_side(tmp_path):
     swapped = runs.trainer(
         tmp_path / "swapped",
         method="sft",
-        student=run.teacher.model,
+        # A teacher is frozen, which a student can't be.
+        student=run.teacher.model.requires_grad_(True),
         processing_class=runs._TEACHER_TOKENIZER,
         teacher_processing_class=runs._STUDENT_TOKENIZER,
     )

@@ -1,0 +1,225 @@
+"""What a model reads before an answer and after it: prompts in plain text or a chat template, and ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .formats import Example
+from .templates import MARK, Template, control_pattern, special_ids
+from .tokens import encode, response_tokens, traits_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Frame(NamedTuple):
+    """
+    What stands around an answer.
+
+    Attributes:
+        lead (`str`):
+            White space that the chat template puts before the answer, after where the model begins to write.
+        end (`list[int]`):
+            Tokens that end the answer: those that the chat template puts there, or else the end-of-sequence token.
+            They go up to the template's last control token, at which a model stops: white space after it belongs to
+            the next prompt. Where a template ends answers with ordinary text, the end-of-sequence token follows it.
+    """
+
+    lead: str
+    end: list[int]
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    prompt_style: str = "chat",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """
+    Tokenizes a prompt, the same way for training and for generation.
+
+    Control tokens in the messages are text, as far as the chat template lets them be told from its own.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            A fast tokenizer.
+        example (`Example`):
+            Its messages are rendered by the tokenizer's chat template, or its plain prompt text is taken.
+        prompt_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"` renders the chat template, which then decides on every special token, and is plain for tokenizers
+            without one. `"plain"` takes the plain text after the special tokens with which the tokenizer begins.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat template, such as `{"enable_thinking": False}`.
+
+    Returns:
+        `list[int]`: token ids.
+
+    Raises:
+        `UserError`: if the chat template rejects the messages.
+    """
+    if not uses_template(tokenizer, prompt_style):
+        return plain_tokens(tokenizer, example.prompt)
+    return rendered_tokens(Template(tokenizer, chat_template_kwargs), example)[0]
+
+
+def uses_template(tokenizer: PreTrainedTokenizerBase, prompt_style: str) -> bool:
+    """Whether a model's prompts are written by its chat template."""
+    return prompt_style == "chat" and bool(tokenizer.chat_template)
+
+
+def answer_frame(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_style: str = "chat",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Frame:
+    """
+    Finds what stands around an answer.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`), prompt_style (`str`), chat_template_kwargs (`dict[str, Any]`):
+            As in [`prompt_tokens`].
+    """
+    if not uses_template(tokenizer, prompt_style):
+        return Frame("", [tokenizer.eos_token_id])
+    put, closing = Template(tokenizer, chat_template_kwargs).frame
+    return Frame(put[len(put.rstrip()) :], closing_tokens(tokenizer, closing))
+
+
+def closing_tokens(tokenizer: PreTrainedTokenizerBase, closing: str) -> list[int]:
+    """Tokens of what a template puts after an answer, up to the last control token; one is added if there is none."""
+    closings, end = traits_of(tokenizer).closings, tokenizer.eos_token_id
+    if (closing, end) not in closings:
+        ids = response_tokens(tokenizer, closing, control=True)[0] if closing.strip() else []
+        control = {*special_ids(tokenizer), end}
+        last = max((place for place, token in enumerate(ids) if token in control), default=None)
+        if last is None:
+            visible = closing.rstrip()
+            ids = [*response_tokens(tokenizer, visible, control=True)[0], end] if visible else [end]
+        closings[closing, end] = ids if last is None else ids[: last + 1]
+    return closings[closing, end]
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    return traits_of(tokenizer).start_ids + encode(tokenizer, prompt, control=False)
+
+
+def rendered_tokens(template: Template, example: Example, text: str | None = MARK) -> tuple[list[int], str | None]:
+    """
+    Tokens of the prompt of an answer `text` (`None` for one in the template's own format), in which control tokens are
+    those of the template, not those in the messages.
+
+    To tell the two apart the prompt is rendered once more with stand-ins of the same length for the latter.
+
+    Returns:
+        Token ids, and `"control_as_text"` or `"control_live"` where messages have control tokens, else `None`.
+    """
+
+    def render(example: Example) -> str:
+        turn = None if text is None else template.turn(example, text)
+        return template.prompt(example) if turn is None else turn.prompt
+
+    tokenizer, rendered = template.tokenizer, render(example)
+    pattern = control_pattern(tokenizer)
+    found = sorted({name for part in _texts((example.messages, example.template)) for name in pattern.findall(part)})
+    if not found:
+        return encode(tokenizer, rendered, control=True), None
+    stand_ins = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
+    masked = render(_mapped(example, lambda part: pattern.sub(lambda match: stand_ins[match.group()], part)))
+    restored = masked
+    for name, stand_in in stand_ins.items():
+        restored = restored.replace(stand_in, name)
+
+    def pieces(whole: str, continued: bool) -> list[int]:
+        """Ids of `whole`, in which only the template's own control tokens are such."""
+        ids, start = [], 0
+        for match in [*pattern.finditer(masked), None]:
+            part = whole[start : None if match is None else match.start()]
+            if part:
+                ids += response_tokens(tokenizer, part)[0] if continued and start else encode(tokenizer, part, False)
+            if match is not None:
+                ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
+                start = match.end()
+        return ids
+
+    # What is put together must be what the tokenizer itself makes where there is nothing to tell apart. Some put a
+    # space before every part, some only before the first.
+    for continued in (False, True) if restored == rendered else ():
+        if pieces(masked, continued) == encode(tokenizer, masked, control=True):
+            return pieces(rendered, continued), "control_as_text"
+    return encode(tokenizer, rendered, control=True), "control_live"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in an example but roles and names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(_texts(item) for key, item in value.items() if key != "role")
+    elif isinstance(value, (list, tuple)):
+        yield from chain.from_iterable(map(_texts, value))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: item if key == "role" else _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, Example):
+        return Example(*(_mapped(item, change) for item in value))
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
+def set_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
+    """
+    Lets the end-of-sequence token serve as padding where the tokenizer has no padding token.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Changed in place.
+        name (`str`):
+            Whose tokenizer it is, such as `"student"`.
+
+    Returns:
+        `str` or `None`: a sentence for the log, or `None` if nothing was changed.
+    """
+    if tokenizer.pad_token_id is not None:
+        return None
+    tokenizer.pad_token = tokenizer.eos_token
+    return f"the {name}'s tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} is used"
+
+
+def depends_on_the_day(
+    tokenizer: PreTrainedTokenizerBase, name: str, chat_template_kwargs: dict[str, Any] | None = None
+) -> str | None:
+    """
+    Tells of a chat template that writes today's date into every prompt.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            Of the chat template.
+        name (`str`):
+            Whose tokenizer it is, such as `"student"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For the chat template; Llama's takes the date as `date_string`.
+
+    Returns:
+        `str` or `None`: a sentence for the log, or `None` if prompts are the same on every day.
+    """
+    template = json.dumps(tokenizer.chat_template or "")
+    takes_date = "date_string" in template
+    if "strftime_now" not in template or (takes_date and "date_string" in (chat_template_kwargs or {})):
+        return None
+    remedy = (
+        """set chat_template_kwargs={"date_string": "26 Jul 2024"}, or another date"""
+        if takes_date
+        else "change tokenizer.chat_template, or set prompt_style='plain'"
+    )
+    return (
+        f"the {name}'s chat template writes today's date into the prompts, so that a run which goes on tomorrow, or a"
+        f" teacher_cache, sees other prompts: {remedy}"
+    )

@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -15,6 +16,7 @@ from .errors import UserError
 from .field_checks import TRAINING, check_fields
 from .launch import check_processes, must_use_cpu
 from .methods import METHODS, Method
+from .precision import choose_precision
 from .redaction import is_secret, redact, without_secrets
 from .settings import DistillationSettings
 from .words import SETTINGS, understands
@@ -27,7 +29,7 @@ _PUBLISHED_METHODS = ("sft", "kd", "dskd", "dskd_cma", "dskd_cma_ga", "dskd_cma_
 
 
 @dataclass
-class DSKDConfig(DistillationSettings, TrainingArguments):
+class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]  # bf16 may be unsaid here
     """
     Configuration of the [`DSKDTrainer`]: everything of [`~transformers.TrainingArguments`] (with `logging_steps` 10 by
     default), and the settings that [`~hf_dskd.settings.DistillationSettings`] explains one by one.
@@ -59,6 +61,9 @@ class DSKDConfig(DistillationSettings, TrainingArguments):
         self.logging_nan_inf_filter = False
         self._set_best_metric()
         self.use_cpu = self.use_cpu or must_use_cpu()
+        self.bf16, self.fp16 = choose_precision(self.bf16, self.fp16, self.use_cpu)
+        # transformers wants to be told that bf16 on a CPU is meant.
+        self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         try:
             super().__post_init__()
         except (ValueError, TypeError, OSError) as error:

@@ -114,6 +114,8 @@ def differences(settings: Any) -> dict[str, list[Any]]:
         known = value is None or isinstance(value, (str, bool, int, float, list, dict))
         # Of None Trainer makes what suits the metric, and that isn't False.
         decided = setting.name == "greater_is_better" and value is not None
+        # Of None a run makes what suits the machine.
+        decided |= setting.name == "bf16" and value is False and not settings.fp16
         same = not decided and (value == default or all(_is_nothing(part) for part in (value, default)))
         if setting.init and known and not same and setting.name not in UNWRITTEN:
             found[setting.name] = [default, value]

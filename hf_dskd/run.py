@@ -158,6 +158,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from .config import DSKDConfig
+    from .precision import launched_precision
     from .trl_settings import (
         check_model_config,
         check_script_arguments,
@@ -186,7 +187,7 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     given = flag_names(arguments)
     smoke = smoke_flags(settings, given) if wants_smoke(arguments, settings) else []
     # What a YAML file says about precision would lose to flags on the command line, and fp16 doesn't replace bf16.
-    said = (given | settings.keys()) & {"bf16", "fp16"}
+    said = (given | settings.keys()) & {"bf16", "fp16"} or launched_precision()
     precision = [f"{flag}=true" for flag in fastest_precision() if flag == "--use_cpu" or not said]
     # Half of a name would be understood by the parser, but not by what looks for names here.
     parser = Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class _Metadata(dict[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         # HfArgumentParser hands a copy to argparse, which knows nothing of bounds and aliases.
-        return {"help": self["help"]}
+        return {key: self[key] for key in ("help", "nargs", "const") if key in self}
 
 
 def _setting(default: Any, help: str, **rule: Any) -> Any:
@@ -173,6 +173,9 @@ class DistillationSettings:
             from then on training needs the teacher's head and embedding alone. Of no account for methods without a
             teacher in their loss.
         repair_teacher_cache (`bool`, *optional*, defaults to `False`): Make damaged files of the cache anew.
+        bf16 (`bool`, *optional*):
+            Train in bf16. Without it and without `fp16`: as `accelerate launch --mixed_precision` says, else in bf16
+            on a GPU that computes in it, else in float32. The command line asks the processor too.
         loss_memory_mb (`float`, *optional*, defaults to `512`):
             Budget for logits and the work on them, in MB; the losses are the same for any.
         padding_free (`bool`, *optional*, defaults to `False`):
@@ -334,6 +337,13 @@ class DistillationSettings:
     # Memory and speed
     teacher_cache: str | None = _setting(None, "folder of the teacher's hidden states, filled on first use")
     repair_teacher_cache: bool = _setting(False, "make damaged files of the cache anew")
+    bf16: bool | None = _setting(
+        None,
+        "train in bf16; by default as the launcher says, or where the GPU computes in it",
+        # Without a value it is a flag, as of any other setting that is True or False.
+        nargs="?",
+        const=True,
+    )
     loss_memory_mb: float = _setting(512.0, "budget for logits and the work on them, in MB", above=0)
     padding_free: bool = _setting(False, "run the student without padding")
 

@@ -45,7 +45,9 @@ def test_bash_completes_commands(offers):
 
 
 def test_bash_completes_options_of_each_command(offers):
-    assert offers("train", "--teacher_m") == {"--teacher_model_name_or_path", "--teacher_model_init_kwargs"}
+    assert offers("train", "--teacher_m") == {
+        *("--teacher_model_name_or_path", "--teacher_model_init_kwargs", "--teacher_model_revision"),
+    }
     every = offers("train", "--")
     assert {"--config", "--kd_rate", "--learning_rate", "--lora_r", "--dataset_name", "--rename_columns"} <= every
     assert not any("-" in name[2:] for name in every)  # one spelling of each

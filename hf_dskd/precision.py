@@ -1,0 +1,56 @@
+"""In which precision a run trains: as its settings say, else as its launcher does, else as its GPU is best at."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from .errors import UserError
+
+
+logger = logging.getLogger(__name__)
+
+# What `accelerate launch` sets, of `--mixed_precision` or of `accelerate config`.
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+
+
+def launched_precision() -> str | None:
+    """`"bf16"` or `"fp16"` where the launcher of this process says so."""
+    said = os.environ.get(LAUNCHED, "no").lower()
+    if said not in ("no", "bf16", "fp16"):
+        raise UserError(
+            f"{LAUNCHED}={said!r} is no precision of a run: launch with --mixed_precision bf16, fp16 or no"
+        )
+    return None if said == "no" else said
+
+
+def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
+    """
+    Whether to train in bf16, and whether in fp16.
+
+    Args:
+        bf16 (`bool`, *optional*), fp16 (`bool`): As the user set them; `bf16=None` says nothing.
+        use_cpu (`bool`): Whether GPUs are left alone.
+    """
+    if fp16 or bf16 is not None:
+        if not fp16 and not bf16 and launched_precision():
+            # Of two words the nearer one counts, and Trainer would hear the launcher's.
+            os.environ[LAUNCHED] = "no"
+        return bool(bf16), fp16
+    launched = launched_precision()
+    if launched is not None:
+        return launched == "bf16", launched == "fp16"
+    if use_cpu or not gpu_computes_in_bf16():
+        return False, False
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "training in bf16, in which this GPU computes and nothing else was said: bf16=False for float32"
+        )
+    return True, False
+
+
+def gpu_computes_in_bf16() -> bool:
+    """Whether there is an NVIDIA or AMD GPU that has instructions for it."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

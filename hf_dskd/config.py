@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from .checks import check_sharding
 from .errors import UserError
 from .field_checks import TRAINING, check_fields
+from .hub.names import check_repo_id
 from .launch import check_processes, must_use_cpu
 from .methods import METHODS, Method
 from .precision import choose_precision
@@ -124,6 +126,8 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
                 " own: use 'group_by_length'"
             )
         check_sharding(self)
+        if self.push_to_hub or self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id or Path(str(self.output_dir)).absolute().name, "hub_model_id")
 
     def _check_mappings(self) -> None:
         for name in (name for name in self._VALID_DICT_FIELDS if name.endswith("_kwargs")):

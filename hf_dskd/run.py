@@ -654,6 +654,7 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     the files.
     """
     from .analysis.heatmap import cross_attention, has_alignment, plot_attention
+    from .hub.card import write_own_card
     from .report.one import write_report
 
     pictures = []
@@ -661,6 +662,7 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     if has_alignment(trainer.args.method_row) and trainer.args.analysis_steps is None:
         pictures.append(folder / "alignment.png")
         plot_attention([cross_attention(trainer, rows[example])], pictures[-1])
+    write_own_card(folder, trainer.args.hub_model_id)
     return [*pictures, write_report(folder)]
 
 

@@ -87,7 +87,7 @@ from .evaluation.generation import (
 )
 from .evaluation.likelihood import covers_text
 from .finite import largest_gradient, spoilt
-from .hub.card import identity, write_card
+from .hub.card import identity, write_card, write_own_card
 from .hub.push import TRAINING, check_training, push_run
 from .kernels.linear_divergence import chunk_sizes
 from .losses.attention import attention_kl, chunk_attention_kl
@@ -127,6 +127,7 @@ from .pretrained import (
 from .projectors import Projectors
 from .result import RESULT_NAME, evaluations, write_result, write_text
 from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
+from .saving import saved_for_others
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
     Teacher,
@@ -1097,7 +1098,9 @@ class DSKDTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._write_result(dataset_name)
-        return write_report(str(self.args.output_dir))
+        folder = str(self.args.output_dir)
+        write_own_card(folder, self._repository or self.args.hub_model_id)
+        return write_report(folder)
 
     def _write_result(self, dataset_name: str | None) -> None:
         """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays but for the card."""
@@ -1449,12 +1452,8 @@ class DSKDTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        args = self.args
-        self.args = args.without_tokens()  # for training_args.bin
-        try:
+        with saved_for_others(self):
             super()._save(output_dir, state_dict)
-        finally:
-            self.args = args
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
             checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), self._facts)

@@ -29,6 +29,8 @@ from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
 from ..report.files import RunFiles, changed_settings, metrics_before, read_run, runs_in
 from ..report.words import duration, measured, measures_of, millions, setting, title_of
+from ..result import write_text
+from .names import page
 
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TAG = "hf_dskd"
-HUB = "https://huggingface.co"
 TEMPLATE = Path(__file__).with_name("card.md")
 # What `from_pretrained` reads of an adapter, of a model, and of either's tokenizer. A run leaves other files beside
 # them, and the run before it in the same folder may have left what is not its own.
@@ -338,7 +339,7 @@ def write_model_folder(
         if content is None:
             _put(path, target)
         else:
-            target.write_text(content, encoding="utf-8")
+            write_text(target, content)
     if not (destination / "generation_config.json").is_file():
         _write_generation_config(destination, student, token, online)
     licence = _licence(student, None, False)
@@ -369,7 +370,21 @@ def write_card(
     picture = _alignment_picture(run) if alignment else None
     if picture is not None:
         _put(picture.path, destination / "images" / "alignment.png")
-    (destination / "README.md").write_text(str(card).rstrip("\n") + "\n", encoding="utf-8")
+    write_text(destination / "README.md", str(card).rstrip("\n") + "\n")
+
+
+def write_own_card(folder: str | Path, repo_id: str | None) -> None:
+    """[`write_card`] to the run's own folder, without asking the hub; a README.md of somebody else's there stays."""
+    from huggingface_hub import ModelCard
+
+    readme = Path(folder) / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8", errors="replace")
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        if TAG not in (data.tags or []):
+            logger.warning("%s isn't a model card of %s and stays: the card is written by a push", readme, TAG)
+            return
+    write_card(folder, folder, repo_id, online=False)
 
 
 # ---- Who the models are
@@ -421,7 +436,7 @@ def _model(name: str | None, given: str | None, parameters: int | None, like: Pa
         folder = ready_folder(packaged.name)
     size = millions(parameters) if parameters else None
     if hub_id is not None:
-        return Model(hub_id, f"[`{hub_id}`]({HUB}/{hub_id})", size, folder, packaged)
+        return Model(hub_id, f"[`{hub_id}`]({page(hub_id)})", size, folder, packaged)
     known = folder or like
     config = _json(known / "config.json") if known is not None else {}
     kinds = ", ".join(f"`{kind}`" for kind in config.get("architectures") or [])
@@ -494,7 +509,7 @@ def _dataset_words(run: RunFiles, source: str | None, given: Sequence[str]) -> s
 
     if given or source is not None:
         names = given or [str(source)]
-        return ", ".join(f"[`{name}`]({HUB}/datasets/{name})" if _is_on_hub(run, name) else name for name in names)
+        return ", ".join(f"[`{name}`]({page(name, 'dataset')})" if _is_on_hub(run, name) else name for name in names)
     recorded = (run.result.get("data") or {}).get("source")
     if recorded == PYTHON_FUNCTIONS:
         return "functions of Python's standard library with their docstrings (`python_functions` of hf_dskd)"
@@ -539,8 +554,7 @@ def _hub_licence(name: str, kind: str, token: str | None) -> Licence | None:
     except Exception as error:  # offline, gated, gone: the client raises those of two HTTP libraries
         logger.warning("the licence of %s is not known: %s", name, " ".join(str(error).split())[:200])
         return None
-    page = f"{HUB}/{'datasets/' if kind == 'dataset' else ''}{name}"
-    return _card_licence(info.card_data, "stated on its page on the hub", page)
+    return _card_licence(info.card_data, "stated on its page on the hub", page(name, kind))
 
 
 def _known(licence: Licence) -> Licence:
@@ -555,7 +569,7 @@ def _given_licence(ids: str) -> Licence:
     return _known(Licence(ids, "as stated by who trained this"))
 
 
-def _card_licence(data: Any, found: str, page: str | None) -> Licence | None:
+def _card_licence(data: Any, found: str, address: str | None) -> Licence | None:
     """Of a card's metadata. The hub wants a name and a link for one that it doesn't know."""
     ids = data and data.get("license")
     if not ids:
@@ -563,8 +577,8 @@ def _card_licence(data: Any, found: str, page: str | None) -> Licence | None:
     if ids != "other":
         return _known(Licence(ids, found))
     link = data.get("license_link")
-    if page is not None and not str(link or "").startswith("http"):
-        link = f"{page}/blob/main/{link}" if link else page
+    if address is not None and not str(link or "").startswith("http"):
+        link = f"{address}/blob/main/{link}" if link else address
     return Licence("other", found, data.get("license_name") or "license-of-the-base-model", link)
 
 
@@ -816,6 +830,7 @@ def _write_auxiliary(run: RunFiles, folder: Path, student: Model, teacher: Model
 def _put(source: Path, target: Path) -> None:
     """A copy; of weights, which are large and which nobody edits, another name for the same file."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # of a link, another name for its file
     if source.suffix in (".safetensors", ".bin"):
         try:
             os.link(source, target)

@@ -61,8 +61,11 @@ def main(arguments: Sequence[str]) -> int:
     contents = {"auxiliary": given.auxiliary, "alignment": not given.no_alignment}
     if given.dry_run is not None:
         from .card import write_model_folder
+        from .names import check_repo_id
         from .push import full_name
 
+        if given.repo is not None:
+            check_repo_id(given.repo, "REPO")
         print(write_model_folder(given.run, given.dry_run, given.repo and full_name(given.repo), **contents))
         return 0
     if given.repo is None:

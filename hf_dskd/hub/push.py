@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UserError
 from ..methods import METHODS
 from .card import PUSHED, TAG, read_finished, run_identity, write_model_folder
+from .names import check_repo_id
 
 
 if TYPE_CHECKING:
@@ -86,16 +87,9 @@ def check_access(
         UserError: For what stands in the way, with what to do about it.
     """
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     settings = f"{constants.ENDPOINT}/settings/tokens"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserError(
-            f"{repo_id!r} can't name a repository ({_line(error)}): write {words.repo} as NAMESPACE/NAME"
-        ) from None
+    check_repo_id(repo_id, words.repo)
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{repo_id!r} can't be pushed to with HF_HUB_OFFLINE=1 set: unset it{words.later}")
     token = token or get_token()

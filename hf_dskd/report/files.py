@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +14,10 @@ from ..analysis.curves import series
 from ..errors import UserError
 from ..result import RESULT_NAME
 from ..settings import DistillationSettings
+
+
+# Of a run's folder, what neither a report nor a card reads.
+UNREAD = re.compile(r"checkpoint-\d+|teacher|teacher_training|teacher_cache|teacher_responses|tiny_models")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,7 @@ def read_run(folder: str | Path) -> RunFiles:
             else "name the --output_dir of a run of `hf-dskd train` or `hf-dskd compare`"
         )
         raise UserError(f"{str(folder)!r} has no {RESULT_NAME}: {remedy}")
+    check_links(folder)
     result = _json(folder / RESULT_NAME)
     if not isinstance(result, dict) or "method" not in result:
         raise UserError(f"{str(folder / RESULT_NAME)!r} names no method: it isn't what `hf-dskd train` writes")
@@ -70,6 +77,20 @@ def read_run(folder: str | Path) -> RunFiles:
         _lines(folder / "analysis" / "samples.jsonl"),
         (cell or {}).get("label"),
     )
+
+
+def check_links(folder: Path) -> None:
+    """Raises a [`UserError`] for a link out of a run's folder: a report or a push would show what isn't the run's."""
+    home = folder.resolve()
+    for place, folders, files in os.walk(home):
+        if Path(place) == home:
+            folders[:] = [name for name in folders if not UNREAD.fullmatch(name)]
+        for path in (Path(place) / name for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise UserError(
+                    f"{str(path)!r} is a link out of the run's folder, which isn't followed: put the file itself"
+                    " there, or delete the link"
+                )
 
 
 def _json(path: Path) -> Any:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from hub_runs import SECRET, changed, evaluated, finished, of_pair, saved_student, saved_teacher, texts
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, constants
 
 from hf_dskd.errors import UserError
 from hf_dskd.hub.card import identity, model_card, write_model_folder
@@ -197,7 +197,7 @@ def test_models_and_data_of_the_hub(run, tmp_path, monkeypatch):
     assert data["datasets"] == ["databricks/databricks-dolly-15k"]
     assert "cross-tokenizer" not in data["tags"]  # nothing on this machine tells
     assert card.data.eval_results[-1].dataset_type == "databricks/databricks-dolly-15k"
-    link = "[`databricks/databricks-dolly-15k`](https://huggingface.co/datasets/databricks/databricks-dolly-15k)"
+    link = f"[`databricks/databricks-dolly-15k`]({constants.ENDPOINT}/datasets/databricks/databricks-dolly-15k)"
     assert row(card, "training data") == [link]
     # The same names, but folders.
     (folder.parent / "databricks" / "databricks-dolly-15k").mkdir(parents=True)
@@ -233,7 +233,7 @@ def test_what_the_user_has_for_the_card(run):
     assert (data["language"], data["license"], data["license_name"]) == ("en", "other", "our-terms")
     assert data["tags"] == ["hf_dskd", "sft", "gpt2", "mine"] and data["datasets"] == ["ann/data"]
     assert "\n# My model\n" in card.text and 'from_pretrained("ann/tiny")' in card.text
-    assert row(card, "training data") == ["[`ann/data`](https://huggingface.co/datasets/ann/data), wikitext of 2016"]
+    assert row(card, "training data") == [f"[`ann/data`]({constants.ENDPOINT}/datasets/ann/data), wikitext of 2016"]
     assert "states `our-terms`" in card.text and "- student before training: not found" in card.text
 
 

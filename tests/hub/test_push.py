@@ -139,7 +139,7 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
     # Licences as the hub has them.
     card = ModelCard(second.added["README.md"].decode())
     data = card.data.to_dict()
-    terms = "https://huggingface.co/base/gpt2-tiny/blob/main/TERMS.md"
+    terms = f"{hub.url}/base/gpt2-tiny/blob/main/TERMS.md"
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "tiny-terms", terms)
     assert (data["base_model"], data["base_model_relation"]) == ("base/gpt2-tiny", "adapter")
     assert data["datasets"] == ["base/rows"]

@@ -1,0 +1,164 @@
+"""A run's folder: its card, links in it, names and addresses on the hub."""
+
+import json
+import os
+import shutil
+
+import pytest
+import runs
+import tiny
+from hub_runs import finished, saved_student, saved_teacher
+from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from hf_dskd import DSKDConfig, UserError
+from hf_dskd.hub.card import model_card, write_model_folder, write_own_card
+from hf_dskd.hub.command import main
+from hf_dskd.report.one import write_report
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return saved_student(folder / "student"), saved_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, models):
+    folder = tmp_path_factory.mktemp("made")
+    return finished(folder / "run", *models, adapter=True, method="dskd_cma", save_strategy="steps", save_steps=1)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "run")
+
+
+# ---- The card
+
+
+def test_no_save_of_an_adapter_has_pefts_card(made):
+    assert [path.name for path in made.glob("checkpoint-*")] and not list(made.rglob("README.md"))
+
+
+def test_a_finished_run_has_its_card_and_loads(models, tmp_path):
+    lora = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    student = AutoModelForCausalLM.from_pretrained(models[0])
+    trainer = runs.trainer(
+        tmp_path / "out",
+        student=student,
+        peft_config=lora,
+        method="dskd_cma",
+        max_steps=1,
+        eval_dataset=tiny.dataset(2),
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.write_report()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "hf_dskd" in ModelCard(card).data.tags and "dskd_cma" in card
+    assert str(tmp_path) not in card and str(models[0].parent) not in card
+    # Another save leaves it as it is, and the adapter still knows where its base lies.
+    trainer.save_model()
+    assert (tmp_path / "out" / "README.md").read_text() == card
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(models[0])
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[0]), tmp_path / "out")
+    # Of the user's own object nothing is changed.
+    trainer.model.save_pretrained(tmp_path / "by_peft")
+    assert "peft" in (tmp_path / "by_peft" / "README.md").read_text()
+
+
+def test_somebody_elses_readme_stays(run):
+    (run / "README.md").write_text("# My project\n")
+    write_own_card(run, None)
+    assert (run / "README.md").read_text() == "# My project\n"
+    (run / "README.md").unlink()
+    write_own_card(run, "ann/first")
+    assert "ann/first" in (run / "README.md").read_text()
+    write_own_card(run, "ann/second")
+    assert "ann/second" in (run / "README.md").read_text()
+
+
+# ---- Links
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "alignment.png", "analysis/samples.jsonl", "evaluation", "generation_config.json", "new"],
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_links_out_of_a_run_are_refused(run, tmp_path, name, relative):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "scores.json").write_text("{}")
+    target = secret if name == "evaluation" else secret / "scores.json"
+    path = run / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(os.path.relpath(target, path.parent) if relative else target)
+    for call in (
+        lambda: write_model_folder(run, tmp_path / "pushed", "ann/x", online=False),
+        lambda: write_report(run),
+        lambda: model_card(run, online=False),
+        lambda: write_own_card(run, None),
+    ):
+        with pytest.raises(UserError, match=r"is a link out of the run's folder, which isn't followed") as error:
+            call()
+        assert str(path) in str(error.value)
+    assert not (tmp_path / "pushed").exists()
+
+
+def test_links_within_a_run_and_what_isnt_read_are_fine(run, tmp_path, models):
+    (run / "files").mkdir()
+    (run / "adapter_model.safetensors").rename(run / "files" / "adapter")
+    (run / "adapter_model.safetensors").symlink_to("files/adapter")
+    shutil.move(run / "checkpoint-1", tmp_path / "elsewhere")
+    (run / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    linked = tmp_path / "linked"
+    linked.symlink_to(run)
+    pushed = write_model_folder(linked, tmp_path / "pushed", "ann/x", online=False)
+    assert not (pushed / "adapter_model.safetensors").is_symlink()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[0]), pushed)
+    assert not (pushed / "files").exists()
+
+
+# ---- Names and addresses
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a b/c", "ann/two/three", "ann/", "/c", "ann/my--model", "ann/my..model", "ann/.git", "x.git", "é/c", "a" * 97]
+    + ["ann/-x", "https://huggingface.co/ann/x", "ann\\x", "../x"],
+)
+def test_names_of_repositories_are_checked_before_work(run, tmp_path, name):
+    with pytest.raises(UserError, match=r"can't name a repository .*write hub_model_id as NAMESPACE/NAME") as error:
+        DSKDConfig(str(tmp_path / "out"), push_to_hub=True, hub_model_id=name, report_to="none")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"can't name a repository .*write REPO as NAMESPACE/NAME"):
+        main([str(run), name, "--dry_run", str(tmp_path / "pushed")])
+    assert not (tmp_path / "pushed").exists()
+
+
+def test_a_folder_whose_name_would_be_the_repositorys(tmp_path):
+    with pytest.raises(UserError, match=r"'my run' can't name a repository"):
+        DSKDConfig(str(tmp_path / "my run"), push_to_hub=True, report_to="none")
+    DSKDConfig(str(tmp_path / "my run"), push_to_hub=True, hub_model_id="ann/my-run", report_to="none")
+    DSKDConfig(str(tmp_path / "my run"), report_to="none")
+
+
+def test_links_of_a_card_lead_to_the_endpoint(run, monkeypatch):
+    path = run / "result.json"
+    result = json.loads(path.read_text())
+    result["models"] |= {"student": "base/gpt2-tiny", "base_model": "base/gpt2-tiny", "teacher": "base/qwen-tiny"}
+    result["data"]["source"] = "base/rows"
+    path.write_text(json.dumps(result))
+    (run / "settings.yaml").unlink()
+    config = run / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base/gpt2-tiny"}))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example.org")
+    text = str(model_card(run, online=False))
+    for link in ("/base/gpt2-tiny", "/base/qwen-tiny", "/datasets/base/rows"):
+        assert f"(https://hub.example.org{link})" in text
+    assert "huggingface.co" not in text

@@ -429,6 +429,8 @@ class DSKDTrainer(Trainer):
                 options = weight_options(args.model_init_kwargs, dtype)
                 with reading("the student", model, options):
                     student = load_causal_lm(model, quantization_config=quantization_config, **options)
+            # Wherever it is loaded later, it must stop where it is taught to.
+            add_end_tokens(student, self._tokenize.frames["student"].end[-1])
             return student if peft_config is None else _wrap_with_adapter(student, peft_config, args)
 
         self._load_student = load_student if isinstance(model, str) else None
@@ -436,8 +438,6 @@ class DSKDTrainer(Trainer):
         if train_dataset is not None:
             check_trainable(student)
             check_optimized(optimizers[0], student)
-        # A student that is loaded elsewhere must stop where it was taught to.
-        add_end_tokens(student, self._tokenize.frames["student"].end[-1])
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:

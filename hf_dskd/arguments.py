@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, check_name
@@ -133,10 +134,13 @@ def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) 
     name = metric.removeprefix("eval_")
     for split in eval_dataset if isinstance(eval_dataset, dict) else ():
         name = name.removeprefix(f"{split}_")
-    names = ["bits_per_byte", "loss", *RATIOS, "t2s_accuracy"]
-    names += ["rouge_l", "exact_match", "unfinished"] if args.eval_generation_samples else []
-    timings = ("runtime", "samples_per_second", "steps_per_second")
-    if name not in timings:
+    of_answers = ("rouge_l", "exact_match", "unfinished")
+    if name in of_answers and not args.eval_generation_samples:
+        raise UserError(
+            f"metric_for_best_model={metric!r} is of answers, and there are none: set eval_generation_samples"
+        )
+    if name not in ("runtime", "samples_per_second", "steps_per_second"):
+        names = ("bits_per_byte", "loss", *RATIOS, "t2s_accuracy", *of_answers)
         check_name("metric_for_best_model=", name, names)
 
 
@@ -215,7 +219,9 @@ def as_dataset(data: Any, parameter: str) -> Any:
         return data
     if isinstance(data, (str, os.PathLike)):
         name = os.fspath(data)
-        raise UserError(f"{parameter}={name!r} is a name: pass datasets.load_dataset({name!r}, split='train')")
+        reader = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
+        words = f"{name!r}" if reader is None else f"{reader!r}, data_files={name!r}"
+        raise UserError(f"{parameter}={name!r} is a name: pass datasets.load_dataset({words}, split='train')")
     if isinstance(data, Mapping):
         if all(isinstance(split, (Dataset, IterableDataset)) for split in data.values()):
             splits = ", ".join(map(str, data))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
 from .checks import check_sharding
 from .errors import UserError
@@ -110,6 +110,10 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
         self._check_mappings()
         self._check_schedule()
         self._check_attention()
+        if self.load_best_model_at_end and self.eval_strategy in ("no", IntervalStrategy.NO):
+            raise UserError(
+                "load_best_model_at_end=True needs evaluations to choose by: set eval_strategy as save_strategy"
+            )
         if self.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is not supported: leave it at 0"

@@ -448,7 +448,8 @@ def make_trainer(
         run.model.lora_target_modules = [targets]
     if held_out is None and config.eval_strategy != "no":
         raise UserError(
-            f"eval_strategy={str(config.eval_strategy)!r} but there is nothing to evaluate on: set held_out_size"
+            f"eval_strategy={getattr(config.eval_strategy, 'value', 'no')!r} but there is nothing to evaluate on: set"
+            " held_out_size"
         )
     return DSKDTrainer(
         student,  # type: ignore[arg-type]  # None is refused with a remedy

@@ -365,7 +365,9 @@ class DistillationSettings:
     push_auxiliary_to_hub: bool = _setting(False, "push projectors and discriminator too")
     replace_on_hub: bool = _setting(False, "let a push delete another model that is there")
     load_teacher_in_4bit: bool = _setting(False, "NF4 teacher through bitsandbytes")
-    teacher_device: str | None = _setting(None, "where the teacher is, such as cuda:1; by default beside the student")
+    teacher_device: str | None = _setting(
+        None, "where the teacher is, such as cuda:1; by default beside the student", usual="such as 'cuda:1'"
+    )
     teacher_dtype: str = _setting("auto", f"of the teacher: one of {', '.join(DTYPES)}", choices=DTYPES)
     model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the student")
     teacher_model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the teacher")

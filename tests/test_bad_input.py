@@ -532,49 +532,6 @@ def test_lora_elsewhere_is_fine(adapter):
     assert type(model.lm_head) is torch.nn.Linear and type(model.transformer.wte) is torch.nn.Embedding
 
 
-# ---- Settings
-
-
-@pytest.mark.parametrize(
-    "settings, parts",
-    [
-        ({"kq_rate": -0.5}, ["kq_rate=-0.5", "0 switches matching off"]),
-        ({"kq_rate": float("nan")}, ["kq_rate=nan", "0 switches matching off"]),
-        ({"kd_rate": -0.1}, ["kd_rate=-0.1", "[0, 1]"]),
-        ({"kd_rate": 1.5}, ["kd_rate=1.5", "[0, 1]"]),
-        ({"kd_rate": float("nan")}, ["kd_rate=nan", "[0, 1]"]),
-        ({"kd_temperature": 0.0}, ["kd_temperature=0.0", "above 0"]),
-        ({"kd_temperature": -2.0}, ["kd_temperature=-2.0", "above 0"]),
-        ({"kd_temperature": float("nan")}, ["kd_temperature=nan", "above 0"]),
-        ({"divergence": "skewed_forwrd_kl"}, ["divergence='skewed_forwrd_kl'", "did you mean 'skewed_forward_kl'?"]),
-        ({"divergence": "revkl"}, ["divergence='revkl'", "did you mean 'reverse_kl'?"]),
-        ({"method": "dskd-cma-ga"}, ["method='dskd-cma-ga'", "did you mean 'dskd_cma_ga'?"]),
-        ({"method": "SFT"}, ["method='SFT'", "sft, seq_kd"]),
-        ({"method": "min_edits"}, ["method='min_edits'", "did you mean 'min_edit'?"]),
-        ({"method": "seqkd"}, ["method='seqkd'", "did you mean 'seq_kd'?"]),
-        ({"method": "dskd_etta"}, ["method='dskd_etta'", "did you mean 'dskd_eta'?"]),
-        ({"adversarial_loss": "minmax"}, ["adversarial_loss='minmax'", "did you mean 'minimax'?"]),
-        ({"discriminator_lr_scheduler_type": "cosin"}, ["='cosin'", "did you mean 'cosine'?"]),
-        ({"prompt_style": "chatt"}, ["prompt_style='chatt'", "did you mean 'chat'?"]),
-        ({"model_init_kwargs": "sdpa"}, ["model_init_kwargs='sdpa'", "JSON object"]),
-        ({"teacher_model_init_kwargs": "[1]"}, ["teacher_model_init_kwargs=[1]", "JSON object"]),
-        ({"chat_template_kwargs": "{think: false}"}, ["chat_template_kwargs='{think: false}'", "JSON object"]),
-        ({"chat_template_kwargs": {"tokenize": True}}, ["chat_template_kwargs has 'tokenize'", "leave it out"]),
-        ({"chat_template_kwargs": '{"add_generation_prompt": false}'}, ["has 'add_generation_prompt'"]),
-        ({"teacher_dtype": "bf16"}, ["teacher_dtype='bf16'", "did you mean 'bfloat16'?"]),
-        ({"skew_lambda": 1.0}, ["skew_lambda=1.0", "(0, 1)"]),
-        ({"adaptive_kl_alpha": 0.0}, ["adaptive_kl_alpha=0.0", "(0, 1)"]),
-        ({"discriminator_steps": 0}, ["discriminator_steps=0", "at least 1"]),
-        ({"max_length": 1}, ["max_length=1", "room"]),
-        ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor=0.1", "leave it at 0"]),
-        ({"teacher_cache": "states", "as_published": True}, ["teacher_cache='states'", "as_published=True"]),
-        ({"teacher_cache": "states", "on_policy_fraction": 0.5}, ["teacher_cache='states'", "on_policy_fraction=0.5"]),
-    ],
-)
-def test_setting_out_of_range(tmp_path, settings, parts):
-    refused(lambda: runs.config(tmp_path, **settings), *parts)
-
-
 # ---- Four bits
 
 

@@ -56,6 +56,8 @@ def check_tokenized(
             return row
 
         return dataset.map(check_row, with_indices=True)  # type: ignore[call-arg]
+    if not len(dataset):
+        raise UserError(f"the {split} data has no rows: pass at least one")
     names = [name for name in columns or () if name.removeprefix("teacher_") in _READ]
     start = 0
     for batch in dataset.select_columns(names).with_format("arrow").iter(1000):
@@ -85,9 +87,9 @@ def _check_batch(batch: pa.Table, start: int, split: str, sizes: Mapping[str, in
 def _faults(batch: pa.Table, prefix: str, size: int, max_length: int) -> Iterator[tuple[int, str]]:
     """Rows of the batch that can't be right, the first of each kind, with what is wrong."""
     ids, lengths = _lists(batch, f"{prefix}input_ids")
-    for row in _first(~((ids >= 0) & (ids < size))):
-        place = _row_of(row, lengths)
-        yield place, f"has the token {ids[row]} in {prefix}input_ids, and the tokenizer knows 0 to {size - 1}"
+    for token in _first(~((ids >= 0) & (ids < size))):
+        what = f"has the token {ids[token]} in {prefix}input_ids, and the tokenizer knows 0 to {size - 1}"
+        yield _row_of(token, lengths), what
     for row in _first(lengths > max_length):
         yield row, f"has {lengths[row]} tokens in {prefix}input_ids, more than max_length={max_length} (raise that)"
     prompt = _numbers(batch, f"{prefix}prompt_length")
@@ -96,15 +98,17 @@ def _faults(batch: pa.Table, prefix: str, size: int, max_length: int) -> Iterato
     responses = lengths - prompt
     if f"{prefix}spans" in batch.column_names:
         spans, counts = _lists(batch, f"{prefix}spans")
-        limit = np.repeat(lengths, counts)
-        inner = np.arange(len(spans)) > np.repeat(np.cumsum(counts) - counts, counts)
-        rising = np.concatenate([[True], spans[1:] >= spans[:-1]])[: len(spans)]
-        for row in _first(~((spans >= 0) & (spans <= limit) & (rising | ~inner))):
-            yield _row_of(row, counts), f"has {prefix}spans that lie outside of its tokens or overlap"
         for row in _first((counts == 0) | (counts % 2 == 1)):
             yield row, f"has {counts[row]} numbers in {prefix}spans, which come in pairs"
-        signs = np.where((np.arange(len(spans)) - np.repeat(np.cumsum(counts) - counts, counts)) % 2 == 1, 1, -1)
-        responses = np.add.reduceat(spans * signs, np.cumsum(counts) - counts) if len(spans) else responses
+        begins = np.cumsum(counts) - counts
+        for row in _first(spans[begins] != prompt):
+            yield row, f"has {prefix}prompt_length={prompt[row]}, and {prefix}spans begin at {spans[begins[row]]}"
+        limit = np.repeat(lengths, counts)
+        place = np.arange(len(spans)) - np.repeat(begins, counts)
+        rising = np.concatenate([[True], spans[1:] >= spans[:-1]])[: len(spans)]
+        for number in _first(~((spans >= 0) & (spans <= limit) & (rising | (place == 0)))):
+            yield _row_of(number, counts), f"has {prefix}spans that lie outside of its tokens or overlap"
+        responses = np.add.reduceat(np.where(place % 2 == 1, spans, -spans), begins)
         for row in _first(responses < 1):
             yield row, f"has no response token in {prefix}spans"
     for name in _PER_TOKEN:

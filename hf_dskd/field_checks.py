@@ -40,14 +40,14 @@ def check_fields(settings: Any, rules: Mapping[str, Mapping[str, Any]]) -> None:
     Raises a [`UserError`] for the first field whose value can't work, and writes others as they are kept: the name
     instead of an alias, a path as a string.
 
-    The metadata of a field says what it may be, and `rules` what those of other libraries' fields would:
+    The `rule` in the metadata of a field says what it may be, and `rules` what those of others' fields would:
     `choices` (names), `aliases` (other words for them), `least` and `most` (inclusive), `above` and `below`
     (exclusive), `unset` (a value beyond the bounds that means none), `usual` (what to write instead), and
     `unchecked` for a value that other code replaces by one of another type.
     """
     annotated = _types(type(settings))  # type: ignore[arg-type]  # classes are hashable
     for field in fields(settings):
-        rule = {**field.metadata, **rules.get(field.name, {})}
+        rule = {**rule_of(field), **rules.get(field.name, {})}
         value, types = getattr(settings, field.name, None), annotated[field.name]
         if not field.init or "unchecked" in rule:
             continue
@@ -58,6 +58,14 @@ def check_fields(settings: Any, rules: Mapping[str, Mapping[str, Any]]) -> None:
         elif isinstance(value, os.PathLike) and str in types:
             setattr(settings, field.name, os.fspath(value))
         _check(field, getattr(settings, field.name), rule, types)
+
+
+def rule_of(field: Field[Any]) -> dict[str, Any]:
+    """What a field says of its values."""
+    try:
+        return field.metadata["rule"]
+    except KeyError:
+        return {}
 
 
 def _check(field: Field[Any], value: Any, rule: Mapping[str, Any], types: tuple[Any, ...]) -> None:

@@ -50,15 +50,25 @@ _DIVERGENCE = {"choices": DIVERGENCE_NAMES, "aliases": DIVERGENCE_ALIASES}
 
 
 class _Metadata(dict[str, Any]):
-    """Of a field: its line in `--help`, and what its values must be (see [`hf_dskd.field_checks`])."""
+    """
+    Of a field: what a parser is told of it, and as `rule` what its values must be (see [`hf_dskd.field_checks`]).
 
-    def copy(self) -> dict[str, Any]:
-        # HfArgumentParser hands a copy to argparse, which knows nothing of bounds and aliases.
-        return {key: self[key] for key in ("help", "nargs", "const") if key in self}
+    Parsers hand a copy of a field's metadata to argparse, which knows nothing of rules: no copy has it.
+    """
+
+    def __init__(self, told: dict[str, Any], rule: dict[str, Any]):
+        super().__init__(told)
+        self.rule = rule
+
+    def __missing__(self, key: str) -> Any:
+        if key != "rule":
+            raise KeyError(key)
+        return self.rule
 
 
-def _setting(default: Any, help: str, **rule: Any) -> Any:
-    return field(default=default, metadata=_Metadata(help=help, **rule))
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    told = {name: more.pop(name) for name in ("nargs", "const") if name in more}
+    return field(default=default, metadata=_Metadata({"help": help, **told}, more))
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
-from hf_dskd import DSKDTrainer, tokenize_dataset
+from hf_dskd import tokenize_dataset
 from hf_dskd.arguments import as_dataset, as_datasets, as_model, as_tokenizer, check_optimized, check_trackers
 from hf_dskd.data.collator import DualCollator
 from hf_dskd.errors import UserError
@@ -227,4 +227,3 @@ def test_evaluation_of_other_tokens_later(tokens, tmp_path):
         run.evaluate(5)
     with pytest.raises(UserError, match="test_dataset='test' is a name"):
         run.predict("test")
-    assert isinstance(DSKDTrainer, type)

@@ -33,17 +33,27 @@ def test_the_tables_lead_to_names_that_there_are():
     assert not INSTEAD.keys() & {setting.name for setting in fields(hf_dskd.settings.DistillationSettings)}
 
 
+VALUES = {
+    "max_length": 64,
+    "on_policy_fraction": 0.5,
+    "student_temperature": 1.5,
+    "teacher_temperature": 1.5,
+    "eval_strategy": "no",
+    "use_cpu": True,
+    "per_device_train_batch_size": 3,
+    "per_device_eval_batch_size": 3,
+    "hub_token": "t",
+    "hub_model_id": "me/it",
+}
+
+
 @pytest.mark.parametrize("word", [word for word in SETTINGS if word not in KNOWN])
 def test_settings_under_other_names(word):
-    ours = SETTINGS[word]
-    value = {"max_length": 64, "on_policy_fraction": 0.5, "eval_strategy": "no", "use_cpu": True}.get(ours, 2)
-    value = "me" if ours.startswith("hub_") else value
-    config = DSKDConfig("out", **{"use_cpu": True, **({} if ours == "use_cpu" else {word: value})})
-    if ours != "use_cpu":
-        assert getattr(config, ours) == value
-        with pytest.raises(UserError, match=f"^DSKDConfig: {word} is {ours} here, and both are given"):
-            DSKDConfig("out", use_cpu=True, **{word: value, ours: value})
-    assert translated("x", {word: 1}, KNOWN, SETTINGS, "") == {ours: 1}
+    ours, value = SETTINGS[word], VALUES[SETTINGS[word]]
+    config = DSKDConfig("out", **{word: value})
+    assert getattr(config, ours) == value
+    with pytest.raises(UserError, match=f"^DSKDConfig: {word} is {ours} here, and both are given"):
+        DSKDConfig("out", **{word: value, ours: value})
 
 
 def test_the_signature_is_that_of_the_settings():
@@ -55,24 +65,13 @@ def test_the_signature_is_that_of_the_settings():
 
 
 def test_arguments_of_a_trainer_under_other_names(tmp_path):
-    trainer = (
-        DSKDTrainer(
-            student=tiny.gpt2(len(runs._STUDENT_TOKENIZER)),
-            model=None,
-            teacher=None,
-            config=runs.config(tmp_path, method="sft"),
-            train_dataset=tiny.dataset(4),
-            tokenizer=runs._STUDENT_TOKENIZER,
-        )
-        if False
-        else DSKDTrainer(
-            tiny.gpt2(len(runs._STUDENT_TOKENIZER)),
-            teacher=tiny.qwen2(len(runs._TEACHER_TOKENIZER)),
-            config=runs.config(tmp_path),
-            train_dataset=tiny.dataset(4),
-            tokenizer=runs._STUDENT_TOKENIZER,
-            teacher_tokenizer=runs._TEACHER_TOKENIZER,
-        )
+    trainer = DSKDTrainer(
+        student=tiny.gpt2(len(runs._STUDENT_TOKENIZER)),
+        teacher=tiny.qwen2(len(runs._TEACHER_TOKENIZER)),
+        config=runs.config(tmp_path),
+        train_dataset=tiny.dataset(4),
+        tokenizer=runs._STUDENT_TOKENIZER,
+        teacher_tokenizer=runs._TEACHER_TOKENIZER,
     )
     assert trainer.processing_class is runs._STUDENT_TOKENIZER
     assert trainer.teacher_processing_class is runs._TEACHER_TOKENIZER

@@ -67,7 +67,7 @@ class _Metadata(dict[str, Any]):
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
-    told = {name: more.pop(name) for name in ("nargs", "const") if name in more}
+    told: dict[str, Any] = {name: more.pop(name) for name in ("nargs", "const") if name in more}
     return field(default=default, metadata=_Metadata({"help": help, **told}, more))
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from hf_dskd import DSKDConfig, DSKDTrainer
 from hf_dskd.checks import check_peft
 from hf_dskd.data.tokenization import tokenize_dataset
-from hf_dskd.data.tokens import response_tokens
+from hf_dskd.data.tokens import answer_tokens
 from hf_dskd.errors import UserError
 
 
@@ -409,11 +409,11 @@ def test_teacher_can_not_answer_tokens(make, tokens):
 def test_spans_that_do_not_cover_a_response(make, monkeypatch):
     """Nothing that a user can mend: a mistake in the library, which names the example."""
 
-    def broken(tokenizer, text):
-        ids, byte_ends = response_tokens(tokenizer, text)
-        return ids, byte_ends if "moon" not in text else [*byte_ends[:-1], byte_ends[-1] + 1]
+    def broken(tokenizer, lead, text, control=False):
+        ids, byte_ends, whole = answer_tokens(tokenizer, lead, text, control)
+        return ids, byte_ends if "moon" not in text else [*byte_ends[:-1], byte_ends[-1] + 1], whole
 
-    monkeypatch.setattr("hf_dskd.data.tokens.response_tokens", broken)
+    monkeypatch.setattr("hf_dskd.data.tokenization.answer_tokens", broken)
     rows = [{"prompt": "a", "completion": text} for text in ("yes", "no", "the moon")]
     with pytest.raises(RuntimeError, match=r"student's tokens .* response of example 2: .* byte 9 of 8;"):
         make(rows=rows)

@@ -160,7 +160,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"report_to": 5}, "report_to=5 must be a string or a list (default none)"),
     ({"output_dir": 5}, "output_dir=5 must be a string"),
     ({"learning_rate": "fast"}, "learning_rate='fast' must be a number (default 5e-05)"),
-    ({"bf16": "no"}, "bf16='no' must be True or False (default False)"),
+    ({"bf16": "no"}, "bf16='no' must be True or False"),
     ({"seed": 1.5}, "seed=1.5 must be an integer (default 42)"),
     (
         {"lr_scheduler_kwargs": "foo"},

@@ -25,7 +25,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer*", "vocab*")
 ADAPTER_NAME = "adapter_config.json"
@@ -271,6 +271,16 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
         config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
     _check_known(unused, config, role)
     return model, config
+
+
+def generation_config(name: str, init_kwargs: Any = None) -> GenerationConfig | None:
+    """What a model's generation_config.json says, if it has one."""
+    from transformers import GenerationConfig
+
+    if find_file(name, "generation_config.json", init_kwargs) is None:
+        return None
+    with reading("the generation config of", name, options_of(init_kwargs), remedy="mend its generation_config.json"):
+        return GenerationConfig.from_pretrained(name, **place(init_kwargs))
 
 
 def _check_known(unused: Mapping[str, Any], config: Any, role: str) -> None:

@@ -80,6 +80,7 @@ from .errors import NonFiniteLossError, UserError
 from .evaluation.generation import (
     add_end_tokens,
     check_generation_config,
+    check_saved_generation,
     read_response,
     response_text,
     save_generation_config,
@@ -97,6 +98,7 @@ from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
 from .models import (
     LastHiddenState,
+    base_causal_lm,
     check_config,
     check_head,
     check_student_head,
@@ -118,6 +120,7 @@ from .pretrained import (
     check_options,
     dtype_option,
     empty_model,
+    generation_config,
     load_tokenizer,
     name_and_config,
     options_of,
@@ -363,8 +366,13 @@ class DSKDTrainer(Trainer):
         if row.needs_teacher:
             vocabularies.append(teacher_config.get_text_config().vocab_size)
         chunk_sizes([max(vocabularies)] * 2, [torch.float32] * 2, args.device.type, args.loss_memory_mb)
-        if train_dataset is not None and not isinstance(model, str) and peft_config is None:
-            check_trainable(model)
+        if train_dataset is not None and isinstance(model, str):
+            check_saved_generation(generation_config(model, args.model_init_kwargs), student_name)
+        elif train_dataset is not None:
+            plain: Any = base_causal_lm(model)  # type: ignore[arg-type]  # no name
+            check_saved_generation(getattr(plain, "generation_config", None), student_name)
+            if peft_config is None:
+                check_trainable(model)
         if adapters:
             empty = empty_model(student_config, args.model_init_kwargs, None if isinstance(model, str) else model)
             for adapter in adapters:

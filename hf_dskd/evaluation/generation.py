@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -348,6 +349,30 @@ def check_generation_config(model: nn.Module | GenerationConfig | None, role: st
             f"generation_config of {role} is None, so that it can't write responses: set model.generation_config ="
             " GenerationConfig(do_sample=True, temperature=1.0)"
         )
+
+
+def check_saved_generation(config: GenerationConfig | None, name: str) -> None:
+    """
+    Raises a [`UserError`] for a generation config that transformers refuses to save: the student would be lost.
+
+    Args:
+        config ([`~transformers.GenerationConfig`], *optional*): The student's; a model may have none.
+        name (`str`): Of the student, for the message.
+    """
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        names = list(dict.fromkeys(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)))
+        found = (
+            " and ".join(f"{each}={getattr(config, each)!r}" for each in names) or " ".join(str(error).split())[:200]
+        )
+        remedy = "leave these out" if config.do_sample else "set do_sample to true, or leave these out"
+        raise UserError(
+            f"the generation config of the student {name!r} has {found}, with which transformers refuses to save it"
+            f" after training: {remedy}, in its generation_config.json or in model.generation_config"
+        ) from error
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,39 @@ def command_line() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of hf_dskd, Python, and the libraries that results depend on."""
+    """Of hf_dskd (with its commit where it is no release), Python, and the libraries that results depend on."""
     from . import __version__
 
-    found = {"hf_dskd": __version__, "python": platform.python_version()}
+    commit = own_commit()
+    own = __version__ if commit is None else f"{__version__}+g{commit}"
+    found = {"hf_dskd": own, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+def own_commit() -> str | None:
+    """
+    The commit that hf_dskd itself is of, 12 digits, with `.dirty` where files were changed; `None` for a release.
+
+    Either it lies in a checkout of its own, or pip was given a repository and wrote down the commit.
+    """
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() or None
+    try:
+        origin = json.loads(distribution("hf-dskd").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        return None
+    return (origin.get("vcs_info") or {}).get("commit_id", "")[:12] or None
 
 
 def hardware(processes: int = 1) -> dict[str, Any]:

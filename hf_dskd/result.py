@@ -45,6 +45,7 @@ def write_result(
         card (`dict[str, Any]`, *optional*):
             What the user has for the model card: `language`, `license`, `tags`, `model_name`, `datasets`.
     """
+    from .data.fingerprint import fingerprint
     from .environment import command_line, hardware, versions
     from .settings import DistillationSettings
 
@@ -79,8 +80,13 @@ def write_result(
             "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "teacher_parameters": None if teacher is None else teacher.num_parameters(),
             "adapter": trainer._facts["adapter"],
+            **{f"{role}_{name}": value for role, found in trainer._origins.items() for name, value in found.items()},
         },
-        "data": {"source": source, **{name: asdict(part) for name, part in trainer.tokenization_reports.items()}},
+        "data": {
+            "source": source,
+            "fingerprint": fingerprint(trainer.train_dataset),
+            **{name: asdict(part) for name, part in trainer.tokenization_reports.items()},
+        },
         "settings": without_secrets(
             {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)}
         ),

@@ -124,6 +124,7 @@ from .pretrained import (
     load_tokenizer,
     name_and_config,
     options_of,
+    origin,
     reading,
     weight_options,
 )
@@ -378,6 +379,9 @@ class DSKDTrainer(Trainer):
             for adapter in adapters:
                 check_peft(adapter, empty)
         self._identity = identity(student_name, bool(adapters), args.method, student_config.model_type)
+        self._origins = {"student": origin(model, args.model_init_kwargs)}
+        if teacher_name is not None:
+            self._origins["teacher"] = origin(teacher_model, args.teacher_model_init_kwargs)
         self._repository: str | None = None
         if args.push_to_hub:
             self._check_hub(args)

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import subprocess
 from dataclasses import fields, make_dataclass
 
 import pytest
 import tiny
 import torch
 import trl
+from datasets import Dataset
 
-from hf_dskd import run
+from hf_dskd import environment, run
+from hf_dskd.data.fingerprint import fingerprint
 from hf_dskd.errors import UserError
+from hf_dskd.hub.card import model_card
+from hf_dskd.pretrained import origin
 from hf_dskd.teacher.cache import files_digest
 
 
@@ -344,3 +349,67 @@ def test_a_variant_of_the_weights(hub, tmp_path):
     tiny.qwen2(seed=1).save_pretrained(teacher, variant="fp16")
     digests = [files_digest(str(teacher), kind, download=False) for kind in ({}, {"variant": "fp16"})]
     assert None not in digests and digests[0] != digests[1]
+
+
+# ---- What a run writes down of what it was made of
+
+
+def test_commits_and_fingerprint_are_written_down(parsed, tmp_path):
+    trainer = make(parsed("--teacher_model_revision=v2"))
+    trainer.train()
+    report = trainer.write_report().read_text()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["models"]["student_commit"] == COMMITS["main"] in report
+    assert result["models"]["teacher_commit"] == COMMITS["v2"] in report
+    assert result["data"]["fingerprint"] == fingerprint(trainer.train_dataset)
+    assert result["data"]["fingerprint"] in report
+    card = str(model_card(tmp_path / "run", online=False))
+    assert all(word in card for word in (*COMMITS.values(), result["data"]["fingerprint"]))
+
+
+def test_models_of_folders_and_loaded_ones_have_no_commit(hub, tmp_path):
+    assert origin("some/teacher", {"cache_dir": str(hub), "revision": "v2"}) == {"commit": COMMITS["v2"]}
+    assert origin(str(tmp_path)) == origin(tiny.gpt2()) == {"commit": None}
+
+
+def test_the_fingerprint_is_of_the_examples_alone(tmp_path):
+    import runs
+
+    rows = tiny.dataset(8)
+    rows.save_to_disk(tmp_path / "saved")
+    same = (rows, Dataset.load_from_disk(tmp_path / "saved"), Dataset.from_list(rows.to_list()))
+    datasets = [runs.trainer(tmp_path / "run", train_dataset=data, method="sft").train_dataset for data in same]
+    found = [fingerprint(data) for data in datasets]
+    assert len(set(found)) == 1 and len(found[0]) == 32
+    first = datasets[0]
+    other = first.map(
+        lambda row, place: {"input_ids": [*row["input_ids"][:-1], 3]} if place == 7 else {}, with_indices=True
+    )
+    others = [other, first.select(range(7)), first.select([1, 0, *range(2, 8)]), first.remove_columns("input_ids")]
+    assert len({found[0], *map(fingerprint, others)}) == 5
+    # Cut otherwise, nested rows would have the same values.
+    assert fingerprint(Dataset.from_dict({"a": [[1, 2], [3]]})) != fingerprint(Dataset.from_dict({"a": [[1], [2, 3]]}))
+    assert fingerprint(first.to_iterable_dataset()) is None
+
+
+def test_the_commit_of_hf_dskd(monkeypatch, tmp_path):
+    package = tmp_path / "checkout" / "hf_dskd"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+
+    class Installed:
+        def read_text(self, name):
+            return json.dumps({"vcs_info": {"vcs": "git", "commit_id": "c" * 40}})
+
+    monkeypatch.setattr(environment, "distribution", lambda name: Installed())
+    assert environment.own_commit() == "c" * 12
+    git = ["git", "-C", str(package.parent), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (package / "a.py").write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout[:12]
+    assert environment.own_commit() == commit
+    assert environment.versions()["hf_dskd"].endswith(f"+g{commit}")
+    (package / "a.py").write_text("2")
+    assert environment.own_commit() == f"{commit}.dirty"

@@ -33,6 +33,7 @@ from ..environment import hardware, versions
 from ..errors import UserError
 from ..launch import check_processes
 from ..models import base_causal_lm
+from ..pretrained import commit
 from ..result import write_text
 from ..run import model_name
 from .generation import end_token_ids, padding_token_id, read_response, sample
@@ -513,7 +514,8 @@ def model_files(name: str, role: str = "the model") -> list[tuple[str, str]]:
         from transformers import AutoConfig
 
         with loading(role, name, (), REMEDIES[role]):
-            return [(name, str(getattr(AutoConfig.from_pretrained(name), "_commit_hash", None)))]
+            AutoConfig.from_pretrained(name)  # which fetches it
+            return [(name, str(commit(name)))]
     found = []
     for path in sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}):
         with path.open("rb") as file:

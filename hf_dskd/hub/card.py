@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
 from ..report.files import RunFiles, changed_settings, metrics_before, read_run, runs_in
-from ..report.words import duration, measured, measures_of, millions, setting, title_of
+from ..report.words import duration, measured, measures_of, millions, setting, title_of, with_commit
 from ..result import write_text
 from .names import page
 
@@ -270,6 +270,10 @@ def model_card(
         held_out=held_out,
         seconds=duration(run.result["train_runtime"]) if run.result.get("train_runtime") is not None else None,
         hardware=in_words(hardware) if hardware else None,
+        commits=[
+            f"{role}: {with_commit(models, role)}" for role in ("student", "teacher") if models.get(f"{role}_commit")
+        ],
+        fingerprint=reports.get("fingerprint"),
         versions=", ".join(f"{package} {version}" for package, version in run.result.get("versions", {}).items()),
         changed=_told_settings(settings, [model.hub_id for model in (student, teacher) if model], source),
         measures=[

@@ -27,6 +27,7 @@ from .words import (
     percent,
     setting,
     title_of,
+    with_commit,
 )
 
 
@@ -159,7 +160,7 @@ def _how(run: RunFiles) -> list[Block]:
     hardware, models = result.get("hardware") or {}, result.get("models") or {}
     seeds = result.get("seeds") or {name: result.get(name) for name in ("seed", "data_seed")}
     rows = [["method", run.method]]
-    rows += [[role, models[role]] for role in ("student", "teacher") if models.get(role)]
+    rows += [[role, with_commit(models, role)] for role in ("student", "teacher") if models.get(role)]
     if hardware:
         machine = [*hardware.get("gpus", []), hardware.get("cpu"), f"{number(hardware.get('cores'))} cores"]
         machine += [f"{number(hardware['memory_gb'])} GB of memory"] if hardware.get("memory_gb") else []
@@ -192,6 +193,8 @@ def _data(run: RunFiles) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Data")]
     if data.get("source"):
         blocks.append(Paragraph(f"From {data['source']}."))
+    if data.get("fingerprint"):
+        blocks.append(Paragraph(f"Fingerprint of the tokenized training examples: {data['fingerprint']}."))
     return [*blocks, Table(["", *(titles.get(column, column) for column in columns)], rows)] if rows else blocks
 
 

@@ -161,3 +161,13 @@ def meaning_of(name: str) -> str:
         if name.startswith(prefix) and (meaning := meaning_of(name.removeprefix(prefix))):
             return f"{meaning} ({words})"
     return ""
+
+
+def with_commit(models: Mapping[str, Any], role: str) -> str:
+    """A model of `result.json` by its name, with the commit of what was loaded where it came from the hub."""
+    name = str(models[role])
+    name += f" at {models[f'{role}_commit']}" if models.get(f"{role}_commit") else ""
+    if models.get(f"{role}_adapts"):
+        name += f", an adapter of {models[f'{role}_adapts']}"
+        name += f" at {models[f'{role}_adapts_commit']}" if models.get(f"{role}_adapts_commit") else ""
+    return name

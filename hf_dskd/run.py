@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 LISTED = "--help lists the settings"
 
+# What a teacher that was trained first is made of.
+TEACHER_NAME = "sft_teacher.json"
+
 
 @dataclass
 class RunArguments:
@@ -467,20 +470,16 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     """
     Trains the teacher on the same data first, as the papers' teachers were, and returns its folder.
 
-    Done once: a folder that is complete is used again.
+    Done once: a folder that is complete is used again, if it was made of the same.
     """
     from .trainer import DSKDTrainer
     from .trl_settings import teacher_options
 
-    folder = Path(str(run.config.output_dir)) / "teacher"
-    if (folder / "config.json").is_file():
+    folder, facts = Path(str(run.config.output_dir)) / "teacher", teacher_facts(run, teacher, train)
+    if folder.exists():
+        check_trained_teacher(folder, facts)
         print(f"using the teacher trained before: {folder}")
         return str(folder)
-    if folder.exists():
-        raise UserError(
-            f"sft_teacher=True writes into {str(folder)!r}, which is there and holds no teacher (no config.json): move"
-            " it, or choose another output_dir"
-        )
     training = folder.with_name("teacher_training")
     options = run.options
     config = variant(
@@ -519,9 +518,39 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
         beside = folder.with_name(".teacher")
         model.save_pretrained(beside)
         trainer.processing_class.save_pretrained(beside)  # type: ignore[union-attr]
+        write_text(beside / TEACHER_NAME, json.dumps(facts, indent=2) + "\n")
         beside.rename(folder)
     trainer.accelerator.wait_for_everyone()
     return str(folder)
+
+
+def teacher_facts(run: Run, teacher: str, train: Dataset) -> dict[str, Any]:
+    """What a teacher that is trained first depends on, in values of JSON."""
+    options = ("sft_teacher_epochs", "sft_teacher_learning_rate", "sft_teacher_lora_r", "teacher_model_revision")
+    return {
+        "teacher": Path(teacher).resolve().name if Path(teacher).is_dir() else teacher,
+        "dataset_name": run.script.dataset_name,
+        "rows": len(train) if hasattr(train, "__len__") else None,
+        **{name: getattr(run.options, name) for name in options},
+        **{name: getattr(run.config, name) for name in ("seed", "max_length", "prompt_style")},
+    }
+
+
+def check_trained_teacher(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises a [`UserError`] unless a folder holds a teacher that was trained with these facts."""
+    path = folder / TEACHER_NAME
+    if not path.is_file():
+        raise UserError(
+            f"sft_teacher=True trains into {str(folder)!r}, which is there and holds no teacher of a run (no"
+            f" {TEACHER_NAME}): move it, or choose another output_dir"
+        )
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in facts.items():
+        if known.get(name) != value:
+            raise UserError(
+                f"{str(folder)!r} holds a teacher that was trained with {name}={known.get(name)!r}, which is now"
+                f" {value!r}: move it, or choose another output_dir"
+            )
 
 
 def chosen_teacher(run: Run, train: Dataset) -> str | None:

@@ -23,7 +23,8 @@ for name in sys.argv[1:]:
     )
     options = SimpleNamespace(rename_columns=None, held_out_size=0, train_size=None)
     try:
-        train, _ = run.load_data(SimpleNamespace(script=script, options=options, config=None))
+        config = SimpleNamespace(on_bad_row="stop")
+        train, _ = run.load_data(SimpleNamespace(script=script, options=options, config=config))
         print(len(train))
     except UserError as error:
         print(error)

@@ -5,6 +5,7 @@ import json
 import pytest
 import runs
 import tiny
+from trl import ScriptArguments
 
 from hf_dskd import UserError, packaged, run
 from hf_dskd.analysis.record import draw_projections
@@ -95,12 +96,24 @@ def test_a_smoke_run_forgets_smoke_runs_only(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_the_place_of_the_trained_teacher_is_refused_before_it_is_trained(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "notes.txt").write_text("mine")
-    given = run.Run(None, runs.config(tmp_path), None, run.RunArguments(sft_teacher=True))
-    with pytest.raises(UserError, match=r"teacher', which is there and holds no teacher"):
-        run.train_teacher(given, "nobody/nothing", tiny.dataset(2))
-    assert content(tmp_path) == {"teacher/notes.txt": b"mine"}
+    def given(**options):
+        script = ScriptArguments(dataset_name="rows")
+        return run.Run(script, runs.config(tmp_path), None, run.RunArguments(sft_teacher=True, **options))
+
+    def train(teacher="org/teacher", **options):
+        return run.train_teacher(given(**options), teacher, tiny.dataset(2))
+
+    folder = tmp_path / "teacher"
+    write_text(folder / "config.json", "{}")
+    with pytest.raises(UserError, match=r"teacher', which is there and holds no teacher of a run"):
+        train()
+    assert content(tmp_path) == {"teacher/config.json": b"{}"}
+    write_text(folder / "sft_teacher.json", json.dumps(run.teacher_facts(given(), "org/teacher", tiny.dataset(2))))
+    assert train() == str(folder)
+    with pytest.raises(UserError, match=r"trained with teacher='org/teacher', which is now 'org/other'"):
+        train("org/other")
+    with pytest.raises(UserError, match=r"trained with sft_teacher_epochs=3.0, which is now 1.0: move it"):
+        train(sft_teacher_epochs=1.0)
 
 
 def test_a_folder_with_a_packaged_models_name_is_left(tmp_path):

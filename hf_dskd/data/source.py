@@ -44,8 +44,8 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
         )
     try:
         if format_of(name) is not None:
-            skip_bad = getattr(run.config, "on_bad_row", "stop") == "skip"
             of_kind: Any = IterableDatasetDict if streaming else DatasetDict
+            skip_bad = run.config.on_bad_row == "skip"
             data = of_kind(train=load_file(name, streaming=streaming, skip_bad=skip_bad))
         elif (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             data = load_from_disk(name)

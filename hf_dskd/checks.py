@@ -155,6 +155,8 @@ def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterat
             remedy = "check what the init kwargs name"
         elif not isinstance(error, (OSError, ValueError, SafetensorError)):
             raise
+        elif "trust_remote_code" in str(error):
+            remedy = "where you trust that code, set trust_remote_code in the init kwargs of that model"
         reason = str(error).split("\n")[0].strip().rstrip(".")
         raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error
 

@@ -83,13 +83,36 @@ def dense_weight(parameter: Any) -> Tensor:
     return dequantize_4bit(parameter.data, state)
 
 
+def layer_weight(layer: Any) -> Tensor:
+    """
+    The matrix that a linear layer or an embedding computes with, as numbers: with what an adapter adds to it.
+
+    Raises:
+        UserError: For an adapter that changes the layer in another way.
+    """
+    # PEFT's wrappers of whole layers, and of some tokens of one, answer with the matrix as it is trained.
+    weight = dense_weight(layer.weight)
+    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+        return weight
+    if hasattr(layer, "get_merged_weights"):
+        return layer.get_merged_weights(layer.active_adapters)
+    for adapter in layer.active_adapters:
+        if not hasattr(layer, "get_delta_weight") or getattr(layer, "use_dora", {}).get(adapter):
+            raise UserError(
+                f"the adapter {adapter!r} changes an embedding or a language-model head in a way that can't be read"
+                f" ({type(layer).__name__}): merge it into the model (model.merge_and_unload()), or leave them out"
+            )
+        weight = weight + layer.get_delta_weight(adapter)
+    return weight
+
+
 def lm_head(model: nn.Module) -> LMHead:
     """Reads the head of a causal language model, and the transforms that its config puts after it."""
     plain = base_causal_lm(model)
     layer = plain.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise UserError(f"{type(plain).__name__} has no language-model head: use a causal language model")
-    weight = dense_weight(layer.weight)
+    weight = layer_weight(layer)
     if not weight.is_floating_point():
         raise UserError(
             f"{type(plain).__name__}: its language-model head is quantized to {str(weight.dtype)[6:]}, from which no"
@@ -104,7 +127,7 @@ def lm_head(model: nn.Module) -> LMHead:
 
 def input_embedding(model: nn.Module) -> Tensor:
     """The input embedding matrix `[V, d]` of a causal language model."""
-    return dense_weight(base_causal_lm(model).get_input_embeddings().weight)
+    return layer_weight(base_causal_lm(model).get_input_embeddings())
 
 
 def check_head(model: nn.Module, head: LMHead, name: str) -> None:

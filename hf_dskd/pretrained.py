@@ -129,17 +129,6 @@ def config_settings(init_kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in options_of(init_kwargs).items() if name not in others}
 
 
-def code(config: Any, init_kwargs: Any) -> dict[str, Any]:
-    """The options for a model that is built of `config`, which may name code that comes with the model."""
-    options = options_of(init_kwargs)
-    class_name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if class_name is None or not options.get("trust_remote_code"):
-        return {}
-    # Of the same repository from_pretrained takes the code at the revision of the weights.
-    own = None if "--" in class_name else options.get("revision")
-    return {"trust_remote_code": True, "code_revision": options.get("code_revision", own)}
-
-
 # ---- Names
 
 
@@ -303,13 +292,19 @@ def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Mo
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     from .models import base_causal_lm
 
+    kind: Any = None if loaded is None else type(base_causal_lm(loaded))
+    options = options_of(init_kwargs)
+    class_name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if loaded is None and class_name is not None and options.get("trust_remote_code"):
+        # Not by from_config, which looks for the code at the revision that is the newest.
+        where = {name: value for name, value in options.items() if name in (*PLACE, "code_revision")}
+        kind = get_class_from_dynamic_module(class_name, config.name_or_path, **where)
     with torch.device("meta"):
-        if loaded is not None:
-            return type(base_causal_lm(loaded))(deepcopy(config))
-        return AutoModelForCausalLM.from_config(config, **code(config, init_kwargs))
+        return AutoModelForCausalLM.from_config(config) if kind is None else kind(deepcopy(config))
 
 
 def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:

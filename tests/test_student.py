@@ -3,11 +3,13 @@
 import pytest
 import runs
 import tiny
+import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_dskd import DSKDConfig, UserError
 from hf_dskd.checks import check_steps
+from hf_dskd.models import backbone, input_embedding, lm_head
 
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}
@@ -133,3 +135,37 @@ def test_a_stream_without_a_batch(tmp_path):
     )
     with pytest.raises(UserError, match="no step was taken"):
         run.train()
+
+
+# ---- Tokens of their own
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_tokens_are_read_as_they_are_trained(tied, tmp_path):
+    """PEFT's trainable_token_indices: queries read the embedding and the losses the head, with these tokens' rows."""
+    tokens = [3, 7, 11]
+    vocabulary = len(runs._STUDENT_TOKENIZER)
+    plain = tiny.gpt2(vocabulary) if tied else tiny.qwen2(vocabulary)
+    name = "wte" if tied else "embed_tokens"
+    adapter = LoraConfig(
+        r=2,
+        target_modules=["c_attn" if tied else "q_proj"],
+        trainable_token_indices={name: tokens},
+        task_type="CAUSAL_LM",
+    )
+    run = runs.trainer(tmp_path, student=plain, peft_config=adapter, max_steps=2, learning_rate=0.1)
+    deltas = {key: p for key, p in run.model.named_parameters() if "trainable_tokens_delta" in key and p.requires_grad}
+    before = {key: delta.detach().clone() for key, delta in deltas.items()}
+    run.train()
+    assert deltas and all(not torch.equal(deltas[key], value) for key, value in before.items())
+    ids = torch.arange(vocabulary).unsqueeze(0)
+    with torch.no_grad():
+        base = run.model.eval().get_base_model()
+        torch.testing.assert_close(input_embedding(run.model), base.get_input_embeddings()(ids)[0])
+        hidden = backbone(run.model)(input_ids=ids[:, :9])[0]
+        torch.testing.assert_close(lm_head(run.model)(hidden), base(input_ids=ids[:, :9]).logits, rtol=1e-4, atol=1e-5)
+    # What is read carries the gradient to these rows and to no other.
+    weighted = torch.randn(vocabulary, hidden.shape[-1])
+    (input_embedding(run.model) * weighted).sum().backward()
+    [delta] = deltas.values()
+    torch.testing.assert_close(delta.grad, weighted[tokens])

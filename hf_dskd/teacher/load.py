@@ -36,6 +36,12 @@ class Teacher:
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device | str | None = None):
+        for name, adapter in getattr(model, "peft_config", {}).items():
+            if adapter.is_prompt_learning:
+                raise UserError(
+                    f"the teacher's adapter {name!r} is {adapter.peft_type.value}, which puts states of its own before"
+                    " a text: use a teacher with LoRA, or without an adapter"
+                )
         model.eval()
         model.requires_grad_(False)
         self.model = model

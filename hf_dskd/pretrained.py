@@ -302,7 +302,7 @@ def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Mo
     if loaded is None and class_name is not None and options.get("trust_remote_code"):
         # Not by from_config, which looks for the code at the revision that is the newest.
         where = {name: value for name, value in options.items() if name in (*PLACE, "code_revision")}
-        kind = get_class_from_dynamic_module(class_name, config.name_or_path, **where)
+        kind = get_class_from_dynamic_module(class_name, str(config.name_or_path), **where)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config) if kind is None else kind(deepcopy(config))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,44 @@ def check_optimizers(optimizers: Any, model: Any) -> None:
         raise UserError(
             f"optimizers=({type(optimizer).__name__}, ...): the student {model!r} is loaded by its name, and an"
             " optimizer made before can't hold its parameters: pass the loaded student as model, or set optim"
+        )
+
+
+@contextmanager
+def making(args: DSKDConfig, name: str, more: str) -> Iterator[None]:
+    """Names the settings `name` and `more`, of which an optimizer or a schedule can't be made."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        value, reason = getattr(args, name), " ".join(str(error).split())
+        shown = f"{name}={getattr(value, 'value', value)!r}"
+        if getattr(args, more):
+            shown += f" with {more}={getattr(args, more)!r}"
+        raise UserError(f"{shown}: {reason}") from error
+
+
+def check_optimization(args: DSKDConfig, optimizer: Any) -> None:
+    """Optimizer and schedule of the settings must be such that can be made, of one number as of a student."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    number = [torch.nn.Parameter(torch.zeros(1))]
+    of_model = ("galore", "apollo", "lomo", "adalomo")  # these look at the model
+    if optimizer is None and not str(getattr(args.optim, "value", args.optim)).startswith(of_model):
+        with making(args, "optim", "optim_args"):
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            kind(number, **options)
+            for pair in (args.optim_args or "").replace(" ", "").split(","):
+                if pair and pair.partition("=")[0] not in options:
+                    raise ValueError(f"{pair.partition('=')[0]!r} has no effect on it, leave it out")
+    steps = args.max_steps if args.max_steps > 0 else 100
+    with making(args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD(number, 1.0),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a mapping by now
         )
 
 
@@ -156,6 +196,26 @@ def check_trackers(names: list[str]) -> None:
             if name not in get_available_reporting_integrations():
                 package = name.replace("_", "-")
                 raise UserError(f"report_to={name!r} needs {package}: pip install {package}, or choose another")
+
+
+def check_backends(args: DSKDConfig) -> None:
+    """What transformers asks of other libraries only when a model is there must be known, and installed."""
+    from accelerate.utils import DynamoBackend
+    from torch.utils.checkpoint import checkpoint
+    from transformers.utils import is_liger_kernel_available
+
+    check_trackers(args.report_to)  # type: ignore[arg-type]  # a list by now
+    if args.torch_compile and args.torch_compile_backend is not None:
+        check_name(
+            "torch_compile_backend=", args.torch_compile_backend, [kind.value.lower() for kind in DynamoBackend]
+        )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("use_liger_kernel=True needs liger-kernel: pip install liger-kernel, or leave it out")
+    for name in args.include_for_metrics:
+        check_name("include_for_metrics has ", name, ("inputs", "loss"))
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    for name in args.gradient_checkpointing_kwargs or ():
+        check_name("gradient_checkpointing_kwargs has ", name, sorted(known))
 
 
 def as_model(model: Any, parameter: str) -> Any:

@@ -153,6 +153,8 @@ def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterat
         if isinstance(error, (TypeError, AttributeError)):
             # What was passed on to the model's own class, or to torch.
             remedy = "check what the init kwargs name"
+        elif isinstance(error, ImportError):
+            remedy = "install that, or leave out what needs it"
         elif not isinstance(error, (OSError, ValueError, SafetensorError)):
             raise
         elif "trust_remote_code" in str(error):

@@ -131,7 +131,7 @@ def read_yaml(option: str, path: str | Path) -> dict[str, Any]:
         raise UserError(f"{option} {str(path)!r} isn't a file: name a YAML file")
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {str(path)!r} isn't valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{option} {str(path)!r} holds no settings: write one `name: value` a line")
@@ -454,13 +454,17 @@ def make_trainer(
             f"eval_strategy={getattr(config.eval_strategy, 'value', 'no')!r} but there is nothing to evaluate on: set"
             " held_out_size"
         )
+    try:
+        peft_config = get_peft_config(run.model)
+    except ValueError as error:
+        raise UserError(f"the adapter's settings: {' '.join(str(error).split())}") from error
     return DSKDTrainer(
         student,  # type: ignore[arg-type]  # None is refused with a remedy
         teacher,
         config,
         train_dataset=train,
         eval_dataset=held_out,
-        peft_config=get_peft_config(run.model),
+        peft_config=peft_config,
         quantization_config=quantization(run.model, config.training_dtype),
         **options,
     )

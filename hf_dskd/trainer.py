@@ -40,16 +40,18 @@ from .arguments import (
     as_tokenizer,
     check_adapter_config,
     check_args,
+    check_backends,
     check_callbacks,
     check_collator,
     check_evaluation,
     check_functions,
     check_not_exchanged,
+    check_optimization,
     check_optimized,
     check_optimizers,
     check_own_tokenizer,
     check_quantization,
-    check_trackers,
+    making,
 )
 from .attention_capture import AttentionPairs
 from .checks import (
@@ -298,8 +300,9 @@ class DSKDTrainer(Trainer):
         )
         check_callbacks(callbacks)
         check_evaluation(args, eval_dataset, compute_metrics)
-        check_trackers(args.report_to)  # type: ignore[arg-type]  # a list by now
+        check_backends(args)
         check_optimizers(optimizers, model)
+        check_optimization(args, optimizers[0])
         check_adapter_config(peft_config)
         check_quantization(
             quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
@@ -871,7 +874,8 @@ class DSKDTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The student's optimizer, with the projectors as one more group at their own learning rate."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        with making(self.args, "optim", "optim_args"):
+            optimizer = super().create_optimizer(*args, **kwargs)
         if self._update_hook is not None:
             self._update_hook.remove()
         # Accelerate's wrapper, of an earlier training, calls no hooks.

@@ -147,7 +147,7 @@ def translated(
         UserError: For a name that isn't known, with what to write instead, and for one thing under two names.
     """
     result: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in ((str(name), value) for name, value in given.items()):
         ours = name if name in known else same.get(name, name)
         if ours not in known:
             raise UserError(f"{what}: {instead_of(name, known, otherwise)}")

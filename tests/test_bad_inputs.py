@@ -60,6 +60,7 @@ FILES = {
     "half.jsonl": json.dumps(ROWS[0]) + '\n{"prompt": "a", "compl',
     "notes.txt": "text",
     "run.yaml": "output_dir: out\nmethod: sft\n",
+    "sft.yaml": "output_dir: out\nmethod: sft\nmodel_name_or_path: student\ndataset_name: rows.jsonl\n",
     "broken.yaml": "method: [sft\n",
     "list.yaml": "- method\n- sft\n",
     "empty.yaml": "",
@@ -68,7 +69,13 @@ FILES = {
     "types.yaml": "output_dir: out\nmax_length: 64.5\n",
     "bounds.yaml": "output_dir: out\nkd_temperature: 0\n",
     "twice.yaml": "output_dir: out\nmax_seq_length: 64\nmax_length: 64\n",
+    "number.yaml": "output_dir: out\n5: 3\n",
+    "environment.yaml": "output_dir: out\nenv: [a]\n",
+    "nothing.yaml": "output_dir: out\nmax_steps: null\n",
+    "switch.yaml": "output_dir: out\nmax_steps: yes\n",
+    "labels.yaml": "x: {max_steps: 3}\n",
     "finished/result.json": "{}",
+    "broken/result.json": "{",
 }
 
 
@@ -617,6 +624,34 @@ OBJECTS: list[tuple[Callable[[], dict[str, Any]], str]] = [
     ),
     (lambda: {"args": config(method="kd")}, "method='kd' compares the two models token by token, "),
     (lambda: {"args": config(teacher_device="gpu")}, "teacher_device='gpu' is no device of this machine: "),
+    (
+        lambda: {"args": config(lr_scheduler_type="cosine_with_min_lr")},
+        "lr_scheduler_type='cosine_with_min_lr': ",
+    ),
+    (
+        lambda: {"args": config(lr_scheduler_kwargs={"foo": 1})},
+        "lr_scheduler_type='linear' with lr_scheduler_kwargs={'foo': 1}: ",
+    ),
+    (
+        lambda: {"args": config(optim="adamw_torch", optim_args="foo=1")},
+        "optim='adamw_torch' with optim_args='foo=1': 'foo' has no effect on it, leave it out",
+    ),
+    (
+        lambda: {"args": config(optim="adamw_torch", optim_args="foo")},
+        "optim='adamw_torch' with optim_args='foo': ",
+    ),
+    (
+        lambda: {"args": config(gradient_checkpointing_kwargs={"foo": 1})},
+        "gradient_checkpointing_kwargs has 'foo' is unknown: one of ",
+    ),
+    (
+        lambda: {"args": config(include_for_metrics=["losses"])},
+        "include_for_metrics has 'losses' is unknown: did you mean 'loss'? one of inputs, loss",
+    ),
+    (
+        lambda: {"args": config(torch_compile_backend="inductr")},
+        "torch_compile_backend='inductr' is unknown: did you mean 'inductor'? one of ",
+    ),
 ]
 
 # ---- Rows that were tokenized elsewhere
@@ -838,6 +873,46 @@ COMMANDS: list[tuple[str, str]] = [
     ("evaluate --model student", "--output_dir is not set: name a folder for the answers and scores"),
     ("report nothere", "'nothere' isn't a folder: name the --output_dir of a run of `hf-dskd train`"),
     ("push nothere me/repository", "'nothere' isn't a folder: name the --output_dir of a run of `hf-dskd train`"),
+    ("train --config bytes.yaml", "--config 'bytes.yaml' isn't valid YAML: "),
+    ("train --config number.yaml", "'number.yaml': 5 is no setting: --help lists the settings"),
+    ("train --config environment.yaml", "`env` field should be a dict in the YAML file."),
+    ("train --config nothing.yaml", "max_steps=None must be an integer (default -1)"),
+    ("train --config switch.yaml", "max_steps=True must be an integer (default -1)"),
+    ("train --output_dir", "argument --output_dir/--output-dir: expected one argument"),
+    ('train --output_dir "" --dataset_name rows.jsonl', "output_dir='' is empty: leave it out"),
+    ('train --output_dir out --dataset_name ""', "dataset_name is not set: "),
+    (
+        "train --config sft.yaml --use_peft --lora_task_type FOO",
+        "the adapter's settings: Invalid task type: 'FOO'",
+    ),
+    (
+        "train --config sft.yaml --report_to notebook",
+        "report_to='notebook' is unknown: ",
+    ),
+    (
+        "train --config sft.yaml --held_out_size 4",
+        "held_out_size=4 leaves nothing of 4 examples to train on: set it to less, such as 1",
+    ),
+    (
+        "train --config sft.yaml --dataset_streaming",
+        "dataset_streaming=True: max_steps=-1 says when to stop",
+    ),
+    (
+        "cache-teacher --config sft.yaml --method dskd_cma --teacher teacher --teacher_cache student",
+        "teacher_cache='student' isn't a teacher cache, it holds config.json, ",
+    ),
+    (
+        "compare --methods sft --config run.yaml --output_dir out --variants labels.yaml",
+        "labels.yaml: x must say its method",
+    ),
+    ("compare --methods sft --config run.yaml --output_dir out --seed 5", "--seed is different in every cell: "),
+    ("evaluate --model student --sets a=nothere.jsonl --output_dir out", "a=nothere.jsonl isn't a file: "),
+    ("evaluate --model student --sets a=rows.jsonl --output_dir out --seeds x", "--seeds has 'x': "),
+    ("evaluate --model student --sets a=rows.jsonl --output_dir out --limit 0", "--limit 0 is less than 1: "),
+    ("evaluate --model student --sets a=rows.jsonl --output_dir out --top_p 2", "--top_p 2.0 is no share: "),
+    ("report broken", "'broken/result.json' isn't valid JSON ("),
+    ("push broken", "REPO is not set: name the repository on the hub"),
+    ("analyse broken --examples x", "argument --examples: invalid int value: 'x'"),
 ]
 
 # ---- What only the loaded student tells
@@ -852,6 +927,15 @@ AFTER_LOADING: list[tuple[Callable[[], dict[str, Any]], str]] = [
         "optimizers: 2 of the optimizer's 2 parameters are none of the student's: ",
     ),
     (lambda: {"peft_config": LoraConfig(r=-1, target_modules="all-linear")}, "peft_config doesn't fit the student: "),
+    (
+        lambda: {"train": "nothere"},
+        "resume_from_checkpoint='nothere' isn't a folder: name a checkpoint-N folder of a run",
+    ),
+    (
+        lambda: {"train": "student"},
+        "resume_from_checkpoint='student' is not a checkpoint, it has no trainer_state.json: ",
+    ),
+    (lambda: {"train": True}, "resume_from_checkpoint=True: 'out' has no checkpoint; start without it"),
 ]
 
 
@@ -868,6 +952,7 @@ def folder(tmp_path_factory):
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     return folder
 
 
@@ -922,7 +1007,10 @@ def train(options):
     given = {"model": "student", "teacher_model": "teacher", "train_dataset": tiny.dataset(4)}
     if "args" not in options:
         options["args"] = config()
-    DSKDTrainer(**{**given, **options})
+    checkpoint = options.pop("train", None)
+    trainer = DSKDTrainer(**{**given, **options})
+    if checkpoint is not None:
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("options, expected", OBJECTS, ids=[str(index) for index in range(len(OBJECTS))])

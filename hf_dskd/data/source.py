@@ -28,7 +28,7 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
     from datasets import Dataset, DatasetDict, IterableDatasetDict, load_from_disk
 
     name = run.script.dataset_name
-    if name is None:
+    if not name:
         raise UserError(
             f"dataset_name is not set: name a dataset on the hub, a folder, a .jsonl file or {PYTHON_FUNCTIONS} with"
             " --dataset_name, or a configuration file that does with --config"

@@ -3,7 +3,7 @@ What a run saves beside the student, and how a checkpoint gets to its place.
 
     checkpoint-N/
       (what transformers.Trainer writes: the student or its adapter, tokenizer, optimizer, scheduler, random state)
-      auxiliary.json                 what the other files are, and of which method and pair
+      auxiliary.json                 what the other files are, and of which method, pair, run and settings
       projectors.safetensors         query, s2t, t2s
       discriminator.safetensors      only with adversarial matching; transport_critics.safetensors with transport
       discriminator_optimizer.pt     its optimizer and schedule
@@ -60,27 +60,29 @@ def load_auxiliary(folder: str | Path, modules: dict[str, nn.Module]) -> None:
         module.load_state_dict(load_file(Path(folder) / f"{name}.safetensors"))
 
 
-def check_checkpoint(folder: str | Path, facts: dict[str, Any]) -> None:
-    """
-    Raises a [`UserError`] unless `folder` is a whole checkpoint of a run with the same `facts`.
+def run_id(folder: str | Path) -> str | None:
+    """The run that a checkpoint is of; `None` for one of an earlier version. Damaged ones raise a [`UserError`]."""
+    path = Path(folder) / AUXILIARY_NAME
+    return None if not path.is_file() else read_auxiliary(folder).get("run_id")
 
-    `facts` are what must agree for a run to go on: method, pair, sizes.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"resume_from_checkpoint={str(folder)!r} isn't a folder: name a checkpoint-N folder of a run")
-    # A run's own folder can have the first two.
-    for name in ("trainer_state.json", AUXILIARY_NAME, "optimizer.pt"):
-        if not (folder / name).is_file():
-            inside = checkpoints(folder)
-            hint = f": did you mean {str(inside[-1])!r}?" if inside else ": name a checkpoint-N folder of a run"
-            raise UserError(f"resume_from_checkpoint={str(folder)!r} is not a checkpoint, it has no {name}{hint}")
-    check_facts(folder, facts, "resume_from_checkpoint=")
+
+def read_auxiliary(folder: str | Path) -> dict[str, Any]:
+    """What `auxiliary.json` in `folder` says."""
+    path = Path(folder) / AUXILIARY_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or not isinstance(saved["modules"], dict):
+            raise TypeError("it isn't what hf_dskd writes")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(path)!r} can't be read ({type(error).__name__}: {error}): use another checkpoint"
+        ) from None
+    return saved
 
 
 def check_facts(folder: str | Path, facts: dict[str, Any], name: str) -> None:
     """Raises a [`UserError`] unless what is saved in `folder` (called `name` in messages) is of a run with `facts`."""
-    saved = json.loads((Path(folder) / AUXILIARY_NAME).read_text())
+    saved = read_auxiliary(folder)
     for key, value in facts.items():
         if saved.get(key) != value:
             raise UserError(
@@ -97,7 +99,7 @@ def check_analysed(folder: str | Path) -> None:
             f"{str(folder)!r} has no {AUXILIARY_NAME}: name the output folder of a run of hf_dskd, or a checkpoint-N"
             " in it"
         )
-    saved = json.loads(path.read_text())
+    saved = read_auxiliary(folder)
     if not saved["modules"] and saved["alignment"] not in ("chunks",):
         raise UserError(
             f"{str(folder)!r} was trained with method={saved['method']!r}, which has no projectors and no alignment to"
@@ -108,29 +110,68 @@ def check_analysed(folder: str | Path) -> None:
 def checkpoints(run_folder: str | Path) -> list[Path]:
     """The checkpoints in a folder, by step."""
     found = [path for path in Path(run_folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in found if path.is_dir()), key=step)
+
+
+def step(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Moves a complete checkpoint to its place in one rename; one of the same name that was there goes only then."""
-    if final.exists():
+    """
+    Moves a complete checkpoint to its place in one rename; one of the same name that was there goes only then.
+
+    It is on the disk before it has its name: after a power failure a name would else stand for empty files.
+    """
+    for path in (*staged.rglob("*"), staged):
+        _sync(path)
+    if os.path.lexists(final):
         old = final.with_name(f".old-{final.name}")
-        shutil.rmtree(old, ignore_errors=True)
+        if os.path.lexists(old):
+            remove(old)
         os.replace(final, old)
         os.replace(staged, final)
-        shutil.rmtree(old)
+        _sync(final.parent)
+        remove(old)
     else:
         os.replace(staged, final)
+        _sync(final.parent)
 
 
-def rotate(run_folder: str | Path, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest checkpoints over `limit`; the best one and the newest always stay."""
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint; of a symbolic link only the link, for what it leads to is elsewhere."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        shutil.rmtree(checkpoint)
+
+
+def rotate(run_folder: str | Path, limit: int | None, best: str | None, run: str | None) -> None:
+    """Deletes the oldest checkpoints of a `run` over `limit`; the best one and the newest always stay."""
     if limit is None or limit <= 0:
         return
-    found = checkpoints(run_folder)
+    found = [path for path in checkpoints(run_folder) if _is_of(path, run)]
     keep = {found[-1].name} if found else set()
     if best is not None:
         keep.add(Path(best).name)
     surplus = len(found) - max(limit, len(keep))
     for path in [path for path in found if path.name not in keep][: max(surplus, 0)]:
-        shutil.rmtree(path)
+        remove(path)
+
+
+def _is_of(checkpoint: Path, run: str | None) -> bool:
+    try:
+        return run_id(checkpoint) == run
+    except UserError:
+        return False

@@ -129,6 +129,11 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
                 "train_sampling_strategy='batch_rebalance' knows the student's lengths only, and has a seed of its"
                 " own: use 'group_by_length'"
             )
+        if getattr(self, "enable_jit_checkpoint", False):
+            raise UserError(
+                "enable_jit_checkpoint=True saves in the middle of a step, from which a run can't go on bit by bit:"
+                " leave it out, and set save_steps to what may be lost"
+            )
         check_sharding(self)
         if self.push_to_hub or self.hub_model_id is not None:
             check_repo_id(self.hub_model_id or Path(str(self.output_dir)).absolute().name, "hub_model_id")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from .errors import NonFiniteLossError, UserError
 from .field_checks import check_fields
 from .redaction import without_values
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
+from .run_folder import check_fresh, forget_run, held
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
 
@@ -278,29 +279,6 @@ def _not_parsed(message: str, known: list[str]) -> UserError:
             f"{word!r} belongs to no setting: name a configuration file with --config, a value with --NAME"
         )
     return UserError(instead_of(word.partition("=")[0], known, LISTED))
-
-
-def check_fresh(config: DSKDConfig) -> None:
-    """Refuses to mix a new run with one that is in the output folder."""
-    if config.resume_from_checkpoint:
-        return
-    folder = Path(str(config.output_dir))
-    there = [path.name for path in (*checkpoints(folder)[-1:], folder / RESULT_NAME) if path.exists()]
-    if there:
-        raise UserError(
-            f"output_dir={str(folder)!r} holds another run ({', '.join(there)}): go on with it by"
-            " --resume_from_checkpoint last, name another --output_dir, or delete that folder"
-        )
-
-
-def forget_run(folder: Path) -> None:
-    """Deletes what makes a folder that of a run."""
-    for path in checkpoints(folder):
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    (folder / RESULT_NAME).unlink(missing_ok=True)
 
 
 # What `--smoke` puts in the place of a recipe's own settings; those of the command line go before.
@@ -621,7 +599,9 @@ def cache_teacher(run: Run) -> None:
 
 def train(run: Run) -> None:
     """A whole run: data, models, training, evaluation, [`write_result`], report, push; prints the files to look at."""
-    check_fresh(run.config)
+    folder = Path(str(run.config.output_dir))
+    if not run.config.resume_from_checkpoint:
+        check_fresh(folder)
     student = model_name(run.model.model_name_or_path)
     if run.config.push_to_hub and run.options.sft_teacher and run.config.process_index == 0:
         from .hub.card import identity
@@ -630,12 +610,17 @@ def train(run: Run) -> None:
         # The trainer asks as well, but is made when the teacher is there.
         check_training(run.config, identity(student, run.model.use_peft, run.config.method))
     examples, held_out = load_data(run)
+    # From here on, and not from the first step: a teacher's training is written there too.
+    with held(folder) if run.config.process_index == 0 else nullcontext():
+        _train(run, folder, student, examples, held_out)
+
+
+def _train(run: Run, folder: Path, student: str | None, examples: Any, held_out: Any) -> None:
     teacher = chosen_teacher(run, examples)
     settings = changed_settings(run)
     trainer = make_trainer(run, student, teacher, examples, held_out)
-    if trainer.is_world_process_zero():
-        write_settings(Path(str(run.config.output_dir)) / SETTINGS_NAME, settings)
-    folder = distil(run, trainer)
+    _note_settings(trainer, folder / SETTINGS_NAME, settings)
+    distil(run, trainer)
     if trainer.is_world_process_zero():
         for path in [folder, folder / RESULT_NAME, *show(trainer, folder)]:
             print(path)
@@ -645,14 +630,25 @@ def train(run: Run) -> None:
             print(pushed.commit_url)
 
 
+def _note_settings(trainer: DSKDTrainer, path: Path, settings: dict[str, Any]) -> None:
+    """Writes the settings when training begins: a run that is refused leaves those of the one that is there."""
+    from transformers import TrainerCallback
+
+    class Write(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                write_settings(path, settings)
+
+    trainer.add_callback(Write())
+
+
 def distil(run: Run, trainer: DSKDTrainer) -> Path:
     """
     Trains (from a checkpoint where that is asked for), saves the student, and evaluates it. `result.json` comes last:
     a folder that has it is complete.
     """
     folder = Path(str(run.config.output_dir))
-    resume: Any = run.config.resume_from_checkpoint
-    output = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    output = trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
     # As a user's own call it would push, and the model card isn't there yet.
     trainer.save_model(_internal_call=True)
     metrics: dict[str, float] = {}

@@ -162,6 +162,9 @@ class DistillationSettings:
             `"skip"` it on all processes and for all optimizers and schedules; `skipped_steps` in log and result counts
             them. That waits for the device once a step, and stops after 10 such steps in a row. What a loss scale of
             fp16 makes overflow is neither: the scaler skips it by itself.
+        allow_changed_settings (`bool`, *optional*, defaults to `False`):
+            Let a run go on from a checkpoint with other settings than it was saved with, as a learning rate, data or
+            number of processes. Without, a change of what decides what becomes of the student is refused by name.
         max_length (`int`, *optional*, defaults to `512`): Longest sequence (prompt, response and EOS) of either model.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Skip examples whose prompt leaves no room for a response, instead of stopping with an error.
@@ -326,6 +329,7 @@ class DistillationSettings:
         "at a step that is NaN or infinite: stop, or skip it (which waits for the device once a step)",
         choices=ON_NONFINITE,
     )
+    allow_changed_settings: bool = _setting(False, "resume with other settings than the checkpoint was saved with")
 
     # Data
     max_length: int = _setting(

@@ -7,14 +7,15 @@ import logging
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import get_mixed_precision_context_manager
+from accelerate.utils import broadcast_object_list, get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
@@ -72,6 +73,7 @@ from .checks import (
 from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.fillers import first_examples
+from .data.fingerprint import fingerprint
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.prompts import answer_frame, depends_on_the_day, set_pad_token
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
@@ -132,6 +134,8 @@ from .pretrained import (
 )
 from .projectors import Projectors
 from .result import RESULT_NAME, evaluations, write_result, write_text
+from .resume import check_checkpoint, check_settings, rates, set_rates, trajectory
+from .run_folder import check_fresh, forget_run, held, last_checkpoint, note, noted, recover
 from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
@@ -516,6 +520,10 @@ class DSKDTrainer(Trainer):
         self._update_hook: Any = None
         self._updated = False  # whether the last step was, which a scaler or `on_nonfinite` may leave out
         self.skipped_steps = self._skipped_in_a_row = 0
+        self._begun: dict[str, str | None] = {}  # the runs of this trainer, by their folders
+        self._run_id: str | None = None
+        self._data: str | None = None  # fingerprint of the training data, made when it is needed
+        self._changed_settings = False
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
         self._trial: Any = None  # of a search
@@ -1388,26 +1396,94 @@ class DSKDTrainer(Trainer):
         # Both may have changed since the trainer was made.
         check_steps(self.args, self.train_dataset)
         check_trainable(self.model)
-        if resume_from_checkpoint is True:
-            found = get_last_checkpoint(self.args.output_dir)
-            if found is None:
+        trial = args[0] if args else kwargs.get("trial")
+        if resume_from_checkpoint is None and trial is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if resume_from_checkpoint in ("last", "true", "True"):
+            resume_from_checkpoint = True
+        folder = Path(super()._get_output_dir(trial))
+        with ExitStack() as stack:
+            begun = self._on_main(lambda: self._begin(folder, resume_from_checkpoint, stack))
+            checkpoint, self._run_id, self.skipped_steps, self._changed_settings = begun
+            self._begun[str(folder)] = self._run_id
+            if checkpoint is not None:
+                finished = self._finished_at(checkpoint)
+                if finished is not None:
+                    return finished
+            if self.is_world_process_zero():
+                self._forget_earlier(checkpoint is not None)
+            result = super().train(checkpoint, *args, **kwargs)
+            if not self.state.global_step and not hasattr(self.train_dataset, "__len__"):
                 raise UserError(
-                    f"resume_from_checkpoint=True: {self.args.output_dir!r} has no checkpoint; start without it"
+                    "no step was taken: train_dataset is a stream that gave no batch; pass one with examples"
                 )
-            resume_from_checkpoint = found
-        if resume_from_checkpoint:
-            checkpoint_files.check_checkpoint(str(resume_from_checkpoint), self._facts)
-            finished = self._finished_at(str(resume_from_checkpoint))
-            if finished is not None:
-                return finished
-        if self.is_world_process_zero():
-            self._forget_earlier(bool(resume_from_checkpoint))
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if not self.state.global_step and not hasattr(self.train_dataset, "__len__"):
-            raise UserError("no step was taken: train_dataset is a stream that gave no batch; pass one with examples")
-        self._check_finite()
+            self._check_finite()
         # Of steps that were left out Trainer knows nothing.
         return result._replace(training_loss=result.metrics["train_loss"])
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` on the main process; what it returns or refuses is so on all of them."""
+        answer: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = work()
+            except UserError as error:
+                answer[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise UserError(answer[1])
+        return answer[0]
+
+    def _begin(
+        self, folder: Path, resume: str | bool | None, stack: ExitStack
+    ) -> tuple[str | None, str | None, int, bool]:
+        """
+        Takes the folder until `stack` ends, and finds what to go on from.
+
+        Returns the checkpoint, the run's id, the steps that it has left out, and whether settings have changed.
+        """
+        stack.enter_context(held(folder))
+        recover(folder)
+        if not resume:
+            if getattr(self.args, "overwrite_output_dir", False):
+                forget_run(folder)
+            # Training again is this trainer's own affair.
+            if noted(folder).get("run_id") is None or noted(folder)["run_id"] != self._begun.get(str(folder)):
+                check_fresh(folder)
+            run = uuid.uuid4().hex
+            note(folder, run_id=run)
+            return None, run, 0, False
+        checkpoint = last_checkpoint(folder) if resume is True else Path(str(resume))
+        saved, changed = self._check_checkpoint(checkpoint)
+        note(folder, run_id=saved.get("run_id"))
+        return str(checkpoint), saved.get("run_id"), saved.get("skipped_steps", 0), changed
+
+    def _check_checkpoint(self, checkpoint: Path) -> tuple[dict[str, Any], bool]:
+        """What is written in a checkpoint that this run can go on from, and whether with other settings."""
+        shapes = {
+            name: {key: list(value.shape) for key, value in module.state_dict().items()}
+            for name, module in self._auxiliary_modules().items()
+        }
+        needed = [checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME] if self._trains_critic else []
+        needed += ["scaler.pt"] if self.accelerator.scaler is not None else []
+        # Where every node has files of its own, this one hasn't those of the others.
+        ranks = 0 if self.args.save_on_each_node else self.accelerator.num_processes
+        saved = check_checkpoint(checkpoint, self._facts, shapes, needed, ranks)
+        if "settings" in saved:
+            return saved, bool(check_settings(checkpoint, saved["settings"], self._trajectory(), self.args))
+        logger.warning("%s is of an earlier version, without settings that could be compared", checkpoint)
+        return saved, False
+
+    def _trajectory(self) -> dict[str, Any]:
+        """What a checkpoint says of the settings that decide what becomes of the student."""
+        self._data = self._data or fingerprint(self.train_dataset)
+        model: Any = self.model
+        adapters = getattr(model, "peft_config", None)
+        adapter = adapters[model.active_adapter] if adapters else None
+        found = trajectory(self.args, self.accelerator.num_processes, self._data, adapter)
+        student_dtype = str(next(self.model.parameters()).dtype)
+        return {**found, "student_dtype": student_dtype, "per_device_train_batch_size": self._train_batch_size}
 
     def _forget_earlier(self, resumed: bool) -> None:
         """Deletes what an earlier run left in the output folder and this one may not write again."""
@@ -1472,10 +1548,13 @@ class DSKDTrainer(Trainer):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir if output_dir is not None else self.args.output_dir
-            checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), self._facts)
             if self._facts["adapter"]:
                 # PEFT saves none, and that of the base may stop at other tokens.
                 save_generation_config(self.model, str(folder))
+            facts = {**self._facts, "run_id": self._run_id, "skipped_steps": self.skipped_steps}
+            if self._staging is not None:
+                facts["settings"] = self._trajectory()
+            checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), facts)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -1488,11 +1567,19 @@ class DSKDTrainer(Trainer):
         checkpoint_files.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer: Any = self.optimizer
+        kept = rates(optimizer, self.lr_scheduler)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.adversary is not None and self.adversary.optimizer is not None:
+        if self._changed_settings:
+            set_rates(optimizer, self.lr_scheduler, kept)
+        if checkpoint is not None and self._trains_critic:
+            assert self.adversary is not None and self.adversary.optimizer is not None
+            kept = rates(self.adversary.optimizer, self.adversary.scheduler)
             path = os.path.join(checkpoint, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self.adversary.load_state_dict(state)
+            if self._changed_settings:
+                set_rates(self.adversary.optimizer, self.adversary.scheduler, kept)
 
     def load_trained(self, folder: str | Path) -> None:
         """
@@ -1544,7 +1631,8 @@ class DSKDTrainer(Trainer):
         if best is not None and Path(best).parent == staging:
             self.state.best_model_checkpoint = str(run_dir / Path(best).name)
         if self.args.should_save:
-            checkpoint_files.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            best = self.state.best_model_checkpoint
+            checkpoint_files.rotate(run_dir, self.args.save_total_limit, best, self._run_id)
         self._running.restart_clock()
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:

@@ -11,6 +11,7 @@ from hf_dskd import UserError, packaged, run
 from hf_dskd.analysis.record import draw_projections
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
 from hf_dskd.result import write_text
+from hf_dskd.run_folder import check_fresh
 from hf_dskd.teacher.responses import write_responses
 
 
@@ -85,13 +86,13 @@ def test_a_smoke_run_forgets_smoke_runs_only(tmp_path, monkeypatch):
     given = run.parse(None, None, arguments)
     assert (folder / "checkpoint-2").is_dir() and (folder / "result.json").is_file()
     with pytest.raises(UserError, match="holds another run"):
-        run.check_fresh(given.config)
+        check_fresh(given.config.output_dir)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (folder / "checkpoint-4").symlink_to(elsewhere)
     (folder / "checkpoint-notes").mkdir()
     (folder / "tiny_models").mkdir()
-    run.check_fresh(run.parse(None, None, arguments).config)
+    check_fresh(run.parse(None, None, arguments).config.output_dir)
     assert {path.name for path in folder.iterdir()} == {"checkpoint-notes", "tiny_models"} and elsewhere.is_dir()
 
 

@@ -109,7 +109,7 @@ def test_half_written_checkpoint_is_not_taken_for_one(tmp_path):
     staging = tmp_path / ".incomplete" / f"checkpoint-{STEPS + 1}"
     staging.mkdir(parents=True)
     (staging / "trainer_state.json").write_text("{}")
-    again = make(tmp_path, False, max_steps=STEPS + 1)
+    again = make(tmp_path, False, max_steps=STEPS + 1, allow_changed_settings=True)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == STEPS + 1
     assert not (tmp_path / ".incomplete").exists()

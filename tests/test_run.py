@@ -11,9 +11,10 @@ import pytest
 import runs
 import tiny
 from transformers import AutoModelForCausalLM
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from hf_dskd import UserError, result, run
+from hf_dskd.run_folder import check_fresh, forget_run
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +101,12 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
         == json.loads((out / "eval_results.json").read_text())["eval_bits_per_byte"]
     )
 
-    again = gpt2_qwen(pair, out, "--sft_teacher", "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
+    longer = ("--sft_teacher", "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
+    settings = (out / "settings.yaml").read_text()
+    refused = gpt2_qwen(pair, out, *longer, check=False)
+    assert refused.returncode == 2 and "num_train_epochs was 1.0 and is 2.0; " in refused.stderr
+    assert (out / "settings.yaml").read_text() == settings and (out / "result.json").is_file()
+    again = gpt2_qwen(pair, out, *longer, "--allow_changed_settings")
     assert "using the teacher trained before" in again.stdout
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
 
@@ -168,20 +174,21 @@ def test_a_smoke_run_of_data_of_ones_own():
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
     config = runs.config(tmp_path)
-    run.check_fresh(config)
+    check_fresh(tmp_path)
     (tmp_path / "settings.yaml").touch()  # stopped before its first checkpoint
-    run.check_fresh(config)
+    check_fresh(tmp_path)
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with pytest.raises(UserError, match=r"holds another run \(checkpoint-10\): .*--resume_from_checkpoint last"):
-        run.check_fresh(config)
+        check_fresh(tmp_path)
     (tmp_path / "result.json").touch()
     with pytest.raises(UserError, match=r"\(checkpoint-10, result.json\)"):
         run.train(run.Run(ScriptArguments(), config, None, run.RunArguments()))
     config.resume_from_checkpoint = "last"
-    run.check_fresh(config)
-    run.forget_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["settings.yaml"]
+    with pytest.raises(UserError, match="dataset_name is not set"):
+        run.train(run.Run(ScriptArguments(), config, ModelConfig(), run.RunArguments()))
+    forget_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".run.lock"] == ["settings.yaml"]
 
 
 def test_a_recipes_help_has_its_own_defaults():

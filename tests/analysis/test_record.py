@@ -10,6 +10,7 @@ import torch
 from hf_dskd import UserError
 from hf_dskd.analysis.record import gradient_norms, probe_rows, read_numbers, record
 from hf_dskd.objective import total_loss
+from hf_dskd.run_folder import forget_run
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path):
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert read_numbers(tmp_path / "analysis") == numbers
     # One that starts anew drops all of it.
+    forget_run(tmp_path)
     fresh = runs.trainer(tmp_path, **{**settings, "max_steps": 1})
     fresh.train()
     assert analysed(fresh) == [0, 1]

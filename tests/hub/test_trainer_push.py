@@ -33,7 +33,7 @@ def python(hub, home, code, token="hf_write"):
 
 
 def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
-    """Also after a first run in the same folder, whose result must not be told again."""
+    """Also after a first run in the same folder, which is overwritten and whose result must not be told again."""
     lines = python(
         hub,
         tmp_path,
@@ -44,6 +44,7 @@ def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
                 {str(tmp_path / "out")!r}, push_to_hub=True, hub_model_id="tiny-student", max_steps=steps,
                 eval_dataset=tiny.dataset(4), push_auxiliary_to_hub=steps == 2, hub_token="hf_write",
             )
+            trainer.args.overwrite_output_dir = True  # a setting of transformers 4
             trainer.train()
             trainer.evaluate()
             if steps == 1:

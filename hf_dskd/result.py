@@ -57,6 +57,7 @@ def write_result(
         "method": config.method,
         "seed": config.seed,
         "data_seed": config.data_seed,
+        "run_id": trainer._run_id,
         "steps": state.global_step,
         "skipped_steps": trainer.skipped_steps,
         "best_checkpoint": best and Path(best).name,

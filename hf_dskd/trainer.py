@@ -1395,7 +1395,8 @@ class DSKDTrainer(Trainer):
             raise UserError("train_dataset=None: pass the examples to train on")
         # Both may have changed since the trainer was made.
         check_steps(self.args, self.train_dataset)
-        check_trainable(self.model)
+        if self.model is not None:  # as it is between the trials of a search
+            check_trainable(self.model)
         trial = args[0] if args else kwargs.get("trial")
         if resume_from_checkpoint is None and trial is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint

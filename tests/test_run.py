@@ -80,7 +80,8 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
     assert list(result["evaluations"]) == ["3"] and result["train_runtime"] > 0
     assert result["command"].startswith("gpt2_qwen.py ") and result["hardware"]["cores"] > 0
     assert result["models"]["trained_parameters"] == result["models"]["student_parameters"] > 0
-    assert result["data"]["train"] == {"rows": 12, "kept": 12, "cut": 0, "empty_responses": 0, "long_prompts": 0}
+    counts = {"rows": 12, "kept": 12, "cut": 0, "empty_responses": 0, "long_prompts": 0}
+    assert counts.items() <= result["data"]["train"].items()
     assert result["changed_settings"]["max_length"] == [512, 256]
     assert (out / "report" / "report.md").is_file()
 

@@ -290,6 +290,13 @@ def status(cell: Cell) -> str:
     return "waiting" if said is None else "failed" if said == "failed" else "interrupted"
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses to write over files of somebody else: where there is no cell, the table is none of a comparison."""
+    there = [name for name in ("results.jsonl", "table.md", "table.png") if (folder / name).exists()]
+    if there and not (folder / "cells").is_dir():
+        raise UserError(f"--output_dir {str(folder)!r} has {there[0]}, of no comparison: choose another folder")
+
+
 def check_settings(cell: Cell) -> None:
     """
     Refuses a cell whose folder has a result or a checkpoint of other settings.
@@ -428,6 +435,7 @@ def run_grid(grid: Grid) -> int:
         UserError: If a cell was run with other settings, before anything is run.
     """
     cells = grid.cells()
+    check_folder(grid.output_dir)
     for cell in cells:
         check_settings(cell)
     write_outputs(cells, grid.output_dir)

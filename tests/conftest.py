@@ -64,9 +64,10 @@ def nothing_left():
 
 
 def environment():
-    """Variables and working directory."""
-    variables, folder = dict(os.environ), os.getcwd()
+    """Variables, working directory, and who prints an error that nobody caught."""
+    variables, folder, hook = dict(os.environ), os.getcwd(), sys.excepthook
     yield
+    sys.excepthook = hook
     variables["PYTEST_CURRENT_TEST"] = os.environ["PYTEST_CURRENT_TEST"]
     os.environ.clear()
     os.environ |= variables

@@ -7,7 +7,7 @@ import runs
 import tiny
 from trl import ScriptArguments
 
-from hf_dskd import UserError, packaged, run
+from hf_dskd import UserError, compare, packaged, run
 from hf_dskd.analysis.record import draw_projections
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
 from hf_dskd.result import write_text
@@ -137,3 +137,15 @@ def test_folders_of_other_names_are_no_analyses(tmp_path):
     write_text(tmp_path / "step-by-step" / "vectors.safetensors", "mine")
     draw_projections(tmp_path)
     assert content(tmp_path) == {"step-by-step/vectors.safetensors": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "table.md", "table.png"])
+def test_a_comparison_writes_over_its_own_table_only(tmp_path, name):
+    (tmp_path / "base.yaml").write_text("dataset_name: x\n")
+    write_text(tmp_path / "out" / name, "mine")
+    arguments = ["--config", str(tmp_path / "base.yaml"), "--methods", "sft", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"has {name}, of no comparison: choose another folder"):
+        compare.run_grid(compare.parse(arguments))
+    assert content(tmp_path / "out") == {name: b"mine"}
+    (tmp_path / "out" / "cells").mkdir()
+    compare.check_folder(tmp_path / "out")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError
 from ..methods import METHODS
+from ..redaction import without_values
 from .card import PUSHED, TAG, read_finished, run_identity, write_model_folder
 from .names import check_repo_id
 
@@ -191,7 +192,7 @@ def push_run(
                     *(CommitOperationAdd(name, path) for name, path in paths.items()),
                     *(CommitOperationDelete(name) for name in sorted(left)),
                 ],
-                commit_message=commit_message or f"A student trained by {run.method} with hf_dskd",
+                commit_message=without_values(commit_message or f"A student trained by {run.method} with hf_dskd"),
                 revision=revision,
                 create_pr=create_pr,
             )

@@ -36,6 +36,7 @@ from ..alignment.spans import answer_spans
 from ..errors import UserError
 from ..models import LMHead, base_causal_lm, check_head, hidden_size
 from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
+from ..redaction import without_secrets
 from .load import Teacher, teacher_dtype
 
 
@@ -134,7 +135,7 @@ def cache_facts(
             json.dumps(getattr(quantization_config, "to_dict", lambda: quantization_config)(), default=str)
         ),
         # Settings of the teacher's configuration that its options replace.
-        "teacher_settings": json.loads(json.dumps(config_settings(options), default=str)) or None,
+        "teacher_settings": json.loads(json.dumps(without_secrets(config_settings(options)), default=str)) or None,
         "teacher_tokenizer": tokenizer_digest(teacher_tokenizer),
         "teacher_chat_template": _digest(json.dumps(teacher_tokenizer.chat_template, sort_keys=True)),
         "prompt_style": config.prompt_style,

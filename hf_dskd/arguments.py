@@ -7,10 +7,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_name
+from .errors import UserError, check_name, kind_of
 
 
 if TYPE_CHECKING:
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
     from .config import DSKDConfig
 
 logger = logging.getLogger(__name__)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def check_args(args: Any) -> None:
@@ -40,14 +32,14 @@ def check_args(args: Any) -> None:
         remedy = "write DSKDConfig(**args)"
     elif isinstance(args, (str, os.PathLike)):
         remedy = f"write DSKDConfig({os.fspath(args)!r}), if that is the output folder"
-    raise UserError(f"args is {_kind(args)}, which isn't a DSKDConfig: {remedy}")
+    raise UserError(f"args is {kind_of(args)}, which isn't a DSKDConfig: {remedy}")
 
 
 def check_functions(**given: Any) -> None:
     """Functions that are given must be callable."""
     for name, function in given.items():
         if function is not None and not callable(function):
-            raise UserError(f"{name}={function!r} is {_kind(function)}: pass a function")
+            raise UserError(f"{name}={function!r} is {kind_of(function)}: pass a function")
 
 
 def check_callbacks(callbacks: Any) -> None:
@@ -57,23 +49,25 @@ def check_callbacks(callbacks: Any) -> None:
     if callbacks is None:
         return
     if not isinstance(callbacks, (list, tuple)):
-        raise UserError(f"callbacks is {_kind(callbacks)}: pass a list of them")
+        raise UserError(f"callbacks is {kind_of(callbacks)}: pass a list of them")
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
-            raise UserError(f"callbacks has {_kind(callback)}, which is no TrainerCallback: derive it from that")
+            raise UserError(f"callbacks has {kind_of(callback)}, which is no TrainerCallback: derive it from that")
 
 
 def check_optimizers(optimizers: Any, model: Any) -> None:
     """An optimizer and a schedule, either of them `None`; the optimizer can't know a student that isn't loaded yet."""
     if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
         shown = f" of {len(optimizers)}" if isinstance(optimizers, (tuple, list)) else ""
-        raise UserError(f"optimizers is {_kind(optimizers)}{shown}: pass the two (optimizer, None)")
+        raise UserError(f"optimizers is {kind_of(optimizers)}{shown}: pass the two (optimizer, None)")
     optimizer, schedule = optimizers
     if optimizer is not None and (isinstance(optimizer, type) or not hasattr(optimizer, "param_groups")):
-        raise UserError(f"optimizers has {_kind(optimizer)} as its first: make a torch.optim.Optimizer, or set optim")
+        raise UserError(
+            f"optimizers has {kind_of(optimizer)} as its first: make a torch.optim.Optimizer, or set optim"
+        )
     if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "step")):
-        raise UserError(f"optimizers has {_kind(schedule)} as its second: make a schedule, or set lr_scheduler_type")
+        raise UserError(f"optimizers has {kind_of(schedule)} as its second: make a schedule, or set lr_scheduler_type")
     if optimizer is not None and isinstance(model, str):
         raise UserError(
             f"optimizers=({type(optimizer).__name__}, ...): the student {model!r} is loaded by its name, and an"
@@ -146,7 +140,7 @@ def check_adapter_config(peft_config: Any) -> None:
 
     if not isinstance(peft_config, PeftConfig):
         remedy = "LoraConfig(**peft_config)" if isinstance(peft_config, Mapping) else "LoraConfig(...)"
-        raise UserError(f"peft_config is {_kind(peft_config)}: write peft_config={remedy}")
+        raise UserError(f"peft_config is {kind_of(peft_config)}: write peft_config={remedy}")
 
 
 def check_quantization(**given: Any) -> None:
@@ -154,7 +148,7 @@ def check_quantization(**given: Any) -> None:
     for name, config in given.items():
         if config is not None and (isinstance(config, type) or not hasattr(config, "quant_method")):
             remedy = f"BitsAndBytesConfig(**{name})" if isinstance(config, Mapping) else "BitsAndBytesConfig(...)"
-            raise UserError(f"{name} is {_kind(config)}: write {name}={remedy}")
+            raise UserError(f"{name} is {kind_of(config)}: write {name}={remedy}")
 
 
 def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) -> None:
@@ -230,10 +224,10 @@ def as_model(model: Any, parameter: str) -> Any:
         return os.fspath(model)
     inner = getattr(model, "module", None)
     if isinstance(model, nn.Module) and isinstance(inner, nn.Module) and not hasattr(model, "config"):
-        raise UserError(f"{parameter} is {_kind(model)} around a {type(inner).__name__}: pass the model itself")
+        raise UserError(f"{parameter} is {kind_of(model)} around a {type(inner).__name__}: pass the model itself")
     if not isinstance(model, nn.Module) or not hasattr(model, "config") or not hasattr(model, "name_or_path"):
         raise UserError(
-            f"{parameter} is {_kind(model)}: pass a name, a folder, or a model of"
+            f"{parameter} is {kind_of(model)}: pass a name, a folder, or a model of"
             " AutoModelForCausalLM.from_pretrained(...)"
         )
     # Those that accelerate keeps elsewhere are on the meta device too.
@@ -242,79 +236,6 @@ def as_model(model: Any, parameter: str) -> Any:
             f"{parameter} is on the meta device, without weights: load it with from_pretrained, or name it"
         )
     return model
-
-
-def as_tokenizer(tokenizer: Any, parameter: str) -> Any:
-    """A tokenizer, that of a processor included."""
-    if tokenizer is None:
-        return None
-    if isinstance(tokenizer, (str, os.PathLike)):
-        name = os.fspath(tokenizer)
-        raise UserError(f"{parameter}={name!r} is a name: pass AutoTokenizer.from_pretrained({name!r})")
-    inner = getattr(tokenizer, "tokenizer", None)
-    if hasattr(inner, "eos_token_id") and callable(inner):
-        logger.info("%s is a %s, of which its tokenizer is taken", parameter, type(tokenizer).__name__)
-        return inner
-    if not hasattr(tokenizer, "eos_token_id") or isinstance(tokenizer, type):
-        wrapped = type(tokenizer).__module__.startswith("tokenizers")
-        remedy = "PreTrainedTokenizerFast(tokenizer_object=...)" if wrapped else "AutoTokenizer.from_pretrained(...)"
-        raise UserError(f"{parameter} is {_kind(tokenizer)}, which is no tokenizer of transformers: pass {remedy}")
-    return tokenizer
-
-
-def as_dataset(data: Any, parameter: str) -> Any:
-    """
-    A dataset of rows; lists of rows, data frames and torch datasets of rows become one.
-
-    Args:
-        data: What was given as `parameter`.
-        parameter (`str`): Its name, for errors.
-
-    Returns:
-        [`~datasets.Dataset`], [`~datasets.IterableDataset`] or `None`.
-    """
-    from datasets import Dataset, IterableDataset
-
-    if data is None or isinstance(data, (Dataset, IterableDataset)):
-        return data
-    if isinstance(data, (str, os.PathLike)):
-        name = os.fspath(data)
-        reader = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(name).suffix)
-        words = f"{name!r}" if reader is None else f"{reader!r}, data_files={name!r}"
-        raise UserError(f"{parameter}={name!r} is a name: pass datasets.load_dataset({words}, split='train')")
-    if isinstance(data, Mapping):
-        if all(isinstance(split, (Dataset, IterableDataset)) for split in data.values()):
-            splits = ", ".join(map(str, data))
-            raise UserError(f"{parameter} is {_kind(data)} of the splits {splits}: pass one of them")
-        raise UserError(f"{parameter} is {_kind(data)}: pass datasets.Dataset.from_dict(...), or a list of rows")
-    library = type(data).__module__.partition(".")[0]
-    if type(data).__name__ == "DataFrame" and library in ("pandas", "polars"):
-        return Dataset.from_pandas(data, preserve_index=False) if library == "pandas" else Dataset.from_polars(data)
-    if isinstance(data, type) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-        raise UserError(f"{parameter} is {_kind(data)}: pass a datasets.Dataset, or a list of rows")
-    rows = [data[index] for index in range(len(data))]
-    if not rows:
-        raise UserError(f"{parameter} has no rows: pass at least one")
-    for index, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise UserError(
-                f"{parameter}: row {index} is {_kind(row)}, not a mapping: write rows as"
-                " {'prompt': ..., 'completion': ...}"
-            )
-    # Dataset.from_list has the columns of the first row alone.
-    columns = dict.fromkeys(name for row in rows for name in row)
-    try:
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except (ValueError, TypeError) as error:  # of pyarrow
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{parameter} is no table ({reason}): give a column values of one kind") from error
-
-
-def as_datasets(data: Any, parameter: str) -> Any:
-    """A dataset, or several by name (see [`as_dataset`])."""
-    if isinstance(data, Mapping):
-        return {name: as_dataset(part, f"{parameter}[{name!r}]") for name, part in data.items()}
-    return as_dataset(data, parameter)
 
 
 def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:

@@ -45,3 +45,11 @@ def check_name(what: str, value: Any, known: Iterable[str]) -> None:
         near = nearest(str(value), known)
         hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"{what}{value!r} is unknown: {hint}one of {', '.join(known)}")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in a sentence: `"a list"`."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

@@ -35,10 +35,7 @@ from .alignment.min_edit import partners
 from .alignment.min_edit import vocabulary_map as edit_distance_map
 from .alignment.spans import answer_spans
 from .arguments import (
-    as_dataset,
-    as_datasets,
     as_model,
-    as_tokenizer,
     check_adapter_config,
     check_args,
     check_backends,
@@ -74,6 +71,7 @@ from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.fillers import first_examples
 from .data.fingerprint import fingerprint
+from .data.kinds import as_dataset, as_datasets, as_tokenizer
 from .data.on_policy import is_on_policy, on_policy_batch
 from .data.prompts import answer_frame, depends_on_the_day, set_pad_token
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
@@ -218,17 +216,19 @@ class DSKDTrainer(Trainer):
     its own (DSKD-CMA-GA, arXiv 2603.22056).
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student: a name or folder, or a loaded causal language model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The teacher. Not needed for `method="sft"`.
         args ([`DSKDConfig`], *optional*): Every setting. `None` is `DSKDConfig("dskd_output")`.
         data_collator (`Callable`, *optional*): Defaults to [`DualCollator`].
         train_dataset ([`~datasets.Dataset`], *optional*), eval_dataset (same or `dict` of such, *optional*):
-            With columns `prompt`/`completion`, `messages`, `instruction`(`/input`)`/output`, the columns named in
-            `args`, or already tokenized by [`tokenize_dataset`]. Of `messages` the last answer is the response;
-            earlier ones are part of its prompt.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer.
+            A list of rows, a pandas `DataFrame` and a torch dataset of rows are taken too. With columns
+            `prompt`/`completion`, `messages`, `instruction`(`/input`)`/output`, the columns named in
+            `args`, or already tokenized by [`tokenize_dataset`]. Of `messages` every answer is learnt, or the last
+            (`train_on`).
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer, or a processor that has it.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The teacher's tokenizer.
         compute_metrics (`Callable`, *optional*): As in [`~transformers.Trainer`]; receives the student's logits.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*): As in [`~transformers.Trainer`].

@@ -12,8 +12,9 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from hf_dskd import tokenize_dataset
-from hf_dskd.arguments import as_dataset, as_datasets, as_model, as_tokenizer, check_optimized, check_trackers
+from hf_dskd.arguments import as_model, check_optimized, check_trackers
 from hf_dskd.data.collator import DualCollator
+from hf_dskd.data.kinds import as_dataset, as_datasets, as_tokenizer
 from hf_dskd.errors import UserError
 
 
@@ -124,6 +125,22 @@ def test_a_tracker_that_is_not_installed(monkeypatch):
     check_trackers(["tensorboard"])
     with pytest.raises(UserError, match="report_to='wandb' needs wandb: pip install wandb, or choose another"):
         check_trackers(["tensorboard", "wandb"])
+
+
+def test_tokenizing_takes_the_same_kinds():
+    whole = tokenize_dataset(tiny.dataset(4), STUDENT, TEACHER, max_length=256)[0].to_list()
+    for data in (ROWS, OfTorch(), pd.DataFrame(ROWS)):
+        assert tokenize_dataset(data, STUDENT, TEACHER, max_length=256)[0].to_list() == whole
+    for options, expected in (
+        ({"dataset": "rows.jsonl"}, "dataset='rows.jsonl' is a name: pass datasets.load_dataset"),
+        ({"student_tokenizer": "gpt2"}, "student_tokenizer='gpt2' is a name: pass AutoTokenizer"),
+        ({"train_on": "first"}, "train_on='first' is unknown: one of all, last"),
+        ({"on_bad_row": "stopp"}, "on_bad_row='stopp' is unknown: did you mean 'stop'"),
+        ({"prompt_style": "chatty"}, "prompt_style='chatty' is unknown: did you mean 'chat'"),
+    ):
+        given = {"dataset": tiny.dataset(2), "student_tokenizer": STUDENT, "max_length": 256}
+        with pytest.raises(UserError, match=f"^{expected}"):
+            tokenize_dataset(**{**given, **options})
 
 
 # ---- Tokenizers of other models

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
 from hf_dskd.data.formats import Example, detect_format, read_examples
+from hf_dskd.data.kinds import as_dataset, as_tokenizer
 from hf_dskd.data.prompts import Frame, answer_frame, closing_tokens, plain_tokens, rendered_tokens, uses_template
 from hf_dskd.data.templates import Template, Turn, check_rendered, control_pattern
 from hf_dskd.data.tokens import answer_tokens, name_of, traits_of
-from hf_dskd.errors import UserError
+from hf_dskd.errors import UserError, check_name
 
 
 if TYPE_CHECKING:
@@ -328,8 +329,15 @@ def tokenize_dataset(
     """
     from datasets import Dataset, Features
 
-    if prompt_style not in ("chat", "plain"):
-        raise UserError(f"prompt_style={prompt_style!r} is unknown; set it to 'chat' or 'plain'")
+    for name, value, known in (
+        ("prompt_style", prompt_style, ("chat", "plain")),
+        ("train_on", train_on, ("all", "last")),
+        ("on_bad_row", on_bad_row, ("stop", "skip")),
+    ):
+        check_name(f"{name}=", value, known)
+    dataset = as_dataset(dataset, "dataset")
+    student_tokenizer = as_tokenizer(student_tokenizer, "student_tokenizer")
+    teacher_tokenizer = as_tokenizer(teacher_tokenizer, "teacher_tokenizer")
     for name, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer)):
         if tokenizer is not None:
             _check_tokenizer(tokenizer, name)

@@ -583,7 +583,7 @@ def test_chat_and_plain():
     assert student.decode(plain["input_ids"][: plain["prompt_length"]]) == "Prompt 0\n"
     assert chat["teacher_input_ids"] == plain["teacher_input_ids"]
     assert chat["input_ids"][chat["prompt_length"] :] == plain["input_ids"][plain["prompt_length"] :]
-    with pytest.raises(UserError, match="prompt_style='Plain' is unknown; set it to 'chat' or 'plain'"):
+    with pytest.raises(UserError, match="prompt_style='Plain' is unknown: did you mean 'plain'"):
         tokenize_dataset(rows, student, max_length=100, prompt_style="Plain")
 
 

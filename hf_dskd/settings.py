@@ -215,8 +215,10 @@ class DistillationSettings:
         teacher_device (`str`, *optional*): Where the teacher is, such as `"cuda:1"`; by default beside the student.
         teacher_dtype (`str`, *optional*, defaults to `"auto"`):
             Of a teacher given by name: `"auto"` is the training precision (bf16, fp16, or else float32).
-        model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a student given by name.
-        teacher_model_init_kwargs (`dict` or `str`, *optional*): For `from_pretrained` of a teacher given by name.
+        model_init_kwargs (`dict` or `str`, *optional*):
+            For `from_pretrained` of a student given by name. Each option goes to configuration, tokenizer, weights and
+            code, wherever it means something; one that has no effect is refused.
+        teacher_model_init_kwargs (`dict` or `str`, *optional*): The same for a teacher given by name.
     """
 
     # Method

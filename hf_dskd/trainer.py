@@ -219,7 +219,7 @@ class DSKDTrainer(Trainer):
         model (`str`, `Path`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student: a name or folder, or a loaded causal language model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The teacher. Not needed for `method="sft"`.
+            The teacher; its name or folder may be that of an adapter. Not needed for `method="sft"`.
         args ([`DSKDConfig`], *optional*): Every setting. `None` is `DSKDConfig("dskd_output")`.
         data_collator (`Callable`, *optional*): Defaults to [`DualCollator`].
         train_dataset ([`~datasets.Dataset`], *optional*), eval_dataset (same or `dict` of such, *optional*):

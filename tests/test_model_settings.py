@@ -175,6 +175,14 @@ def test_a_configuration_of_data_that_have_none(dataset, parsed, tmp_path):
         parsed(f"--dataset_name={dataset(tmp_path)}", "--dataset_config=en")
 
 
+@pytest.mark.parametrize("name, words", [("validation", "isn't there: the splits are train"), ("train", "is what is")])
+def test_a_split_to_evaluate_on_that_is_not_there(name, words, parsed, tmp_path):
+    flags = [f"--dataset_name={a_file(tmp_path)}", f"--dataset_test_split={name}", "--held_out_size=1"]
+    with pytest.raises(UserError, match=f"dataset_test_split='{name}' {words}"):
+        run.load_data(parsed(*flags))
+    assert len(run.load_data(parsed(flags[0], flags[2]))[1]) == 1
+
+
 def test_bias_buffers(parsed):
     with pytest.raises(UserError, match="ignore_bias_buffers=True is not used"):
         parsed("--ignore_bias_buffers=true")
@@ -196,6 +204,16 @@ def test_the_teachers_revision(parsed):
     assert torch.equal(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=1)))
     trainer = make(parsed())
     assert torch.equal(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=0)))
+
+
+def test_the_revision_of_a_teacher_that_is_trained_first(parsed):
+    settings = ["--teacher_model_revision=v2", "--sft_teacher", "--sft_teacher_lora_r=0", "--sft_teacher_epochs=1"]
+    started = parsed(*settings, "--sft_teacher_learning_rate=1e-12")
+    folder = run.chosen_teacher(started, tiny.dataset(4))
+    trainer = run.make_trainer(started, "some/student", folder, tiny.dataset(4), None)
+    # Its folder has no revisions, and is where it is.
+    assert trainer.args.teacher_model_init_kwargs == {}
+    torch.testing.assert_close(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=1)), rtol=0, atol=1e-6)
 
 
 def test_two_revisions(parsed, hub):

@@ -131,6 +131,10 @@ def choose_splits(run: Run, data: Any) -> tuple[Any, Any]:
     train_name, test_name = run.script.dataset_train_split, run.script.dataset_test_split
     if train_name not in data:
         raise UserError(f"dataset_train_split={train_name!r} isn't there: the splits are {', '.join(data)}")
+    # Without a word about it, there may be none.
+    if test_name != "test" and (test_name not in data or test_name == train_name):
+        why = "is what is trained on" if test_name == train_name else f"isn't there: the splits are {', '.join(data)}"
+        raise UserError(f"dataset_test_split={test_name!r} {why}; name another, or leave it out and set held_out_size")
     streamed = not hasattr(data[train_name], "__len__")
     if run.options.rename_columns:
         pairs = [pair.partition("=") for pair in run.options.rename_columns.split(",")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import broadcast_object_list, get_mixed_precision_context_manager
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
@@ -69,7 +70,7 @@ from .checks import (
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
-from .data.fillers import first_examples
+from .data.fillers import FilledStream, first_examples, without_fillers
 from .data.fingerprint import fingerprint
 from .data.kinds import as_dataset, as_datasets, as_tokenizer
 from .data.on_policy import is_on_policy, on_policy_batch
@@ -479,6 +480,9 @@ class DSKDTrainer(Trainer):
                 pad_to_length=args.max_length + 1 if args.as_published else None,
                 teacher_states=None if self._cache is None else self._cache.batch,
             )
+        if args.world_size > 1 and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+            # One rank would cut the batches of all out of its own, which are padded to lengths of their own.
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
             model=student,
             args=args,
@@ -651,7 +655,27 @@ class DSKDTrainer(Trainer):
             eval_dataset = self._tokenize(as_dataset(eval_dataset, "eval_dataset"), "eval")
             if self._cache is not None:
                 self._cache.fill({"eval": eval_dataset}, self._load_teacher)
-        return super().get_eval_dataloader(eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            chosen: Any = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]  # type: ignore
+            if chosen is not None and not hasattr(chosen, "__len__"):
+                eval_dataset = chosen
+        return super().get_eval_dataloader(self._filled(eval_dataset, self.args.eval_batch_size))
+
+    def get_train_dataloader(self) -> Any:
+        """As in [`~transformers.Trainer`]; a stream ends with a whole batch of every rank."""
+        dataset = self.train_dataset
+        self.train_dataset = self._filled(dataset, self._train_batch_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _filled(self, dataset: Any, batch_size: int) -> Any:
+        """A stream for several ranks, or `dataset` as it is."""
+        ranks = self.accelerator.num_processes
+        if dataset is None or isinstance(dataset, str) or hasattr(dataset, "__len__") or ranks == 1:
+            return dataset
+        return FilledStream(dataset, batch_size * (1 if self.accelerator.split_batches else ranks))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
@@ -679,8 +703,10 @@ class DSKDTrainer(Trainer):
         self._on_policy = is_on_policy(self.state.global_step, self.args.on_policy_fraction)
         if self._on_policy and batches:
             batches = [self._answered_by_student(batch, place) for place, batch in enumerate(batches)]
+        if self.accelerator.num_processes > 1:
+            batches = [without_fillers(batch) for batch in batches]
         filled = self._leave_fillers_out(batches)
-        if batches and (self._on_policy or filled):
+        if batches and (self._on_policy or filled or not hasattr(self.train_dataset, "__len__")):
             items = self._get_num_items_in_batch(batches, device)
         return batches, items
 
@@ -1226,7 +1252,7 @@ class DSKDTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss, and logits `[B, S, V_s]` with labels `[B, S]` where they are asked for."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = without_fillers(self._prepare_inputs(inputs))
         with torch.no_grad():
             result = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
         if self.accelerator.num_processes > 1 and self._evaluated:
@@ -1304,6 +1330,9 @@ class DSKDTrainer(Trainer):
         """Scores of greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
         tokenizer, rank, ranks = self._tokenize.student, self.accelerator.process_index, self.accelerator.num_processes
         count = self.args.eval_generation_samples
+        # As accelerate and the filling for several ranks wrap a stream.
+        while isinstance(dataset, (IterableDatasetShard, FilledStream)):
+            dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset.stream
         if hasattr(dataset, "__len__"):
             rows = [dataset[place] for place in range(min(count, len(dataset)))]
         else:

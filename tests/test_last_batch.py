@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import runs
+import tiny
 import torch
+from datasets import IterableDataset
 
 from hf_dskd.data.fillers import first_examples
-
-
-LABELS = ("labels", "teacher_labels")
 
 
 def batch(run, rows):
@@ -25,21 +24,25 @@ def test_first_examples(count, tmp_path):
     copies = {name: value.clone() for name, value in whole.items()}
     first = first_examples(whole, count)
     assert first.keys() == whole.keys()
+    nothing = dict.fromkeys(("labels", "teacher_labels"), -100)
+    for column, value in (("byte_ends", -1), ("chunk_ids", -1), ("places", -1), ("closing", False)):
+        nothing |= {f"{side}{column}": value for side in ("", "teacher_")}
     for name, value in first.items():
-        if count > 0 or name not in (
-            *LABELS,
-            *(f"{side}{n}" for side in ("", "teacher_") for n in ("byte_ends", "chunk_ids")),
-        ):
-            assert torch.equal(value, copies[name][: max(count, 1)]), name
-        else:
-            assert len(value) == 1 and (value == (-100 if name in LABELS else -1)).all()
+        expected = copies[name][: max(count, 1)]
+        if count < 1 and name in nothing:
+            expected = torch.full_like(expected, nothing[name])
+        assert torch.equal(value, expected), name
         assert torch.equal(whole[name], copies[name]), name
 
 
 def logs_of_runs(folder, size):
     """Two epochs of 11 examples, 8 to a step."""
     logs = {}
-    cases = {name: (settings, {}) for name, settings in runs.CASES.items()}
+    rows = tiny.dataset(11).to_list()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    cases: dict = {"stream": ({"method": "dskd_cma_ga"}, {"train_dataset": stream, "eval_dataset": stream})}
+    cases["stream"][1]["eval_generation_samples"] = 3
+    cases |= {name: (settings, {}) for name, settings in runs.CASES.items()}
     cases["grouped"] = (
         {"method": "dskd_cma_ga"},
         {"group_by_length": True}
@@ -66,6 +69,11 @@ def logs_of_runs(folder, size):
         ends = ("loss", "rate", "agreement", "norm", "real", "cost")
         names = sorted(name for name in run.state.log_history[0] if name.endswith(ends))
         logs[case] = [[log[name] for name in names] for log in run.state.log_history if "loss" in log]
+        if case == "stream":
+            metrics = run.evaluate()
+            logs[case].append(
+                [metrics[name] for name in sorted(metrics) if name.endswith(("loss", "byte", "rouge_l"))]
+            )
         logs[case].append([weight.double().sum().item() for weight in runs.weights(run).values()])
     return logs if run.accelerator.is_main_process else None
 

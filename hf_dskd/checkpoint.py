@@ -172,6 +172,6 @@ def rotate(run_folder: str | Path, limit: int | None, best: str | None, run: str
 
 def _is_of(checkpoint: Path, run: str | None) -> bool:
     try:
-        return run_id(checkpoint) == run
+        return (checkpoint / AUXILIARY_NAME).is_file() and run_id(checkpoint) == run
     except UserError:
         return False

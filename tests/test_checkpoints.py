@@ -249,6 +249,7 @@ def test_another_runs_checkpoints_are_not_rotated_away(made, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "auxiliary.json").write_text("{")
+    checkpoint_files.rotate(tmp_path, 1, None, None)  # a run of an earlier version, which has none here
     checkpoint_files.rotate(tmp_path, 1, None, own)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 6)]
 

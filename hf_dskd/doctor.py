@@ -209,11 +209,13 @@ def gpus() -> Lines:
 
 
 def precision() -> Lines:
-    """What a run takes where nothing is said about it."""
+    """What a run takes where nothing is said about it but by its launcher."""
+    from .precision import launched_precision
     from .run import fastest_precision
 
-    flags = [flag for flag in fastest_precision() if flag in ("--bf16", "--fp16")]
-    yield OK, f"{flags[0][2:] if flags else 'float32'} is what a run takes here; --bf16 and --fp16 say otherwise"
+    flags = [flag[2:] for flag in fastest_precision() if flag in ("--bf16", "--fp16")]
+    chosen = launched_precision() or (flags[0] if flags else "float32")
+    yield OK, f"{chosen} is what a run takes here; --bf16 and --fp16 say otherwise"
 
 
 # Ends with a signal where bitsandbytes has no kernel for the processor: hence a process of its own.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .pretrained import DTYPE, PLACE, options_of
+from .pretrained import PLACE, dtype_option, options_of
 
 
 if TYPE_CHECKING:
@@ -46,8 +46,12 @@ def student_options(run: Run) -> dict[str, Any]:
     """Options for `from_pretrained` of the student, out of all settings that say something of it."""
     values = {**vars(run.model), "model_init_kwargs": run.config.model_init_kwargs}
     options = merged_options(values, STUDENT, "model_init_kwargs")
-    if run.model.dtype is not None and not any(name in options for name in DTYPE):
+    given = dtype_option(options, "model_init_kwargs")
+    if given is None and run.model.dtype is not None:
         options["dtype"] = run.model.dtype
+    # float32 is trl's default, and says nothing.
+    elif run.model.dtype not in (None, "float32") and dtype_option({"dtype": run.model.dtype}, "dtype") != given:
+        raise UserError(f"dtype={run.model.dtype!r} and model_init_kwargs with dtype={str(given)!r}: name one")
     return options
 
 

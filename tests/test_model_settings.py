@@ -315,6 +315,15 @@ def test_options_that_are_refused(side, more, words, parsed, hub):
         make(parsed(f"--{side}model_init_kwargs={options(hub, **more)}"))
 
 
+def test_a_dtype_against_an_option(parsed, hub):
+    option = f"--model_init_kwargs={options(hub, dtype='float16')}"
+    with pytest.raises(
+        UserError, match=r"dtype='bfloat16' and model_init_kwargs with dtype='torch.float16': name one"
+    ):
+        make(parsed("--dtype=bfloat16", option))
+    assert make(parsed(option)).model.dtype == make(parsed("--dtype=float16", option)).model.dtype == torch.float16
+
+
 def test_teacher_dtype_against_an_option(parsed, hub):
     flags = ["--teacher_dtype=float16", f"--teacher_model_init_kwargs={options(hub, dtype='bfloat16')}"]
     with pytest.raises(UserError, match="teacher_dtype='float16' and teacher_model_init_kwargs with dtype 'bfloat16'"):

@@ -8,7 +8,7 @@ import runs
 import tiny
 import torch
 
-from hf_dskd import DSKDConfig, UserError, precision, run
+from hf_dskd import DSKDConfig, UserError, doctor, precision, run
 
 
 @pytest.fixture
@@ -93,6 +93,13 @@ def test_the_command_line_hears_the_launcher(launched, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "fastest_precision", lambda: ["--fp16"])
     launched("bf16")
     assert run.parse(None, None, [f"--output_dir={tmp_path}", "--use_cpu=true"]).config.training_dtype == "bfloat16"
+
+
+def test_doctor_hears_the_launcher(launched):
+    launched("fp16")
+    assert [text for _, text in doctor.precision()] == [
+        "fp16 is what a run takes here; --bf16 and --fp16 say otherwise"
+    ]
 
 
 # ---- A GPU

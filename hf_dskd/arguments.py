@@ -272,7 +272,7 @@ def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, i
     try:
         here = {**options_of(init_kwargs), "local_files_only": True}
         saved = load_tokenizer(name, here, "the tokenizer", parameter).get_vocab()
-    except (UserError, OSError):  # there is none here, or the model has no name
+    except (OSError, ValueError):  # there is none here, or the model has no name
         return
     given = tokenizer.get_vocab()
     same = sum(given.get(piece) == token for piece, token in saved.items())

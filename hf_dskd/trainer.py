@@ -132,6 +132,7 @@ from .pretrained import (
     weight_options,
 )
 from .projectors import Projectors
+from .redaction import without_secrets
 from .result import RESULT_NAME, evaluations, write_result, write_text
 from .resume import check_checkpoint, check_settings, rates, set_rates, trajectory
 from .run_folder import check_fresh, forget_run, held, last_checkpoint, note, noted, recover
@@ -1513,7 +1514,8 @@ class DSKDTrainer(Trainer):
         adapter = adapters[model.active_adapter] if adapters else None
         found = trajectory(self.args, self.accelerator.num_processes, self._data, adapter)
         student_dtype = str(next(self.model.parameters()).dtype)
-        return {**found, "student_dtype": student_dtype, "per_device_train_batch_size": self._train_batch_size}
+        found |= {"student_dtype": student_dtype, "per_device_train_batch_size": self._train_batch_size}
+        return without_secrets(found)
 
     def _forget_earlier(self, resumed: bool) -> None:
         """Deletes what an earlier run left in the output folder and this one may not write again."""

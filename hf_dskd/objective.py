@@ -469,7 +469,7 @@ def total_loss(
     """
     The training loss, a scalar: each term's sum divided by the response tokens of the *global* batch.
 
-    What a model adds to its own loss counts whole for each micro-batch of each rank, as in transformers' Trainer.
+    What a model adds to its own loss is already a mean.
     `teacher_tokens` divides the terms in teacher space; as published those are divided by `student_tokens` too.
     """
     loss = terms.student_loss / student_tokens

@@ -796,9 +796,13 @@ class DSKDTrainer(Trainer):
             loss = total_loss(self.args, terms, counts[0].sum().clamp_min(1), counts[1].sum().clamp_min(1))
         else:
             assert self._items is not None
+            ranks = self.accelerator.num_processes
+            if terms.added is not None:
+                # A mean over the micro-batches of all ranks: Trainer's sum would weigh more with every one of them.
+                terms = replace(terms, added=terms.added / (self.current_gradient_accumulation_steps * ranks))
             # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.
             loss = total_loss(self.args, terms, self._items[0], self._items[1])
-            loss = loss * self.accelerator.num_processes
+            loss = loss * ranks
 
         if model.training:
             self._running.watch(self.state.global_step, inputs.get("example_ids"), {**terms.student, **terms.teacher})

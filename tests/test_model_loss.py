@@ -1,4 +1,4 @@
-"""What a model adds to its own loss is a term of ours, weighted as transformers' Trainer weights it."""
+"""What a model adds to its own loss is a term of ours: that of Trainer, but a mean over micro-batches."""
 
 import json
 import subprocess
@@ -35,22 +35,23 @@ SIZES = {
 VOCABULARY = len(runs._STUDENT_TOKENIZER)
 
 
-def mixtral(**settings):
+def mixtral(share=1.0, **settings):
     torch.manual_seed(0)
-    router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.7}
+    router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.7 * share}
     return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **{**SIZES, **router, **settings}))
 
 
-def qwen3_moe(**settings):
+def qwen3_moe(share=1.0, **settings):
     torch.manual_seed(0)
     router = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
-    router |= {"router_aux_loss_coef": 0.5, "head_dim": 16}
+    router |= {"router_aux_loss_coef": 0.5 * share, "head_dim": 16}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCABULARY, **{**SIZES, **router, **settings}))
 
 
-def adalora():
+def adalora(share=1.0):
     config = AdaLoraConfig(
-        task_type="CAUSAL_LM", target_modules=["c_attn"], init_r=4, target_r=2, total_step=10, orth_reg_weight=0.5
+        **{"task_type": "CAUSAL_LM", "target_modules": ["c_attn"], "init_r": 4, "target_r": 2, "total_step": 10},
+        orth_reg_weight=0.5 * share,
     )
     torch.manual_seed(0)
     return get_peft_model(tiny.gpt2(VOCABULARY), config)
@@ -152,8 +153,13 @@ class PlainInOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def trained(folder, name, size, accumulation):
-    """Weights after two steps on 16 examples, ours and those of transformers' Trainer, and our log of the steps."""
+def trained(folder, name, size, accumulation, ranks=1):
+    """
+    Weights after two steps on 16 examples, ours and those of transformers' Trainer, and our log of the steps.
+
+    Trainer adds what the model adds once for every micro-batch of every rank, so that its weight depends on their
+    number; ours is the mean. Its model gets the share that makes a mean of the sum.
+    """
     settings = {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": accumulation,
@@ -183,7 +189,7 @@ def trained(folder, name, size, accumulation):
     )
     collator = ours.data_collator
     plain = PlainInOrder(
-        MODELS[name](),
+        MODELS[name](share=1 / (accumulation * ranks)),
         arguments,
         data_collator=lambda rows: student_batch(collator(rows)),
         train_dataset=ours.train_dataset,
@@ -206,7 +212,7 @@ def test_as_trainer_has_it(name, size, accumulation, tmp_path):
 
 
 def write_differences(folder):
-    (ours, plain), losses, logs = trained(Path(folder), "mixtral", 2, 2)
+    (ours, plain), losses, logs = trained(Path(folder), "mixtral", 2, 2, ranks=2)
     if int(__import__("os").environ["RANK"]) == 0:
         found = {
             "weights": max(float((ours[key] - plain[key]).abs().max()) for key in plain),

@@ -102,7 +102,8 @@ def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path
         == json.loads((out / "eval_results.json").read_text())["eval_bits_per_byte"]
     )
 
-    longer = ("--sft_teacher", "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
+    teacher = ("--sft_teacher", "--sft_teacher_epochs", "1", "--sft_teacher_lora_r", "4")
+    longer = (*teacher, "--num_train_epochs", "2", "--resume_from_checkpoint", "last")
     settings = (out / "settings.yaml").read_text()
     refused = gpt2_qwen(pair, out, *longer, check=False)
     assert refused.returncode == 2 and "num_train_epochs was 1.0 and is 2.0; " in refused.stderr

@@ -18,7 +18,7 @@ from .field_checks import TRAINING, check_fields
 from .hub.names import check_repo_id
 from .launch import check_processes, must_use_cpu
 from .methods import METHODS, Method
-from .precision import choose_precision
+from .precision import choose_precision, told
 from .redaction import is_secret, redact, without_secrets
 from .settings import DistillationSettings
 from .words import SETTINGS, understands
@@ -67,7 +67,8 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
         # transformers wants to be told that bf16 on a CPU is meant.
         self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         try:
-            super().__post_init__()
+            with told(self.bf16, self.fp16):
+                super().__post_init__()
         except (ValueError, TypeError, OSError) as error:
             raise UserError(" ".join(str(error).split())) from error
         check_processes(self.world_size)

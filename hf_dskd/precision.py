@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors import UserError
 
@@ -12,16 +14,39 @@ logger = logging.getLogger(__name__)
 
 # What `accelerate launch` sets, of `--mixed_precision` or of `accelerate config`.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+# What earlier settings of this process left there, and what the launcher had said.
+_left: tuple[str | None, str | None] = (None, None)
 
 
 def launched_precision() -> str | None:
     """`"bf16"` or `"fp16"` where the launcher of this process says so."""
-    said = os.environ.get(LAUNCHED, "no").lower()
+    said = (_heard() or "no").lower()
     if said not in ("no", "bf16", "fp16"):
         raise UserError(
             f"{LAUNCHED}={said!r} is no precision of a run: launch with --mixed_precision bf16, fp16 or no"
         )
     return None if said == "no" else said
+
+
+def _heard() -> str | None:
+    left, launched = _left
+    said = os.environ.get(LAUNCHED)
+    return launched if said == left else said
+
+
+@contextmanager
+def told(bf16: bool, fp16: bool) -> Iterator[None]:
+    """Lets Trainer hear this precision instead of the launcher's; settings that are made later hear the launcher."""
+    global _left
+    launched = _heard()
+    if not bf16 and not fp16 and os.environ.get(LAUNCHED, "no") != "no":
+        # Of two words the nearer one counts, and Trainer would hear the other.
+        os.environ[LAUNCHED] = "no"
+    try:
+        yield
+    finally:
+        # The settings of transformers 4.57 write there themselves.
+        _left = (os.environ.get(LAUNCHED), launched)
 
 
 def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
@@ -33,9 +58,6 @@ def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool
         use_cpu (`bool`): Whether GPUs are left alone.
     """
     if fp16 or bf16 is not None:
-        if not fp16 and not bf16 and launched_precision():
-            # Of two words the nearer one counts, and Trainer would hear the launcher's.
-            os.environ[LAUNCHED] = "no"
         return bool(bf16), fp16
     launched = launched_precision()
     if launched is not None:

@@ -55,6 +55,8 @@ def nothing_left():
     """Takes back what tests, and the programs and libraries that they call, change in the whole process."""
     # transformers 4.57 leaves the precision of one run there, where the next one finds it.
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if "hf_dskd.precision" in sys.modules:
+        sys.modules["hf_dskd.precision"]._left = (None, None)
     parts = [environment(), log_levels(), *([libraries()] if "transformers" in sys.modules else [])]
     for part in parts:
         next(part)

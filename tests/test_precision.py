@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 
 import pytest
 import runs
 import tiny
 import torch
+from transformers import TrainingArguments
 
 from hf_dskd import DSKDConfig, UserError, doctor, precision, run
 
@@ -76,6 +78,41 @@ def test_a_setting_goes_before_the_launcher(launched, tmp_path):
     assert trained_in(tmp_path, bf16=True, use_cpu=True) == "bfloat16"
     launched("bf16")
     assert precision.choose_precision(None, True, False) == (False, True)
+
+
+@pytest.mark.parametrize("said", [None, "no", "bf16"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("writes", [True, False])
+def test_settings_hear_the_launcher_and_not_the_settings_before(
+    said, first, writes, launched, gpu, monkeypatch, tmp_path
+):
+    """Where TrainingArguments writes the variable, as that of transformers 4.57 does, and where it doesn't."""
+    gpu(False)
+    finish = TrainingArguments.__post_init__
+
+    def writing(args):
+        said = "bf16" if args.bf16 else "fp16" if args.fp16 else os.environ.get(precision.LAUNCHED, "no")
+        os.environ[precision.LAUNCHED] = said
+        finish(args)
+
+    if writes:
+        monkeypatch.setattr(TrainingArguments, "__post_init__", writing)
+    if said is not None:
+        launched(said)
+    chosen = "bfloat16" if first else "float32"
+    dtype = "bfloat16" if said == "bf16" else "float32"
+    assert trained_in(tmp_path, bf16=first, use_cpu=True) == chosen
+    for _ in range(2):
+        config = DSKDConfig(str(tmp_path), report_to="none", use_cpu=True)
+        assert config.training_dtype == dtype
+        # What Trainer hears, by its argument or by the variable.
+        assert getattr(config, "mixed_precision", "no") == ("bf16" if said == "bf16" else "no")
+        if writes:
+            assert os.environ[precision.LAUNCHED] == ("bf16" if said == "bf16" else "no")
+    # Another launcher, as a notebook has it.
+    other = "no" if os.environ.get(precision.LAUNCHED) == "bf16" else "bf16"
+    launched(other)
+    assert trained_in(tmp_path, use_cpu=True) == ("bfloat16" if other == "bf16" else "float32")
 
 
 def test_fp16_of_a_launcher(launched):

@@ -379,16 +379,25 @@ def write_card(
 
 def write_own_card(folder: str | Path, repo_id: str | None) -> None:
     """[`write_card`] to the run's own folder, without asking the hub; a README.md of somebody else's there stays."""
-    from huggingface_hub import ModelCard
-
     readme = Path(folder) / "README.md"
     if readme.is_file():
         text = readme.read_text(encoding="utf-8", errors="replace")
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
-        if TAG not in (data.tags or []):
+        tags = getattr(_card_data(text), "tags", None)
+        if not isinstance(tags, list) or TAG not in tags:
             logger.warning("%s isn't a model card of %s and stays: the card is written by a push", readme, TAG)
             return
     write_card(folder, folder, repo_id, online=False)
+
+
+def _card_data(text: str) -> Any:
+    """The metadata of a README.md; `None` if it begins with something else."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data
+    except (ValueError, TypeError, yaml.YAMLError):
+        return None
 
 
 # ---- Who the models are
@@ -587,13 +596,11 @@ def _card_licence(data: Any, found: str, address: str | None) -> Licence | None:
 
 
 def _folder_licence(folder: Path) -> Licence | None:
-    from huggingface_hub import ModelCard
-
     file = next((path for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()), None)
     readme = folder / "README.md"
     if readme.is_file():
-        data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-        found = _card_licence(data, "stated by the README.md in its folder", None)
+        data = _card_data(readme.read_text(encoding="utf-8", errors="replace"))
+        found = None if data is None else _card_licence(data, "stated by the README.md in its folder", None)
         if found is not None and not str(found.link or "").startswith("http"):
             # Its link is to a file in that folder, which goes with the student; one that isn't there can't be linked.
             named = folder / Path(str(found.link)).name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,8 +15,8 @@ from ..result import RESULT_NAME
 from ..settings import DistillationSettings
 
 
-# Of a run's folder, what neither a report nor a card reads.
-UNREAD = re.compile(r"checkpoint-\d+|teacher|teacher_training|teacher_cache|teacher_responses|tiny_models")
+# The folders in a run's own that a report, a card or a push reads or writes.
+FOLDERS = ("additional_chat_templates", "analysis", "evaluation", "images", "report")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ def check_links(folder: Path) -> None:
     home = folder.resolve()
     for place, folders, files in os.walk(home):
         if Path(place) == home:
-            folders[:] = [name for name in folders if not UNREAD.fullmatch(name)]
+            folders[:] = [name for name in folders if name in FOLDERS]
         for path in (Path(place) / name for name in (*folders, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(home):
                 raise UserError(

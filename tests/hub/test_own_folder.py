@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import runs
@@ -70,10 +71,14 @@ def test_a_finished_run_has_its_card_and_loads(models, tmp_path):
     assert "peft" in (tmp_path / "by_peft" / "README.md").read_text()
 
 
-def test_somebody_elses_readme_stays(run):
-    (run / "README.md").write_text("# My project\n")
+@pytest.mark.parametrize(
+    "text",
+    ["# My project\n", "---\nmy notes\n---\nhello", "---\n- a\n- b\n---\n", "---\na: [\n---\n", "---\ntags: 5\n---\n"],
+)
+def test_somebody_elses_readme_stays(run, text):
+    (run / "README.md").write_text(text)
     write_own_card(run, None)
-    assert (run / "README.md").read_text() == "# My project\n"
+    assert (run / "README.md").read_text() == text
     (run / "README.md").unlink()
     write_own_card(run, "ann/first")
     assert "ann/first" in (run / "README.md").read_text()
@@ -116,12 +121,16 @@ def test_links_within_a_run_and_what_isnt_read_are_fine(run, tmp_path, models):
     (run / "adapter_model.safetensors").symlink_to("files/adapter")
     shutil.move(run / "checkpoint-1", tmp_path / "elsewhere")
     (run / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    (run / ".venv" / "bin").mkdir(parents=True)
+    (run / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (run / "data").symlink_to(tmp_path / "elsewhere")
     linked = tmp_path / "linked"
     linked.symlink_to(run)
     pushed = write_model_folder(linked, tmp_path / "pushed", "ann/x", online=False)
     assert not (pushed / "adapter_model.safetensors").is_symlink()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models[0]), pushed)
-    assert not (pushed / "files").exists()
+    assert not any((pushed / name).exists() for name in ("files", "data", ".venv"))
+    assert write_report(linked).is_file()
 
 
 # ---- Names and addresses

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, check_name, kind_of
@@ -100,8 +101,9 @@ def check_optimization(args: DSKDConfig, optimizer: Any) -> None:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
             kind(number, **options)
             for pair in (args.optim_args or "").replace(" ", "").split(","):
-                if pair and pair.partition("=")[0] not in options:
-                    raise ValueError(f"{pair.partition('=')[0]!r} has no effect on it, leave it out")
+                name = pair.partition("=")[0]
+                if name and name not in options and not _reads(args, name):
+                    raise ValueError(f"{name!r} has no effect on it, leave it out")
     steps = args.max_steps if args.max_steps > 0 else 100
     with making(args, "lr_scheduler_type", "lr_scheduler_kwargs"):
         get_scheduler(
@@ -111,6 +113,19 @@ def check_optimization(args: DSKDConfig, optimizer: Any) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a mapping by now
         )
+
+
+def _reads(args: DSKDConfig, name: str) -> bool:
+    """Whether the optimizer of the settings hangs on that part of optim_args: one that is read can't be any text."""
+    from transformers import Trainer
+
+    without, other = copy(args), copy(args)
+    without.optim_args, other.optim_args = None, f"{name}=?"
+    try:
+        found = Trainer.get_optimizer_cls_and_kwargs(other)
+    except (ValueError, AttributeError):
+        return True
+    return found != Trainer.get_optimizer_cls_and_kwargs(without)
 
 
 def check_optimized(optimizer: Optimizer | None, student: nn.Module) -> None:

@@ -87,10 +87,16 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
             f"method={config.method!r} needs teacher_model (a name or a model); method='sft' trains without one"
         )
     names = [getattr(m, "name_or_path", m) for m in (model, teacher_model)]
-    same_object = model is teacher_model
     same_folder = all(isinstance(n, str) and os.path.isdir(n) for n in names) and os.path.samefile(*names)
     same_name = names[0] == names[1] and isinstance(model, str) and isinstance(teacher_model, str)
-    if same_object or same_folder or same_name:
+    # One name may have several models: those of revisions and of subfolders, and an adapted one.
+    options = [dict(given or {}) for given in (config.model_init_kwargs, config.teacher_model_init_kwargs)]
+    revision, other_revision = (given.get("revision") or "main" for given in options)
+    folder, other_folder = (given.get("subfolder") or "" for given in options)
+    adapted, other_adapted = (bool(getattr(m, "peft_config", None)) for m in (model, teacher_model))
+    same_kind = (revision, folder, adapted) == (other_revision, other_folder, other_adapted)
+    same_object = model is teacher_model and not isinstance(model, str)
+    if same_object or ((same_folder or same_name) and same_kind):
         raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import islice
@@ -455,8 +456,11 @@ def method(run: Run) -> Lines:
     """What it is composed of, and whether the two models are named."""
     from .checks import check_pair
     from .methods import METHODS
+    from .trl_settings import student_options, teacher_options
 
-    check_pair(run.config, run.model.model_name_or_path, run.options.teacher_model_name_or_path)
+    config = copy(run.config)
+    config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
+    check_pair(config, run.model.model_name_or_path, run.options.teacher_model_name_or_path)
     yield OK, f"{run.config.method}: {METHODS[run.config.method].summary}"
 
 

@@ -53,6 +53,9 @@ def check_fields(settings: Any, rules: Mapping[str, Mapping[str, Any]]) -> None:
             continue
         if value is None and (type(None) in types or field.default is None or rule.get("unset", 0) is None):
             continue
+        # Every 0 steps is never, where a strategy says so too.
+        if value == 0 and getattr(settings, field.name.replace("_steps", "_strategy"), None) == "no":
+            continue
         if isinstance(value, str) and value in rule.get("aliases", ()):
             setattr(settings, field.name, rule["aliases"][value])
         elif isinstance(value, os.PathLike) and str in types:

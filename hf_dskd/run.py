@@ -569,8 +569,8 @@ def cache_teacher(run: Run) -> None:
     examples, held_out = load_data(run)
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     check_launch(config)
-    check_pair(config, student, teacher)
     config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
+    check_pair(config, student, teacher)
     if run.options.sft_teacher:
         config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
     check_options(student, config.model_init_kwargs, "model_init_kwargs")

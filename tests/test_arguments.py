@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from hf_dskd import tokenize_dataset
-from hf_dskd.arguments import as_model, check_optimized, check_trackers
+from hf_dskd.arguments import as_model, check_optimization, check_optimized, check_trackers
 from hf_dskd.data.collator import DualCollator
 from hf_dskd.data.kinds import as_dataset, as_datasets, as_tokenizer
 from hf_dskd.errors import UserError
@@ -108,6 +108,29 @@ def test_an_optimizer_of_the_students_own():
     check_optimized(torch.optim.SGD(adapted.parameters(), 1.0), adapted)
     with pytest.raises(UserError, match=r"1 of the optimizer's \d+ parameters are none of the student's"):
         check_optimized(torch.optim.SGD([*adapted.parameters(), torch.zeros(1)], 1.0), adapted)
+
+
+@pytest.mark.parametrize(
+    "optim, given, unread",
+    [
+        ("ademamix", "beta3=0.999,alpha=5", None),
+        ("ademamix", "beta1=0.8, beta3=0.9999, t_alpha=100", None),
+        ("ademamix", "beta3=0.999,beta4=5", "beta4"),
+        ("sgd", "momentum=0.9,nesterov=true", None),
+        ("sgd", "momentum=0.9,beta3=0.9", "beta3"),
+        ("adamw_torch", "beta1=0.8", "beta1"),
+    ],
+)
+def test_parts_of_optim_args_that_the_optimizer_reads(optim, given, unread, tmp_path):
+    if optim == "ademamix":
+        pytest.importorskip("bitsandbytes")
+    args = runs.config(tmp_path, optim=optim, optim_args=given)
+    if unread is None:
+        check_optimization(args, None)
+        assert args.optim_args == given
+        return
+    with pytest.raises(UserError, match=f"{unread!r} has no effect on it, leave it out"):
+        check_optimization(args, None)
 
 
 def test_a_collator_of_ones_own(tmp_path):

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from hf_dskd import DSKDConfig, DSKDTrainer
-from hf_dskd.checks import check_peft
+from hf_dskd.checks import check_pair, check_peft
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.data.tokens import answer_tokens
 from hf_dskd.errors import UserError
@@ -144,6 +144,27 @@ def test_teacher_is_the_loaded_student(make, saved):
     model = AutoModelForCausalLM.from_pretrained(saved / "student")
     refused(lambda: make(model, model), "teacher_model is the student itself", "student'", "name a larger model")
     refused(lambda: make(model, saved / "student"), "teacher_model is the student itself", "name a larger model")
+
+
+def test_teacher_is_an_adapted_student(saved, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved / "student")
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(saved / "student"), LoraConfig(target_modules=["c_attn"])
+    )
+    args = runs.config(tmp_path, method="kd")
+    for student in (base, str(saved / "student")):
+        check_pair(args, student, adapted)
+    refused(lambda: check_pair(args, base, str(saved / "student")), "teacher_model is the student itself")
+
+
+@pytest.mark.parametrize("option, other", [("revision", "v2"), ("subfolder", "large")])
+def test_teacher_is_another_model_of_the_students_name(option, other, tmp_path):
+    args = runs.config(tmp_path, method="kd", teacher_model_init_kwargs={option: other})
+    check_pair(args, "some/model", "some/model")
+    args.model_init_kwargs = {option: other}
+    refused(lambda: check_pair(args, "some/model", "some/model"), "teacher_model is the student itself")
+    args.model_init_kwargs, args.teacher_model_init_kwargs = {"revision": "main"}, None
+    refused(lambda: check_pair(args, "some/model", "some/model"), "teacher_model is the student itself")
 
 
 def test_teacher_is_the_students_name(make):

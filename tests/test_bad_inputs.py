@@ -235,7 +235,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"logging_steps": 2.5}, "--logging_steps must be an integer if bigger than 1: 2.5"),
     ({"save_steps": 0}, "save_steps=0 must be above 0: save_strategy='no' saves never"),
     ({"save_steps": -1}, "save_steps=-1 must be above 0: save_strategy='no' saves never"),
-    ({"eval_steps": 0}, "eval_steps=0 must be above 0: eval_strategy='no' evaluates never"),
+    ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps=0 must be above 0: eval_strategy='no' evaluates never"),
     ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1: None keeps all checkpoints"),
     ({"torch_empty_cache_steps": 0}, "torch_empty_cache_steps=0 must be at least 1"),
     ({"neftune_noise_alpha": -5}, "neftune_noise_alpha=-5 must be at least 0"),

@@ -253,6 +253,23 @@ def test_accepted(settings, tmp_path):
     assert all(getattr(config, name) == value for name, value in settings.items())
 
 
+@pytest.mark.parametrize("what", ["save", "eval", "logging"])
+def test_every_0_steps_where_the_strategy_says_never(what, tmp_path):
+    never = runs.config(tmp_path, **{f"{what}_steps": 0, f"{what}_strategy": "no"})
+    assert getattr(never, f"{what}_steps") == 0
+    with pytest.raises(UserError, match=f"{what}_steps=0 must be above 0"):
+        runs.config(tmp_path, **{f"{what}_steps": 0, f"{what}_strategy": "steps"})
+
+
+def test_nothing_is_logged_or_saved_in_a_run_that_says_so(tmp_path):
+    trainer = runs.trainer(
+        tmp_path, max_steps=2, logging_steps=0, logging_strategy="no", save_steps=0, save_strategy="no"
+    )
+    trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert not [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def test_every_schedule_of_the_discriminator_can_be_made():
     optimizer = torch.optim.SGD([torch.zeros(1)], 1.0)
     for name in DISCRIMINATOR_SCHEDULES:

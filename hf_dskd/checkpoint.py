@@ -142,9 +142,14 @@ def publish(staged: Path, final: Path) -> None:
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs nothing that is open for reading alone.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        # Of a folder some file systems can't, such as those of FUSE.
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

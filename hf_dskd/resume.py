@@ -19,6 +19,7 @@ from .checkpoint import (
     step,
 )
 from .errors import UserError
+from .pretrained import config_settings, options_of
 from .result import _plain
 from .settings import DistillationSettings
 
@@ -50,6 +51,10 @@ FIXED = frozenset(
 )
 # Schedules that remember more than their step.
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# Settings among what the groups of an optimizer have; some keep states of theirs there.
+GROUP_SETTINGS = frozenset(
+    "initial_lr betas eps weight_decay momentum dampening nesterov alpha amsgrad warmup_steps".split()
+)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -66,18 +71,34 @@ def trajectory(config: DSKDConfig, ranks: int, data: str | None, peft_config: An
     """
     names = [setting.name for setting in fields(DistillationSettings) if setting.name not in HARMLESS]
     names += [name for name in TRAINING if hasattr(config, name)]
-    teacher: Any = config.teacher_model_init_kwargs or {}
+    teacher = options_of(config.teacher_model_init_kwargs)
     adapter = {} if peft_config is None else peft_config.to_dict()
     for name in ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"):
         adapter.pop(name, None)
+    if adapter.get("peft_type") == "ADALORA":
+        # What it has allocated so far, and no setting.
+        adapter.pop("rank_pattern", None)
     found = {
         **{name: getattr(config, name) for name in names},
         "processes": ranks,
         "train_data": data,
         **{f"teacher_{name}": str(teacher[name]) for name in ("revision", "dtype", "torch_dtype") if name in teacher},
+        "model_init_kwargs": config_settings(config.model_init_kwargs),
+        "teacher_model_init_kwargs": config_settings(teacher),
         **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
     return {name: _jsonable(value) for name, value in found.items()}
+
+
+def active_adapter(model: Any) -> Any:
+    """The configuration of a model's adapter, of PEFT's own class or added to one of transformers, or `None`."""
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return None
+    active = model.active_adapters
+    # A property in PEFT, a method in transformers.
+    names = active() if callable(active) else active
+    return adapters[names if isinstance(names, str) else names[0]]
 
 
 def _jsonable(value: Any) -> Any:
@@ -266,7 +287,7 @@ def set_rates(optimizer: Optimizer, schedule: Any, kept: tuple[list[dict[str, An
     """
     groups, base = kept
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        group.update({key: value for key, value in settings.items() if key != "lr"})
+        group.update({key: value for key, value in settings.items() if key in GROUP_SETTINGS})
     if not hasattr(schedule, "lr_lambdas"):
         return
     schedule.base_lrs = base

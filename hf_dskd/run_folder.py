@@ -46,6 +46,15 @@ def check_fresh(folder: str | Path) -> None:
         )
 
 
+def check_no_other(folder: Path, run: str | None) -> None:
+    """Refuses to go on with a `run` from elsewhere in an output folder that holds another one."""
+    there = {_run_of(path) for path in checkpoints(folder)}
+    if (folder / RESULT_NAME).exists():
+        there.add(noted(folder).get("run_id"))
+    if there - {run}:
+        check_fresh(folder)
+
+
 def forget_run(folder: Path) -> None:
     """Deletes what makes a folder that of a run."""
     for path in checkpoints(folder):

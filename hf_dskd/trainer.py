@@ -134,8 +134,8 @@ from .pretrained import (
 from .projectors import Projectors
 from .redaction import without_secrets
 from .result import RESULT_NAME, evaluations, write_result, write_text
-from .resume import check_checkpoint, check_settings, rates, set_rates, trajectory
-from .run_folder import check_fresh, forget_run, held, last_checkpoint, note, noted, recover
+from .resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
+from .run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
 from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
@@ -717,11 +717,19 @@ class DSKDTrainer(Trainer):
         times batch size: the first ones of the epoch, which would count twice. Whether there was any, on any rank.
         """
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not batches or not state.end_of_dataloader or state.remainder <= 0:
+        if ranks == 1 or not batches or not state.end_of_dataloader:
+            return False
+        rest = state.remainder
+        if rest < 0 and hasattr(self.train_dataset, "__len__") and not self.args.dataloader_drop_last:
+            # Accelerate doesn't know it in an epoch that a run goes on in.
+            rest = len(self.train_dataset) % (
+                self._train_batch_size * (1 if self.accelerator.split_batches else ranks)
+            )
+        if rest <= 0:
             return False
         size = len(batches[-1]["labels"])
-        batches[-1] = first_examples(batches[-1], state.remainder - self.accelerator.process_index * size)
-        return state.remainder < ranks * size
+        batches[-1] = first_examples(batches[-1], rest - self.accelerator.process_index * size)
+        return rest < ranks * size
 
     def _answered_by_student(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
         model: Any = self.accelerator.unwrap_model(self.model)
@@ -1429,8 +1437,11 @@ class DSKDTrainer(Trainer):
             raise UserError("train_dataset=None: pass the examples to train on")
         # Both may have changed since the trainer was made.
         check_steps(self.args, self.train_dataset)
+        self._data = None
         if self.model is not None:  # as it is between the trials of a search
             check_trainable(self.model)
+            # Which every checkpoint says: it must not fail only there.
+            self._trajectory()
         trial = args[0] if args else kwargs.get("trial")
         if resume_from_checkpoint is None and trial is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -1491,11 +1502,18 @@ class DSKDTrainer(Trainer):
             return None, run, 0, False
         checkpoint = last_checkpoint(folder) if resume is True else Path(str(resume))
         saved, changed = self._check_checkpoint(checkpoint)
+        if checkpoint.parent.resolve() != folder.resolve():
+            check_no_other(folder, saved.get("run_id"))
         note(folder, run_id=saved.get("run_id"))
         return str(checkpoint), saved.get("run_id"), saved.get("skipped_steps", 0), changed
 
     def _check_checkpoint(self, checkpoint: Path) -> tuple[dict[str, Any], bool]:
         """What is written in a checkpoint that this run can go on from, and whether with other settings."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise UserError(
+                f"resume_from_checkpoint={str(checkpoint)!r}: transformers loads no weights of an adapter made by"
+                " add_adapter; pass the model without its adapter, and peft_config"
+            )
         shapes = {
             name: {key: list(value.shape) for key, value in module.state_dict().items()}
             for name, module in self._auxiliary_modules().items()
@@ -1513,10 +1531,7 @@ class DSKDTrainer(Trainer):
     def _trajectory(self) -> dict[str, Any]:
         """What a checkpoint says of the settings that decide what becomes of the student."""
         self._data = self._data or fingerprint(self.train_dataset)
-        model: Any = self.model
-        adapters = getattr(model, "peft_config", None)
-        adapter = adapters[model.active_adapter] if adapters else None
-        found = trajectory(self.args, self.accelerator.num_processes, self._data, adapter)
+        found = trajectory(self.args, self.accelerator.num_processes, self._data, active_adapter(self.model))
         student_dtype = str(next(self.model.parameters()).dtype)
         found |= {"student_dtype": student_dtype, "per_device_train_batch_size": self._train_batch_size}
         return without_secrets(found)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -12,13 +13,13 @@ import runs
 import test_resume
 import tiny
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors import safe_open
 from transformers import GPT2LMHeadModel
 
 from hf_dskd import checkpoint as checkpoint_files
 from hf_dskd.errors import UserError
-from hf_dskd.resume import damage
+from hf_dskd.resume import damage, differences, rates, set_rates, trajectory
 from hf_dskd.run_folder import recover
 
 
@@ -327,3 +328,89 @@ def test_a_checkpoint_whose_replacement_was_interrupted_is_put_back(tmp_path):
 def test_a_checkpoint_in_the_middle_of_a_step_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"enable_jit_checkpoint=True .*save_steps"):
         make(tmp_path, enable_jit_checkpoint=True)
+
+
+def test_an_adapter_that_was_added_to_a_model_of_transformers(tmp_path):
+    student = tiny.gpt2(len(runs._STUDENT_TOKENIZER))
+    student.add_adapter(LORA)
+    run = make(tmp_path, "sft", student=student)
+    run.train()
+    saved = json.loads((tmp_path / "checkpoint-3" / "auxiliary.json").read_text())["settings"]
+    assert saved["peft_config.r"] == 4
+    with pytest.raises(UserError, match="pass the model without its adapter, and peft_config") as error:
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_checkpoint_says_fails_before_any_step(tmp_path, monkeypatch):
+    run = make(tmp_path, "sft")
+    monkeypatch.setattr(run, "_trajectory", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_folders_that_cannot_be_synced(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    run = make(tmp_path, "sft", max_steps=1)
+    run.train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+    def none(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", none)
+    with pytest.raises(UserError, match=r"checkpoint-1 could not be saved .*No space left"):
+        make(tmp_path / "full", "sft", max_steps=1).train()
+
+
+def test_other_data_in_the_same_trainer(tmp_path):
+    run = make(tmp_path, "sft", max_steps=2)
+    run.train()
+    run.args.max_steps = 3
+    run.train_dataset = run.train_dataset.select(range(11))
+    with pytest.raises(UserError, match="train_data was"):
+        run.train(resume_from_checkpoint=True)
+
+
+def test_settings_of_the_models_are_compared():
+    plain = runs.config("x")
+    before, now = (
+        trajectory(
+            runs.config("x", **{name: {"attn_pdrop": 0.1, "token": "hf_" + "a" * 30, "cache_dir": "/x"}}), 1, None
+        )
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs")
+    )
+    assert differences(before, trajectory(plain, 1, None), False) == {"model_init_kwargs": ({"attn_pdrop": 0.1}, {})}
+    assert differences(trajectory(plain, 1, None), now, False) == {
+        "teacher_model_init_kwargs": ({}, {"attn_pdrop": 0.1})
+    }
+
+
+def test_ranks_that_adalora_has_allocated_are_no_setting():
+    ranks = {"rank_pattern": {"h.0.attn.c_attn": [True, False]}}
+    config, plain = runs.config("x"), {"target_modules": ["c_attn"]}
+    one, two = (trajectory(config, 1, None, AdaLoraConfig(total_step=9, **plain, **more)) for more in ({}, ranks))
+    assert differences(one, two, False) == {} and one["peft_config.peft_type"] == "ADALORA"
+    ranks = {"rank_pattern": {"c_attn": 2}}
+    one, two = (trajectory(config, 1, None, LoraConfig(**plain, **more)) for more in ({}, ranks))
+    assert differences(one, two, False).keys() == {"peft_config.rank_pattern"}
+
+
+def test_states_in_the_groups_of_an_optimizer_stay():
+    """As schedule-free optimizers and Prodigy have them."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-2, weight_decay=0.5)
+    kept = rates(optimizer, None)
+    kept[0][0].update(k=0, weight_sum=0.0, d=1e-6)
+    optimizer.param_groups[0].update(k=7, weight_sum=0.25, d=1e-3, weight_decay=0.1, lr=1e-3, betas=(0.5, 0.6))
+    set_rates(optimizer, None, kept)
+    group = optimizer.param_groups[0]
+    assert (group["k"], group["weight_sum"], group["d"]) == (7, 0.25, 1e-3)
+    assert (group["weight_decay"], group["betas"], group["lr"]) == (0.5, (0.9, 0.999), 1e-3)

@@ -105,3 +105,51 @@ def test_any_number_of_processes_equals_one(tmp_path):
         for several in results[1:]:
             for one, two in zip(expected, several[case], strict=True):
                 assert two == pytest.approx(one, rel=1e-4, abs=1e-5), case
+
+
+def resumed_runs(folder):
+    """What runs that go on in the middle of an epoch end at, beside uninterrupted ones; 11 examples, 4 to a step."""
+    found = {}
+    for case, settings in {
+        "fillers": {},
+        "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        "dropped": {"dataloader_drop_last": True},
+        "none to fill": {"rows": 16},
+    }.items():
+        options = {
+            "method": "sft",
+            "per_device_train_batch_size": 2,
+            "rows": 11,
+            "max_steps": 4,
+            "optim": "sgd",
+            "learning_rate": 0.1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            **settings,
+        }
+        whole = runs.trainer(f"{folder}/{case}", **options)
+        whole.train()
+        resumed = runs.trainer(f"{folder}/{case}, resumed", **options)
+        resumed.train(resume_from_checkpoint=f"{folder}/{case}/checkpoint-1")
+        weights = runs.weights(resumed)
+        found[case] = max(float((value - weights[name]).abs().max()) for name, value in runs.weights(whole).items())
+    return found if whole.accelerator.is_main_process else None
+
+
+def test_fillers_are_left_out_of_an_epoch_that_a_run_goes_on_in(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, sys\n"
+        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
+        "import test_last_batch\n"
+        "found = test_last_batch.resumed_runs(sys.argv[1])\n"
+        "if found is not None:\n"
+        "    json.dump(found, open(sys.argv[1] + '/found.json', 'w'))\n"
+        "from hf_dskd.run import leave_together\n"
+        "leave_together()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == dict.fromkeys(found, 0.0) and len(found) == 4

@@ -122,6 +122,27 @@ def test_a_folder_that_may_be_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("left", ["checkpoints", "result"])
+def test_a_run_from_elsewhere_does_not_take_over_anothers_folder(left, tmp_path):
+    make(tmp_path / "one").train()
+    two = make(tmp_path / "two", learning_rate=1e-2)
+    two.train()
+    two.write_report()
+    if left == "result":
+        for path in (tmp_path / "two").glob("checkpoint-*"):
+            shutil.rmtree(path)
+    run = noted(tmp_path / "two")["run_id"]
+    kept = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
+    other = make(tmp_path / "two")
+    with pytest.raises(UserError, match=r"output_dir=.*two' holds another run \(.*result.json\)") as error:
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
+    assert "\n" not in str(error.value) and noted(tmp_path / "two")["run_id"] == run
+    assert {path for path, content in kept.items() if path.read_bytes() != content} <= {tmp_path / "two" / ".run.json"}
+    # Once that is the same run, it goes on there.
+    for step in ("1", "2"):
+        make(tmp_path / "three").train(resume_from_checkpoint=str(tmp_path / "one" / f"checkpoint-{step}"))
+
+
 # ---- Two processes
 
 

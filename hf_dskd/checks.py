@@ -90,9 +90,10 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     same_folder = all(isinstance(n, str) and os.path.isdir(n) for n in names) and os.path.samefile(*names)
     same_name = names[0] == names[1] and isinstance(model, str) and isinstance(teacher_model, str)
     # One name may have several models: those of revisions and of subfolders, and an adapted one.
-    options = [dict(given or {}) for given in (config.model_init_kwargs, config.teacher_model_init_kwargs)]
-    revision, other_revision = (given.get("revision") or "main" for given in options)
-    folder, other_folder = (given.get("subfolder") or "" for given in options)
+    given: tuple[Any, Any] = (config.model_init_kwargs, config.teacher_model_init_kwargs)
+    options = [each or {} for each in given]
+    revision, other_revision = (each.get("revision") or "main" for each in options)
+    folder, other_folder = (each.get("subfolder") or "" for each in options)
     adapted, other_adapted = (bool(getattr(m, "peft_config", None)) for m in (model, teacher_model))
     same_kind = (revision, folder, adapted) == (other_revision, other_folder, other_adapted)
     same_object = model is teacher_model and not isinstance(model, str)

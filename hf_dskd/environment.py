@@ -51,8 +51,13 @@ def own_commit() -> str | None:
     """
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / ".git").exists():
-        command = ["git", "-C", str(checkout), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty"]
+        git = ["git", "-C", str(checkout)]
+        # Another repository, that it was copied into, may not keep it.
+        kept = [*git, "ls-files", "--error-unmatch", "hf_dskd/__init__.py"]
+        command = [*git, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=.dirty"]
         try:
+            if subprocess.run(kept, capture_output=True, timeout=10).returncode:
+                return None
             done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None

@@ -208,9 +208,10 @@ def commit(name: str | None, init_kwargs: Any = None) -> str | None:
 
 
 def origin(model: Any, init_kwargs: Any = None) -> dict[str, str | None]:
-    """The commit of a model given by name, and of an adapter also the model that it is for, with its commit."""
+    """The commit of a model on the hub, and of an adapter given by name also the model that it is for, with its."""
     if not isinstance(model, str):
-        return {"commit": None}
+        # transformers 4 notes it when it loads a model; 5.23 doesn't.
+        return {"commit": getattr(model.config, "_commit_hash", None)}
     of = source(model, init_kwargs)
     if of.adapter is None:
         return {"commit": commit(of.name, of.options)}

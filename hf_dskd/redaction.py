@@ -14,7 +14,9 @@ _NAME = (
     r"|(?:\w+[_-])?(?:api[_-]?key|access[_-]key|secret(?:[_-]key)?|password))"
 )
 _SECRET = re.compile(_NAME, re.IGNORECASE)
-_VALUE = r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;}\])"']+)"""
+_QUOTED = r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+# A text, several of them in brackets, or a word.
+_VALUE = rf"""({_QUOTED}|[\[({{](?:\\.|{_QUOTED}|[^\])}}"'\\])*[\])}}]|[^\s,;}}\])"']+)"""
 # Where a name is followed by its value: as an option, as a key of JSON or YAML, as an argument or a variable.
 _NAMED = re.compile(
     rf"""(?P<name>--{_NAME}(?:\s+|=)|\\?["']{_NAME}\\?["']\s*[:=]\s*|[{{,]\s*{_NAME}\s*:\s*|(?<![\w-]){_NAME}=)"""
@@ -39,9 +41,13 @@ def without_values(text: str) -> str:
     for pattern, shown in _FORMS:
         text = pattern.sub(shown, text)
     for name, value in os.environ.items():
-        # A shorter one could be any word.
-        if len(value) >= 8 and is_secret(name):
+        if not is_secret(name):
+            continue
+        if len(value) >= 8 and re.search("[0-9]", value) and re.search("[A-Za-z]", value):
             text = text.replace(value, REDACTED)
+        elif len(value) >= 12:
+            # It may be a word, and a part of others; a shorter one could be any.
+            text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])", REDACTED, text)
     return text
 
 

@@ -394,7 +394,10 @@ def test_commits_and_fingerprint_are_written_down(parsed, tmp_path):
     assert all(word in card for word in (*COMMITS.values(), result["data"]["fingerprint"]))
 
 
-def test_models_of_folders_and_loaded_ones_have_no_commit(hub, tmp_path):
+def test_models_of_folders_have_no_commit_and_loaded_ones_what_transformers_notes(hub, tmp_path):
+    loaded = tiny.gpt2()
+    loaded.config._commit_hash = COMMITS["v2"]
+    assert origin(loaded) == {"commit": COMMITS["v2"]}
     assert origin("some/teacher", {"cache_dir": str(hub), "revision": "v2"}) == {"commit": COMMITS["v2"]}
     assert origin(str(tmp_path)) == origin(tiny.gpt2()) == {"commit": None}
 
@@ -432,6 +435,12 @@ def test_the_commit_of_hf_dskd(monkeypatch, tmp_path):
     assert environment.own_commit() == "c" * 12
     git = ["git", "-C", str(package.parent), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
+    (package / "__init__.py").write_text("")
+    # A repository that it was copied into.
+    (package.parent / "own.py").write_text("")
+    subprocess.run([*git, "add", "own.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "own"], check=True)
+    assert environment.own_commit() is None
     (package / "a.py").write_text("1")
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "one"], check=True)

@@ -82,6 +82,28 @@ def test_tokens_of_the_environment_go_by_value(monkeypatch):
     assert without_values(text) == "a ..., b ..., many words, short"
 
 
+def test_words_that_are_passwords_too_stay(monkeypatch):
+    monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
+    monkeypatch.setenv("SITE_PASSWORD", "documentation")
+    monkeypatch.setenv("DB_PASSWORD", "hunter22")
+    text = "postgres-docs, documentation_en, documentations, xhunter22x"
+    assert without_values(text) == "postgres-docs, ..._en, documentations, x...x"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["['SECRET']", '["SECRET", "SECRET"]', "('SECRET',)", "['a]SECRET']", "{'a': 'SECRET'}", "[SECRET]"],
+)
+@pytest.mark.parametrize("form", ["hub_token={} b=1", "{{'token': {}, 'b': 1}}", "--hub_token {} b=1"])
+def test_several_secrets_in_brackets(form, value):
+    shown = redact(form.format(value))
+    assert "SECRET" not in shown and "token" in shown and "b" in shown and "1" in shown
+
+
+def test_secrets_in_brackets_with_escaped_quotes():
+    assert redact(json.dumps(json.dumps({"token": ["SECRET"], "b": 1}))) == json.dumps('{"token": ..., "b": 1}')
+
+
 @pytest.mark.parametrize(
     "name", ["token", "hub_token", "HF_TOKEN", "use_auth_token", "api_key", "AWS_SECRET_ACCESS_KEY"]
 )

@@ -98,11 +98,7 @@ def read_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
     try:
         yield from read(name, refuse)
     except UnicodeDecodeError as error:
-        line, byte, encoding = _undecodable(name, error)
-        raise UserError(
-            f"{name!r}, line {line} isn't {encoding} (byte {byte:#04x}): convert the file, if it is Latin-1 with"
-            f" `iconv -f latin1 -t utf-8 {name}`"
-        ) from None
+        raise UserError(_of_another_encoding(name, *_undecodable(name, error))) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{name!r} isn't a whole gzip file ({error}): fetch or pack it again") from None
 
@@ -159,17 +155,31 @@ def _undecodable(name: str, error: UnicodeDecodeError) -> tuple[int, int, str]:
     return 1, error.object[error.start], encoding
 
 
+def _of_another_encoding(name: str, line: int, byte: int, encoding: str) -> str:
+    return (
+        f"{name!r}, line {line} isn't {encoding} (byte {byte:#04x}): convert the file, if it is Latin-1 with"
+        f" `iconv -f latin1 -t utf-8 {name}`"
+    )
+
+
 # ---- JSON
 
 
 def _json_lines(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
     with _open(name) as file:
+        if file.encoding == "utf-8-sig":
+            # What isn't UTF-8 is the fault of its line, not the end of the file.
+            file.reconfigure(errors="surrogateescape")
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{name!r}, line {number}"
+                foreign = None if line.isascii() else re.search("[\udc80-\udcff]", line)
+                if foreign is not None:
+                    refuse("isn't UTF-8", _of_another_encoding(name, number, ord(foreign[0]) - 0xDC00, "UTF-8"))
+                    continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     refuse("isn't JSON", f"{where} isn't JSON ({error}): mend it, or delete that line")
                     continue
                 if _is_row(row, line, where, refuse):
@@ -182,7 +192,7 @@ def _json_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
         text = file.read()
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         # Rows a line begin with a whole one.
         if text.lstrip()[:1] == "{" and "Extra data" in str(error):
             yield from _json_lines(name, refuse)
@@ -225,7 +235,7 @@ def _is_row(row: Any, text: str, where: str, refuse: Refuse) -> bool:
 def _csv_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
     delimiter = "\t" if format_of(name) == ".tsv" else ","
     # The module's own would refuse a long text.
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a C long, of 32 bits on Windows
     with _open(name, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:

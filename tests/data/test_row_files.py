@@ -99,6 +99,8 @@ def test_a_changed_file_of_the_same_name_is_read_anew(tmp_path):
         ("a.jsonl.gz", gzip.compress(b""), ("has no rows",)),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "comp', ("line 2 isn't JSON", "delete that line")),
         ("a.jsonl", b'{"prompt": "a"}\n\n["b"]\n', ('line 3 is ["b"], not an object',)),
+        ("a.jsonl", b'{"prompt": "a"}\n' + b"[" * 10**5 + b"]" * 10**5, ("line 2 isn't JSON", "recursion")),
+        ("a.json", b"[" * 10**5 + b"]" * 10**5, ("isn't JSON", "recursion")),
         ("a.json", b'[{"prompt": "a"}, 3]', ("row 2 is 3, not an object",)),
         ("a.json", b'[{"prompt": "a"},\n {"prompt": "b"', ("isn't JSON", "line 2 column")),
         ("a.json", b'{"version": 1,\n "data": [{"prompt": "a"}]}', ("holds one object, with 'version', 'data'",)),
@@ -140,6 +142,11 @@ def test_bad_rows_can_be_left_out_and_are_counted(tmp_path, caplog):
         read(path, skip_bad=True)
     assert len(caplog.messages) == 3
     assert "2 rows are left out because each isn't JSON; the first: " in caplog.text and "line 2 isn't" in caplog.text
+    mark = b"\xef\xbb\xbf"
+    path.write_bytes(mark + '{"p": "ü"}\n'.encode() + '{"p": "é"}\n'.encode("latin-1") + b'{"p": "b"}\n')
+    for streaming in (False, True):
+        assert read(path, skip_bad=True, streaming=streaming) == [{"p": "ü"}, {"p": "b"}]
+    assert "1 rows are left out because each isn't UTF-8; the first: " in caplog.text and "line 2 isn't" in caplog.text
     (tmp_path / "a.csv").write_text("p,c\na,b\nc\nd,e\n")
     assert read(tmp_path / "a.csv", skip_bad=True) == [{"p": "a", "c": "b"}, {"p": "d", "c": "e"}]
 

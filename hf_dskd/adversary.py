@@ -209,7 +209,8 @@ class Adversary:
         parameters = list(self.critic.parameters())
         self.critic.train().requires_grad_(True)
         report: dict[str, Tensor] = {}
-        self.largest_gradient = torch.zeros(())
+        # A copy from the host would be waited for.
+        self.largest_gradient = torch.zeros((), device=parameters[0].device)
         for step in range(self.config.discriminator_steps):
             self.optimizer.zero_grad(set_to_none=False)
             for parameter in parameters:

@@ -216,7 +216,9 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
         if (folder / "tiny_models").is_dir() and not config.resume_from_checkpoint:
             # A smoke run's folder is of no worth, and the same command is to work again.
             with config.main_process_first(desc="the last smoke run"):
-                forget_run(folder)
+                if config.process_index == 0:
+                    with held(folder):
+                        forget_run(folder)
         with config.main_process_first(desc="tiny models"):
             names = smoke_models(
                 model.model_name_or_path, options.teacher_model_name_or_path, Path(str(config.output_dir))

@@ -88,6 +88,9 @@ def held(folder: Path) -> Iterator[None]:
     from filelock import FileLock
 
     check_output_dir(str(folder))
+    if (folder / LOCK_NAME).is_symlink():
+        # What it leads to would be emptied.
+        raise UserError(f"{str(folder / LOCK_NAME)!r} is a symbolic link: delete it")
     lock = FileLock(folder / LOCK_NAME, is_singleton=True)
     locked = _acquire(lock, folder)
     note(folder, host=socket.gethostname(), pid=os.getpid(), since=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -27,17 +27,17 @@ RATIOS = {
     "kq_loss": ("kq", "student_tokens"),
     "attention_loss": ("attention", "student_tokens"),
     # Of a step, over its micro-batches and all ranks: what the loss has of it.
-    "aux_loss": ("aux", "ranked_steps"),
+    "aux_loss": ("aux", "ranked_sums"),
     "correctness_mask_rate": ("t2s_correct", "student_tokens"),
     "aligned_rate": ("t2s_rows", "student_tokens"),
     "s2t_agreement": ("s2t_agree", "teacher_tokens"),
-    "discriminator_accuracy_fake": ("query_as_query", "student_tokens"),
-    "discriminator_accuracy_real": ("key_as_key", "teacher_tokens"),
-    "transport_cost": ("transport_cost", "student_tokens"),
+    "discriminator_accuracy_fake": ("query_as_query", "query_tokens"),
+    "discriminator_accuracy_real": ("key_as_key", "key_tokens"),
+    "transport_cost": ("transport_cost", "query_tokens"),
     "projector_grad_norm": ("projector_grad_norm", "ranked_steps"),
     "discriminator_grad_norm": ("discriminator_grad_norm", "ranked_steps"),
     # Where steps are left out, which Trainer's own mean counts.
-    "loss": ("loss", "ranked_steps"),
+    "loss": ("loss", "ranked_sums"),
 }
 # summed value → its name in a log
 LOG_NAMES = {value: name for name, (value, _) in RATIOS.items()}
@@ -69,8 +69,12 @@ class RunningLog:
 
     def add(self, **sums: Tensor | float) -> None:
         for name, value in sums.items():
-            value = torch.as_tensor(value, dtype=exact_dtype(self.device))
-            value = value.detach().to(self.device)
+            dtype = exact_dtype(self.device)
+            if isinstance(value, Tensor):
+                value = value.detach().to(self.device, dtype)
+            else:
+                # A copy from the host would be waited for.
+                value = torch.full((), value, dtype=dtype, device=self.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def watch(self, step: int, example_ids: Tensor | None, terms: dict[str, Tensor]) -> None:
@@ -103,7 +107,7 @@ class RunningLog:
         self._sums = {}
         self._before = -1, {}
         self._loss += totals.get("loss", 0.0)
-        self._steps += totals.get("ranked_steps", 0.0)
+        self._steps += totals.get("ranked_sums", 0.0)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         logs = {
@@ -111,10 +115,10 @@ class RunningLog:
             for name, (value, divisor) in RATIOS.items()
             if value in totals and totals.get(divisor)
         }
-        if "discriminator_query_loss" in totals and totals["student_tokens"] and totals["teacher_tokens"]:
+        if "discriminator_query_loss" in totals:
             logs["discriminator_loss"] = (
-                totals["discriminator_query_loss"] / totals["student_tokens"]
-                + totals["discriminator_key_loss"] / totals["teacher_tokens"]
+                totals["discriminator_query_loss"] / totals["query_tokens"]
+                + totals["discriminator_key_loss"] / totals["key_tokens"]
             )
         if "student_tokens" in totals:
             logs["response_tokens_per_second"] = totals["student_tokens"] / seconds

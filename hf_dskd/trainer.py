@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -719,12 +719,10 @@ class DSKDTrainer(Trainer):
         state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
         if ranks == 1 or not batches or not state.end_of_dataloader:
             return False
-        rest = state.remainder
-        if rest < 0 and hasattr(self.train_dataset, "__len__") and not self.args.dataloader_drop_last:
+        rest, dataset = state.remainder, self.train_dataset
+        if rest < 0 and isinstance(dataset, Sized) and not self.args.dataloader_drop_last:
             # Accelerate doesn't know it in an epoch that a run goes on in.
-            rest = len(self.train_dataset) % (
-                self._train_batch_size * (1 if self.accelerator.split_batches else ranks)
-            )
+            rest = len(dataset) % (self._train_batch_size * (1 if self.accelerator.split_batches else ranks))
         if rest <= 0:
             return False
         size = len(batches[-1]["labels"])
@@ -963,6 +961,8 @@ class DSKDTrainer(Trainer):
         projectors = self._projector_parameters()
         # A scaler that has found an overflow doesn't come to `_before_update`.
         self._updated = self.accelerator.scaler is None
+        # Also where such a step is left out: its losses are in the sums.
+        self._running.add(ranked_sums=1.0)
         # As Trainer logs the student's: the rates of the step, not of the next one.
         if projectors:
             self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])  # type: ignore[union-attr]
@@ -971,7 +971,7 @@ class DSKDTrainer(Trainer):
             assert self.adversary is not None
             self._learning_rates["discriminator_learning_rate"] = self.adversary.learning_rate
 
-    def _before_update(self, *args: Any) -> None:
+    def _before_update(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """
         Just before the optimizer moves student and projectors: the gradients are those that it will use.
 
@@ -989,6 +989,9 @@ class DSKDTrainer(Trainer):
             assert self.adversary is not None and self._items is not None
             before = self.adversary.copy() if skips else None
             report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
+            # Of the steps that it is updated in, which a scaler may leave out.
+            query_tokens, key_tokens = self._items / self.accelerator.num_processes
+            report |= {"query_tokens": query_tokens, "key_tokens": key_tokens}
             running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
             gradients[f"the {self._critic_name.replace('_', ' ')}'s gradient"] = self.adversary.largest_gradient
         running.watch(step, None, gradients)
@@ -1000,6 +1003,10 @@ class DSKDTrainer(Trainer):
         self._updated = True
         running.add(ranked_steps=1.0)
         if projectors:
+            if not self.args.max_grad_norm and self.accelerator.scaler is not None:
+                # Nobody has taken the scale away before; an optimizer that does so by itself is told it.
+                scale = getattr(optimizer, "grad_scale", None)
+                self._projector_norm = clip(projectors, None) / (1.0 if scale is None else scale)
             running.add(projector_grad_norm=self._projector_norm)
 
     def _leave_out(self, bad: str) -> None:

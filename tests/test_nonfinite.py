@@ -239,3 +239,37 @@ def test_one_rank_stops_or_skips_for_all(tmp_path):
         assert found["skip"]["message"] is None and found["skip"]["skipped"] == 1
     assert one["skip"]["sum"] == two["skip"]["sum"]
     assert [path.name for path in (tmp_path / "stop").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+@pytest.mark.parametrize("method", ["dskd_cma_ga", "dskd_cma_ct"])
+def test_steps_that_a_scaler_has_left_out(method, mode, optim, tmp_path):
+    """Two of four overflow; means are those of the steps that they are made of, as of a run of the last two."""
+    logs = []
+    for scale in (None, 2.0**10):
+        run = runs.trainer(
+            tmp_path / str(scale),
+            method=method,
+            max_steps=4,
+            logging_steps=4,
+            max_grad_norm=None,
+            learning_rate=0.0,
+            projector_learning_rate=0.0,
+            discriminator_learning_rate=0.0,
+            optim=optim,
+            on_nonfinite=mode,
+        )
+        if scale is not None:
+            run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            weight = next(run.model.parameters())
+            weight.register_hook(lambda grad, run=run: grad * torch.inf if run.state.global_step < 2 else grad)
+        run.train()
+        logs.append((run.state.log_history[0], run.state.log_history[-1]["train_loss"]))
+    (expected, whole), (log, scaled) = logs
+    assert log["loss"] == pytest.approx(expected["loss"]) and scaled == pytest.approx(whole)
+    assert log.keys() - {"skipped_steps"} == expected.keys()
+    # The batches of the other two steps are others.
+    names = ("projector_grad_norm", "discriminator_loss", "discriminator_accuracy_real", "discriminator_accuracy_fake")
+    for name in expected.keys() & {*names, "transport_cost", "discriminator_grad_norm"}:
+        assert log[name] == pytest.approx(expected[name], rel=0.1), name

@@ -224,6 +224,26 @@ def test_a_folder_that_takes_no_lock(tmp_path, monkeypatch, caplog):
     assert "can't be locked" in caplog.text and (tmp_path / "checkpoint-1").is_dir()
 
 
+def test_a_lock_that_is_a_link_is_left_alone(tmp_path):
+    (tmp_path / "notes").write_text("of somebody")
+    (tmp_path / ".run.lock").symlink_to(tmp_path / "notes")
+    with pytest.raises(UserError, match=r"\.run\.lock' is a symbolic link: delete it"):
+        make(tmp_path).train()
+    assert (tmp_path / "notes").read_text() == "of somebody"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flock is of Unix")
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def none(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with held(tmp_path):
+        assert "can't be locked" in caplog.text
+
+
 def rank_run(folder):
     """Of two ranks: a run, a refusal, and one that goes on."""
     make(folder, per_device_train_batch_size=2).train()

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_dskd import run_folder
 from hf_dskd.errors import UserError
+from hf_dskd.run import parse
 from hf_dskd.run_folder import held, last_checkpoint, noted
 
 
@@ -198,6 +199,19 @@ def test_the_second_process_in_a_folder_is_told_of_the_first(tmp_path):
         process.wait()
     run.train()
     assert noted(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_second_smoke_run_leaves_the_first_alone(tmp_path):
+    for name in ("tiny_models", "checkpoint-1"):
+        (tmp_path / name).mkdir()
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(UserError, match=f"in use by process {process.pid}"):
+            parse(None, None, ["--smoke", "--output_dir", str(tmp_path), "--model_name_or_path", "student"])
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "checkpoint-1").is_dir()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

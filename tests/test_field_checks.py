@@ -24,7 +24,9 @@ NUMBERS = [name for name in OWN if {int, float} & set(TYPES[name])]
 
 
 def make(**settings):
-    return DSKDConfig("out", use_cpu=True, **settings)
+    # Every 0 steps is nothing wrong where the strategy says never.
+    strategies = {"eval_strategy": "steps"} if "eval_steps" in settings else {}
+    return DSKDConfig("out", use_cpu=True, **strategies, **settings)
 
 
 def refused(**settings):

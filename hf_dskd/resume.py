@@ -83,11 +83,18 @@ def trajectory(config: DSKDConfig, ranks: int, data: str | None, peft_config: An
         "processes": ranks,
         "train_data": data,
         **{f"teacher_{name}": str(teacher[name]) for name in ("revision", "dtype", "torch_dtype") if name in teacher},
-        "model_init_kwargs": config_settings(config.model_init_kwargs),
-        "teacher_model_init_kwargs": config_settings(teacher),
+        "model_init_kwargs": _of_model(config.model_init_kwargs),
+        "teacher_model_init_kwargs": _of_model(teacher),
         **{f"peft_config.{name}": value for name, value in adapter.items()},
     }
     return {name: _jsonable(value) for name, value in found.items()}
+
+
+def _of_model(init_kwargs: Any) -> dict[str, Any]:
+    """The options that change what a model computes, beside its dtype; not those of places and speed."""
+    options = options_of(init_kwargs)
+    found = {"revision": options.get("revision") or "main", "quantization": options.get("quantization_config")}
+    return config_settings(options) | {name: value for name, value in found.items() if value not in (None, "main")}
 
 
 def active_adapter(model: Any) -> Any:

@@ -380,18 +380,17 @@ def test_other_data_in_the_same_trainer(tmp_path):
         run.train(resume_from_checkpoint=True)
 
 
-def test_settings_of_the_models_are_compared():
-    plain = runs.config("x")
-    before, now = (
-        trajectory(
-            runs.config("x", **{name: {"attn_pdrop": 0.1, "token": "hf_" + "a" * 30, "cache_dir": "/x"}}), 1, None
-        )
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs")
-    )
-    assert differences(before, trajectory(plain, 1, None), False) == {"model_init_kwargs": ({"attn_pdrop": 0.1}, {})}
-    assert differences(trajectory(plain, 1, None), now, False) == {
-        "teacher_model_init_kwargs": ({}, {"attn_pdrop": 0.1})
-    }
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_settings_of_the_models_are_compared(name):
+    def said(**options):
+        return trajectory(runs.config("x", **({name: options} if options else {})), 1, None)
+
+    elsewhere = {"token": "hf_" + "a" * 30, "cache_dir": "/x", "revision": "main", "attn_implementation": "eager"}
+    assert differences(said(), said(**elsewhere), False) == {}
+    for options in ({"attn_pdrop": 0.1}, {"revision": "v2"}):
+        assert differences(said(**options, cache_dir="/x"), said(), False) == {name: (options, {})}
+    bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert differences(said(), said(quantization_config=bits), False) == {name: ({}, {"quantization": bits})}
 
 
 def test_ranks_that_adalora_has_allocated_are_no_setting():

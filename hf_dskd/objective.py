@@ -333,7 +333,7 @@ def _logit_rows(
         assert student.partners is not None
         partners = packed_partners(student.partners, student.mask, teacher.mask)
     else:
-        partners = rows_at_places(*(_places(states) for states in (student, teacher)))
+        partners = rows_at_places(_places(student), _places(teacher), student.mask, teacher.mask)
     teacher_hidden = teacher.packed(teacher.hidden)
     if len(teacher_hidden):
         teacher_hidden = teacher_hidden[partners.clamp(min=0)]
@@ -373,10 +373,10 @@ def _likelihood_terms(
     """The student's own terms per example, `alm` per example, and the student's cross entropy per row."""
     assert student.chunks is not None and teacher.chunks is not None
     chunks = [student.chunks, teacher.chunks]
-    if student.closing is not None and teacher.closing is not None:
+    if student.silent is not None and teacher.silent is not None:
         # The end is no text, and a teacher that wasn't trained on this data may hardly expect it: matched, it would
         # teach the student to go on. The cross entropy teaches the end.
-        chunks = [student.chunks.masked_fill(student.closing, -1), teacher.chunks.masked_fill(teacher.closing, -1)]
+        chunks = [student.chunks.masked_fill(student.silent, -1), teacher.chunks.masked_fill(teacher.silent, -1)]
     own, theirs = (
         likelihood_rows(
             states, head, None if constants.boundary_tokens is None else constants.boundary_tokens[i], options

@@ -623,6 +623,7 @@ class DSKDTrainer(Trainer):
                 chat_template_kwargs=options_of(args.chat_template_kwargs),
                 prompt_column=args.prompt_column,
                 response_column=args.response_column,
+                on_bad_row=args.on_bad_row,
                 facts={
                     "teacher": _short_name(name),
                     "dtype": args.training_dtype if args.teacher_dtype == "auto" else args.teacher_dtype,
@@ -902,7 +903,7 @@ class DSKDTrainer(Trainer):
         chunks = inputs.get(f"{side}chunk_ids") if self.args.method_row.needs_chunks else None
         if not self.args.as_published:
             partners = inputs.get("partners") if side == "" else None
-            answers = inputs.get(f"{side}places"), inputs.get(f"{side}closing")
+            answers = inputs.get(f"{side}places"), inputs.get(f"{side}silent")
             return response_states(hidden, ids, labels, embedding, chunks, partners, gathered, *answers)
         if chunks is not None:
             chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)

@@ -90,7 +90,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     else:
         # Both are one response: the i-th token with the i-th.
         places = [(mask.cumsum(1) - 1).masked_fill(~mask, -1) for mask in (student.mask, teacher.mask)]
-        rows = rows_at_places(*places)
+        rows = rows_at_places(*places, student.mask, teacher.mask)
         logits = student_logits[rows >= 0], heads[1](teacher.packed(teacher.hidden))[rows[rows >= 0]]
         if criterion == "universal_logit_distillation":
             losses["uld_loss"] = kd = uld(*logits).sum()

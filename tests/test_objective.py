@@ -354,9 +354,9 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
             rows[f"{side}chunk_ids"] >= 0
         )
         assert (last.sum(1) == 1).all()
-        assert torch.equal(rows[f"{side}closing"], last)
+        assert torch.equal(rows[f"{side}silent"], last)
         rows[f"{side}chunk_ids"] = rows[f"{side}chunk_ids"].masked_fill(last, -1)
-        del rows[f"{side}closing"]
+        del rows[f"{side}silent"]
     expected = evaluated()
     torch.testing.assert_close(without.teacher["alm"], expected.teacher["alm"])
     # The cross entropy has the end.

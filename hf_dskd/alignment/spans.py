@@ -12,7 +12,12 @@ import numpy as np
 
 
 def chunk_ids(
-    student_ends: list[int], teacher_ends: list[int], student_closing: int, teacher_closing: int
+    student_ends: list[int],
+    teacher_ends: list[int],
+    student_closing: int,
+    teacher_closing: int,
+    student_opening: int = 0,
+    teacher_opening: int = 0,
 ) -> tuple[list[int], list[int]]:
     """
     Numbers the chunk of every token of an answer.
@@ -27,6 +32,8 @@ def chunk_ids(
         student_closing, teacher_closing (`int`):
             How many tokens close the answer, such as its end-of-sequence token. With some on both sides, these are a
             chunk of their own, the last; on one side alone, they belong to the last chunk of the text.
+        student_opening, teacher_opening (`int`, *optional*, defaults to 0):
+            How many tokens stand before the text, such as an empty thought. They are in no chunk, -1.
 
     Returns:
         `tuple[list[int], list[int]]`: chunk ids of the student's and of the teacher's tokens.
@@ -41,6 +48,8 @@ def chunk_ids(
     if both_close:
         student += [len(boundaries)] * student_closing
         teacher += [len(boundaries)] * teacher_closing
+    student[:student_opening] = [-1] * student_opening
+    teacher[:teacher_opening] = [-1] * teacher_opening
     return student, teacher
 
 
@@ -58,19 +67,22 @@ def answer_spans(row: Mapping[str, Any], prefix: str = "") -> list[tuple[int, in
     return [(int(start), int(stop)) for start, stop in zip(spans[::2], spans[1::2])]
 
 
-def closing_mask(byte_ends: Sequence[int], lengths: Sequence[int]) -> list[bool]:
+def silent_mask(byte_ends: Sequence[int], lengths: Sequence[int]) -> list[bool]:
     """
-    Which tokens close an answer: the last ones of it that cover no byte.
+    Which tokens are no text of an answer: those before its first byte, and those after its last, which close it.
 
     Args:
         byte_ends (`Sequence[int]`): Of all answers of a row.
         lengths (`Sequence[int]`): Tokens of each answer.
     """
     mask: list[bool] = []
+    before = 0
     for length in lengths:
         ends = byte_ends[len(mask) : len(mask) + length]
-        text = next((index for index in range(length - 1, 0, -1) if ends[index] > ends[index - 1]), 0) + 1
-        mask += [False] * text + [True] * (length - text)
+        first = next((place for place, end in enumerate(ends) if end > before), 0)
+        last = next((place for place in range(length - 1, 0, -1) if ends[place] > ends[place - 1]), 0)
+        mask += [True] * first + [False] * (last - first + 1) + [True] * (length - last - 1)
+        before = ends[-1]
     return mask
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..alignment.spans import answer_spans, chunk_ids, closing_mask
+from ..alignment.spans import answer_spans, chunk_ids, silent_mask
 from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models import input_embedding
@@ -192,7 +192,7 @@ def same_chunk(example: AlignmentExample) -> Tensor:
         `torch.Tensor` of shape `[n_s, n_t]`, bool.
     """
     student, teacher = (torch.tensor(chunks) for chunks in chunks_of(example))
-    return student[:, None] == teacher[None]
+    return (student[:, None] == teacher[None]) & (student[:, None] >= 0)
 
 
 def attention_on_text(example: AlignmentExample) -> float:
@@ -474,10 +474,14 @@ def _chunks(row: Mapping[str, Any], prefix: str) -> tuple[int, ...] | None:
 
 
 def _closes(row: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
-    """The answer that each response token closes, -1 for a token of its text."""
+    """The answer that each response token closes, -1 for a token of its text or before it."""
     lengths = [stop - start for start, stop in answer_spans(row, prefix)]
-    numbers = [number for number, length in enumerate(lengths) for _ in range(length)]
-    return tuple(n if closes else -1 for n, closes in zip(numbers, closing_mask(row[f"{prefix}byte_ends"], lengths)))
+    silent, closes = silent_mask(row[f"{prefix}byte_ends"], lengths), list[int]()
+    for number, length in enumerate(lengths):
+        part = silent[len(closes) : len(closes) + length]
+        text = part.index(False)
+        closes += [number if quiet and place > text else -1 for place, quiet in enumerate(part)]
+    return tuple(closes)
 
 
 def _response_bytes(row: Mapping[str, Any], *tokenizers: PreTrainedTokenizerBase) -> bytes | None:
@@ -512,4 +516,7 @@ def _token_texts(
 
 def _response_ids(row: Mapping[str, Any], prefix: str, with_eos: bool = True) -> list[int]:
     ids = [int(token) for start, stop in answer_spans(row, prefix) for token in row[f"{prefix}input_ids"][start:stop]]
-    return ids if with_eos else [token for token, closed in zip(ids, _closes(row, prefix)) if closed < 0]
+    if with_eos:
+        return ids
+    silent = silent_mask(row[f"{prefix}byte_ends"], [stop - start for start, stop in answer_spans(row, prefix)])
+    return [token for token, quiet in zip(ids, silent) if not quiet]

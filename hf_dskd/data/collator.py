@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_dskd.alignment.spans import answer_spans, closing_mask
+from hf_dskd.alignment.spans import answer_spans, silent_mask
 
 
 # Tokens that an answer of a conversation may have, for places to be distinct.
@@ -48,10 +48,11 @@ class DualCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` (not shifted; -100 on the prompt and the
-            padding), `byte_ends` (in bytes), `places` (number of the answer x `ANSWER_STRIDE` + place in it) and, if
-            the rows have them, `chunk_ids` and `partners` (all four -1 where there is no response token), all int64 of
-            shape `(B, S)`; `closing`, bool, which tokens close an answer; the same with the prefix `teacher_`,
-            `(B, T)`; `example_ids` and `response_bytes`, `(B,)`; with a cache `teacher_states`, `(B, R, d_t)`.
+            padding), `byte_ends` (in bytes), `places` (number of the answer x `ANSWER_STRIDE` + place in its text)
+            and, if the rows have them, `chunk_ids` and `partners` (all four -1 where there is no response token), all
+            int64 of shape `(B, S)`; `silent`, bool, which tokens are no text of an answer; the same with the prefix
+            `teacher_`, `(B, T)`; `example_ids` and `response_bytes`, `(B,)`; with a cache `teacher_states`,
+            `(B, R, d_t)`.
         """
         batch = self._padded(rows, "", self.student_pad_token_id)
         if self.teacher_pad_token_id is not None:
@@ -70,7 +71,7 @@ class DualCollator:
         input_ids = torch.full(shape, pad_token_id)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, -100)
-        places, closing = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+        places, silent = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
         positions = {f"{prefix}byte_ends": torch.full(shape, -1)}
         # The first isn't in rows that the user has tokenized, the second only with `min_edit`.
         for name in (f"{prefix}chunk_ids", f"{prefix}partners"):
@@ -84,10 +85,12 @@ class DualCollator:
             attention_mask[index, : len(ids)] = 1
             # From the row and not from the padded ids: the padding token can be the end-of-sequence token.
             labels[index, response] = ids[response]
-            for answer, (start, stop) in enumerate(spans):
-                places[index, start:stop] = torch.arange(stop - start) + answer * ANSWER_STRIDE
             lengths = [stop - start for start, stop in spans]
-            closing[index, response] = torch.tensor(closing_mask(row[f"{prefix}byte_ends"], lengths))
+            silent[index, response] = torch.tensor(silent_mask(row[f"{prefix}byte_ends"], lengths))
+            for answer, (start, stop) in enumerate(spans):
+                # Counted from the first token of the text: what a template puts before it is the template's own.
+                first = start + int((~silent[index, start:stop]).int().argmax())
+                places[index, first:stop] = torch.arange(stop - first) + answer * ANSWER_STRIDE
             for name, padded in positions.items():
                 padded[index, response] = torch.as_tensor(row[name])
         return {
@@ -95,6 +98,6 @@ class DualCollator:
             f"{prefix}attention_mask": attention_mask,
             f"{prefix}labels": labels,
             f"{prefix}places": places,
-            f"{prefix}closing": closing,
+            f"{prefix}silent": silent,
             **positions,
         }

@@ -41,7 +41,7 @@ def without_responses(batch: dict[str, Tensor], which: Tensor) -> dict[str, Tens
             changed[name] = value.masked_fill(rows, -100)
         elif name.endswith(("byte_ends", "chunk_ids", "partners", "places")):
             changed[name] = value.masked_fill(rows, -1)
-        elif name.endswith("closing"):
+        elif name.endswith("silent"):
             changed[name] = value.masked_fill(rows, False)
     return changed
 

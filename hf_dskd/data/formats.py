@@ -1,7 +1,7 @@
 """Reads one row of a data set, whatever its column names, into a prompt and a response."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from hf_dskd.errors import UserError
@@ -25,6 +25,11 @@ TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 BESIDE = (SYSTEM, HISTORY, *TEMPLATE_COLUMNS)
 # Links a tool's message to its call, and says nothing that a model reads.
 LINK = "tool_call_id"
+# Arguments of `apply_chat_template` that no row can set.
+_DECIDED = {
+    *("conversation", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer"),
+}
 
 
 class Columns(NamedTuple):
@@ -63,6 +68,8 @@ class Example(NamedTuple):
             Whether the last of `messages` is an assistant's, which the response goes on with.
         template (`dict[str, Any]`, *optional*):
             What the row has for chat templates beside messages: `tools`, `documents`, `chat_template_kwargs`.
+        ended (`bool`, *optional*, defaults to `False`):
+            Whether an answer of the row had an end already, which was taken off.
     """
 
     messages: list[Message]
@@ -71,6 +78,7 @@ class Example(NamedTuple):
     extras: dict[str, Any] = {}
     continued: bool = False
     template: dict[str, Any] = {}
+    ended: bool = False
 
 
 def detect_format(
@@ -138,6 +146,7 @@ def read_examples(
     prompt_column: str | None = None,
     response_column: str | None = None,
     train_on: str = "all",
+    ends: Sequence[str] = (),
 ) -> list[Example]:
     """
     Reads the answers of a row that are learnt, each with the messages and the plain text before it.
@@ -159,6 +168,8 @@ def read_examples(
         train_on (`str`, *optional*, defaults to `"all"`):
             `"all"` for every answer of `messages`, of a completion of several turns and of `history`; `"last"` for the
             last one alone.
+        ends (`Sequence[str]`, *optional*):
+            Tokens that end an answer, as text: taken off where an answer has them already.
 
     Returns:
         `list[Example]`: one at least, in the order of the conversation. A response is `""` if it is `None` in the row.
@@ -168,6 +179,9 @@ def read_examples(
     """
     columns = detect_format(row, prompt_column, response_column)
     turns, learnable, continued = _READERS[columns.kind](row, columns)
+    bare = [_without_end(turn, ends) for turn in turns]
+    ended = bare != turns
+    turns = bare
     if turns[0].message["role"] == "system" and row.get(SYSTEM):
         raise UserError(f"a column {SYSTEM!r} and a system message: leave one of them out")
     if row.get(SYSTEM):
@@ -183,7 +197,7 @@ def read_examples(
     if not answers:
         raise UserError("every answer of the conversation has weight 0: leave the row out, or weigh one with 1")
     return [
-        _example(turns, index, continued and index == len(turns) - 1, template)
+        _example(turns, index, continued and index == len(turns) - 1, template, ended)
         for index in (answers[-1:] if train_on == "last" else answers)
     ]
 
@@ -195,9 +209,27 @@ class _Turn(NamedTuple):
     # Before an answer to this one, as plain text.
     header: str = ""
     weight: int = 1
+    # Whether it is over; the beginning of an answer isn't.
+    closed: bool = True
 
 
-def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str, Any]) -> Example:
+def _without_end(turn: _Turn, ends: Sequence[str]) -> _Turn:
+    """An assistant's turn without an end that its text has already; one that goes on has none."""
+    content = text = turn.message["content"]
+    if turn.message["role"] != "assistant" or not turn.closed:
+        return turn
+    while end := next((end for end in sorted(ends, key=len, reverse=True) if text.rstrip().endswith(end)), None):
+        shorter = text.rstrip().removesuffix(end)
+        # "<s>old</s>" is a mark of HTML, whatever else "</s>" is.
+        if end.startswith("</") and shorter.rfind(f"<{end[2:]}") > shorter.rfind(end):
+            break
+        text = shorter
+    place = turn.plain.rfind(content) if content else 0
+    plain = turn.plain[:place] + text + turn.plain[place + len(content) :]
+    return turn if text == content else turn._replace(message={**turn.message, "content": text}, plain=plain)
+
+
+def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str, Any], ended: bool) -> Example:
     before, answer = turns[:index], turns[index].message
     plain = "".join(turn.plain for turn in before)
     return Example(
@@ -207,6 +239,7 @@ def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str
         extras={key: value for key, value in answer.items() if key not in ("role", "content")},
         continued=continued,
         template=template,
+        ended=ended,
     )
 
 
@@ -259,10 +292,16 @@ def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], i
         continued = last["role"] == "assistant"
         if continued:
             # The prompt is the beginning of the answer, and not closed.
-            turns[-1] = _Turn(last, f"{_HEADER}{last['content']}")
+            turns[-1] = _Turn(last, f"{_HEADER}{last['content']}", closed=False)
         return [*turns, _Turn(answer, "")], first, continued
     answers = _conversation(response, columns.response)
     _check_answer(answers[-1].message, columns.response)
+    if (
+        turns[-1].message["role"] == "assistant"
+        and len(answers) == 1
+        and answers[0].message.keys() == {"role", "content"}
+    ):
+        return _read_pair({**row, columns.response: answers[0].message["content"]}, columns)
     if len(answers) > 1 and isinstance(prompt, str):
         turns[-1] = _Turn(turns[-1].message, _plain("user", prompt), _HEADER)
     return [*turns, *answers], first, False
@@ -305,11 +344,16 @@ def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _template_value(row: Mapping[str, Any], name: str) -> Any:
     """What a row has for chat templates in a column, read from JSON where it is a string."""
-    value = _without_nothing(_parsed(row.get(name)))
+    given = row.get(name)
+    # What JSON says is nothing is so; `datasets` fills in others.
+    value = _parsed(given) if isinstance(given, str) else _without_nothing(given)
     kinds = {"chat_template_kwargs": dict}
     kind = kinds.get(name, list)
     if value and not isinstance(value, kind):
         raise UserError(f"column {name!r} holds {_shown(value)}; it must be a {kind.__name__}, or JSON of one")
+    taken = _DECIDED & set(value or ()) if kind is dict else ()
+    if taken:
+        raise UserError(f"column {name!r} has {min(taken)!r}, which training decides: leave it out")
     return [_parsed(item) for item in value] if isinstance(value, list) else value
 
 
@@ -343,6 +387,8 @@ def _conversation(value: Any, column: str) -> list[_Turn]:
     turns = []
     for index, given in enumerate(value):
         where = f"of message {index} in column {column!r}"
+        if not isinstance(given, Mapping):
+            raise UserError(f"message {index} in column {column!r} is {_shown(given)}; it must have role and content")
         message = {key: item for key, item in _without_nothing(given).items() if item not in ([], {})}
         weight = message.pop("weight", 1)
         if weight not in (0, 1):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
 from ..evaluation.generation import end_token_ids, read_response, sample
+from .collator import ANSWER_STRIDE
 from .prompts import Frame, answer_frame
 from .tokenization import encode_response
+from .tokens import response_tokens
 
 
 if TYPE_CHECKING:
@@ -109,6 +111,8 @@ def on_policy_batch(
 
     for index, (prompt, response) in enumerate(zip(prompts, responses)):
         text, finished = read_response(student_tokenizer, response, stops, frames["student"])
+        # What the student has written without, such as a thought in the place of an empty one, is read without.
+        own = frames if _begins(student_tokenizer, response, frames["student"]) else _bare(frames)
         if not text.strip():
             continue
         written = encode_response(
@@ -118,7 +122,7 @@ def on_policy_batch(
             max_length,
             example_id=rows[index]["example_id"],
             finished=finished,
-            frames=frames,
+            frames=own,
         )
         if written is not None:
             # Rows that the user has tokenized may be without chunks.
@@ -126,6 +130,32 @@ def on_policy_batch(
     if align is not None:
         rows = [row | align(row) for row in rows]
     return {name: tensor.to(device) for name, tensor in collator(rows).items()}
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase, response: list[int], frame: Frame) -> bool:
+    """Whether a response begins with what the template puts before an answer."""
+    lead = response_tokens(tokenizer, frame.lead, control=True)[0] if frame.lead.strip() else []
+    return response[: len(lead)] == lead
+
+
+def _bare(frames: dict[str, Frame]) -> dict[str, Frame]:
+    return {name: frame._replace(lead="") for name, frame in frames.items()}
+
+
+def _edges(is_response: Tensor, places: Tensor) -> list[int]:
+    """Where the answers of an example begin and end, `[start, stop, start, ...]`; one can follow another at once."""
+    before, number = torch.cat([is_response.new_zeros(1), is_response[:-1]]), places // ANSWER_STRIDE
+    # What a template puts before an answer has no place.
+    ended = torch.cat([places.new_full((1,), -1), places[:-1]]) >= 0
+    other = (places < 0) | (number != torch.cat([number[:1], number[:-1]]))
+    starts = (is_response & (~before | (ended & other))).nonzero()[:, 0].tolist()
+    stops = (before & ~is_response).nonzero()[:, 0].tolist()
+    ends = [next((stop for stop in [*stops, len(places)] if stop > start), len(places)) for start in starts]
+    return [
+        edge
+        for start, end, after in zip(starts, ends, [*starts[1:], len(places)])
+        for edge in (start, min(end, after))
+    ]
 
 
 def _row(batch: dict[str, Tensor], index: int) -> dict[str, Any]:
@@ -137,8 +167,7 @@ def _row(batch: dict[str, Tensor], index: int) -> dict[str, Any]:
     for prefix in PREFIXES.values():
         real = batch[f"{prefix}attention_mask"][index].bool()
         is_response = batch[f"{prefix}labels"][index][real] != -100
-        # Between two answers there is always something of the prompt.
-        edges = torch.nn.functional.pad(is_response.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+        edges = _edges(is_response, batch[f"{prefix}places"][index][real])
         row[f"{prefix}input_ids"] = batch[f"{prefix}input_ids"][index][real].tolist()
         row[f"{prefix}prompt_length"], row[f"{prefix}spans"] = edges[0], edges
         for name in (f"{prefix}byte_ends", f"{prefix}chunk_ids"):

@@ -8,8 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .formats import Example
-from .templates import MARK, Template, control_pattern, special_ids
-from .tokens import encode, response_tokens, traits_of
+from .templates import Template, Turn, control_pattern, special_ids
+from .tokens import answer_tokens, encode, response_tokens, traits_of
 
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ class Frame(NamedTuple):
 
     Attributes:
         lead (`str`):
-            White space that the chat template puts before the answer, after where the model begins to write.
+            What the chat template puts between where the model begins to write and the answer: white space, or an
+            empty thought. The model is to write it.
         end (`list[int]`):
             Tokens that end the answer: those that the chat template puts there, or else the end-of-sequence token.
             They go up to the template's last control token, at which a model stops: white space after it belongs to
@@ -86,7 +87,7 @@ def answer_frame(
     if not uses_template(tokenizer, prompt_style):
         return Frame("", [tokenizer.eos_token_id])
     put, closing = Template(tokenizer, chat_template_kwargs).frame
-    return Frame(put[len(put.rstrip()) :], closing_tokens(tokenizer, closing))
+    return Frame(put, closing_tokens(tokenizer, closing))
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, closing: str) -> list[int]:
@@ -107,10 +108,10 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return traits_of(tokenizer).start_ids + encode(tokenizer, prompt, control=False)
 
 
-def rendered_tokens(template: Template, example: Example, text: str | None = MARK) -> tuple[list[int], str | None]:
+def rendered_tokens(template: Template, example: Example, cut: int = 0) -> tuple[list[int], str | None]:
     """
-    Tokens of the prompt of an answer `text` (`None` for one in the template's own format), in which control tokens are
-    those of the template, not those in the messages.
+    Tokens of a prompt without its last `cut` characters, in which control tokens are those of the template, not those
+    in the messages.
 
     To tell the two apart the prompt is rendered once more with stand-ins of the same length for the latter.
 
@@ -119,42 +120,92 @@ def rendered_tokens(template: Template, example: Example, text: str | None = MAR
     """
 
     def render(example: Example) -> str:
-        turn = None if text is None else template.turn(example, text)
-        return template.prompt(example) if turn is None else turn.prompt
+        prompt = template.prompt(example)
+        return prompt[: len(prompt) - cut]
 
     tokenizer, rendered = template.tokenizer, render(example)
-    pattern = control_pattern(tokenizer)
-    found = sorted({name for part in _texts((example.messages, example.template)) for name in pattern.findall(part)})
-    if not found:
+    masks = _Masks.of(tokenizer, (example.messages, example.template))
+    if masks is None:
         return encode(tokenizer, rendered, control=True), None
-    stand_ins = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
-    masked = render(_mapped(example, lambda part: pattern.sub(lambda match: stand_ins[match.group()], part)))
-    restored = masked
-    for name, stand_in in stand_ins.items():
-        restored = restored.replace(stand_in, name)
+    masked = render(masks.hidden(example))
 
     def pieces(whole: str, continued: bool) -> list[int]:
-        """Ids of `whole`, in which only the template's own control tokens are such."""
-        ids, start = [], 0
-        for match in [*pattern.finditer(masked), None]:
-            part = whole[start : None if match is None else match.start()]
-            if part:
-                ids += response_tokens(tokenizer, part)[0] if continued and start else encode(tokenizer, part, False)
-            if match is not None:
-                ids.append(int(tokenizer.convert_tokens_to_ids(match.group())))  # type: ignore[arg-type]
-                start = match.end()
+        ids: list[int] = []
+        for part, first, control in masks.pieces(whole, masked):
+            ids += response_tokens(tokenizer, part)[0] if continued and not first else encode(tokenizer, part, False)
+            ids += control
         return ids
 
     # What is put together must be what the tokenizer itself makes where there is nothing to tell apart. Some put a
     # space before every part, some only before the first.
-    for continued in (False, True) if restored == rendered else ():
+    for continued in (False, True) if masks.shown(masked) == rendered else ():
         if pieces(masked, continued) == encode(tokenizer, masked, control=True):
             return pieces(rendered, continued), "control_as_text"
     return encode(tokenizer, rendered, control=True), "control_live"
 
 
+def written_tokens(template: Template, example: Example, turn: Turn) -> tuple[list[int], list[int], bool, str | None]:
+    """
+    Tokens of an answer in the template's own format, and the bytes at which they end; control tokens are those of the
+    template, not those in the example's text. Also whether they give the text back, and a note as of
+    [`rendered_tokens`].
+    """
+    tokenizer = template.tokenizer
+    ids, ends, whole = answer_tokens(tokenizer, turn.lead, turn.answer, control=True)
+    masks = _Masks.of(tokenizer, (example.response, example.extras))
+    if masks is None:
+        return ids, ends, whole, None
+    masked = template.written(masks.hidden(example))
+    if masked is None or masks.shown(masked.answer) != turn.answer or masked.lead != turn.lead:
+        return ids, ends, whole, "control_live"
+    ids, ends = [], []
+    for part, first, control in masks.pieces(turn.answer, masked.answer):
+        new, new_ends, same = answer_tokens(tokenizer, turn.lead if first else "", part)
+        start = ends[-1] if ends else 0
+        ids += new
+        ends += [start + end for end in new_ends]
+        whole = whole and same
+        for token in control:
+            ids.append(token)
+            name = str(tokenizer.convert_ids_to_tokens(token))
+            ends.append((ends[-1] if ends else 0) + len(name.encode()))
+    return ids, ends, whole, "control_as_text"
+
+
+class _Masks(NamedTuple):
+    """Stand-ins of the same length for the control tokens that texts have."""
+
+    tokenizer: PreTrainedTokenizerBase
+    names: dict[str, str]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Any) -> _Masks | None:
+        pattern = control_pattern(tokenizer)
+        found = sorted({name for text in _texts(texts) for name in pattern.findall(text)})
+        names = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
+        return cls(tokenizer, names) if names else None
+
+    def hidden(self, example: Example) -> Example:
+        pattern = control_pattern(self.tokenizer)
+        return _mapped(example, lambda text: pattern.sub(lambda match: self.names.get(match[0], match[0]), text))
+
+    def shown(self, text: str) -> str:
+        for name, stand_in in self.names.items():
+            text = text.replace(stand_in, name)
+        return text
+
+    def pieces(self, whole: str, masked: str) -> Iterator[tuple[str, bool, list[int]]]:
+        """The parts of `whole`, whether each is the first, and the template's own control token after it, if any."""
+        start = 0
+        for match in [*control_pattern(self.tokenizer).finditer(masked), None]:
+            end = len(whole) if match is None else match.start()
+            control = [] if match is None else [int(self.tokenizer.convert_tokens_to_ids(match.group()))]  # type: ignore[arg-type]
+            yield whole[start:end], not start, control
+            start = end if match is None else match.end()
+
+
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in an example but roles and names of keys."""
+    """Every text in a value but roles and names of keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -8,6 +8,7 @@ is often not the tokenizer's own EOS.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # An answer that no template changes and no text has.
 MARK = "Zq7theAnswer7qZ"
 _PROBE = [{"role": "user", "content": "Hello"}]
+# A thought that a prompt begins, for the model to go on with.
+_THOUGHT = re.compile(r"<[^<>/|\s]+>\s*\Z")
 
 
 class Turn(NamedTuple):
@@ -31,11 +34,12 @@ class Turn(NamedTuple):
     One model's view of an answer.
 
     Attributes:
-        prompt (`str`): What comes before the answer, control tokens included.
-        lead (`str`): White space that the template puts before the answer's first character.
+        prompt (`str`): What the model is asked with, control tokens included.
+        lead (`str`): What the template puts between that and the answer: white space, or an empty thought.
         answer (`str`): The answer as it is written here.
         closing (`str`): What the template puts after the answer.
         verbatim (`bool`): Whether the answer is the text that was given, not what the template made of it.
+        asked (`bool`): Whether the answer stands where the template asks for one.
     """
 
     prompt: str
@@ -43,6 +47,7 @@ class Turn(NamedTuple):
     answer: str
     closing: str
     verbatim: bool = True
+    asked: bool = True
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -51,17 +56,20 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, content in added if content.special)}
 
 
-_PATTERNS: WeakKeyDictionary[PreTrainedTokenizerBase, re.Pattern[str]] = WeakKeyDictionary()
+_PATTERNS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, re.Pattern[str]]] = WeakKeyDictionary()
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Finds control tokens in text; nothing where the tokenizer has none."""
-    if tokenizer not in _PATTERNS:
+    known = _PATTERNS.get(tokenizer)
+    # Tokens can be added.
+    if known is None or known[0] != len(tokenizer.added_tokens_decoder):  # type: ignore[attr-defined]
         texts = [str(tokenizer.convert_ids_to_tokens(token)) for token in special_ids(tokenizer)]
         # The longest first: one can begin another.
         found = "|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
-        _PATTERNS[tokenizer] = re.compile(found or r"(?!)")
-    return _PATTERNS[tokenizer]
+        known = len(tokenizer.added_tokens_decoder), re.compile(found or r"(?!)")  # type: ignore[attr-defined]
+        _PATTERNS[tokenizer] = known
+    return known[1]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
@@ -93,17 +101,20 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, dict(options or {})
+        self._rendered: dict[str, str] = {}
 
     @cached_property
     def frame(self) -> tuple[str, str]:
-        """What it puts before and after the plain answer to a plain question."""
-        example = Example(_PROBE, "", MARK)
-        try:
-            prompt = self.prompt(example)
-        except UserError:  # it may take other messages than these
-            return "", ""
-        before, _, after = (self._with_answer(example, MARK) or prompt).partition(MARK)
-        return (before[len(prompt) :] if before.startswith(prompt) else ""), after
+        """What it puts before and after a plain answer."""
+        for messages in (_PROBE, [{"role": "system", "content": "Hello"}, *_PROBE]):
+            example = Example(messages, "", MARK)
+            written = self._with_answer(example, MARK)
+            # It may take other messages than these.
+            if written is not None and MARK in written:
+                before, _, after = written.partition(MARK)
+                prompt = self.prompt(example)
+                return (before[len(prompt) :] if before.startswith(prompt) else ""), after
+        return "", ""
 
     def prompt(self, example: Example) -> str:
         """Renders what comes before an answer, up to where the model begins to write."""
@@ -111,33 +122,35 @@ class Template:
         return self._render(example, example.messages, **asks)
 
     def turn(self, example: Example, text: str = MARK) -> Turn | None:
-        """
-        The turn of an answer that is written as `text`; `None` where the template writes it in another way.
-
-        Where the template writes the conversation with the answer otherwise than the prompt, the prompt is what a
-        model is asked with, and only the closing is taken from there.
-        """
+        """The turn of an answer that is written as `text`; `None` where the template writes it in another way."""
         prompt = self.prompt(example)
         written = self._with_answer(example, text)
         if written is None:
             return Turn(prompt, "", text, "")
         put, closing = self.frame
-        if written != prompt + put + text + closing:
-            before, _, closing = (self._with_answer(example, MARK) or "").partition(MARK)
-            if before + text + closing != written:
-                return None
-            if not before.startswith(prompt):
-                return Turn(prompt, "", text, closing)
-            put = before[len(prompt) :]
-        # What else the template writes there, such as an empty thought, is not the answer: it stays in the prompt.
-        lead = put[len(put.rstrip()) :]
-        return Turn(prompt + put[: len(put) - len(lead)], lead, text, closing)
+        if written == prompt + put + text + closing:
+            return Turn(prompt, put, text, closing)
+        before, _, closing = (self._with_answer(example, MARK) or "").partition(MARK)
+        if before + text + closing != written:
+            return None
+        if before.startswith(prompt):
+            return Turn(prompt, before[len(prompt) :], text, closing)
+        begun = _THOUGHT.search(prompt)
+        if begun is not None and prompt.startswith(before):
+            # The template asks for a thought, which this answer hasn't: not behind one that would never end.
+            thought = text.lstrip().startswith(begun.group().strip())
+            return Turn(before, "", text, closing, asked=thought)
+        return Turn(prompt, "", text, closing)
 
     def written(self, example: Example) -> Turn | None:
         """The turn of an answer as the template writes it, calls of tools and thoughts included."""
         prompt, written = self.prompt(example), self._with_answer(example, example.response, example.extras)
         if written is None or not written.startswith(prompt):
             return None
+        begun = _THOUGHT.search(prompt)
+        if begun is not None and begun.group().strip().replace("<", "</") in written[len(prompt) :]:
+            # A thought that the prompt begins is the answer's all the same: the other model may begin none.
+            prompt = prompt[: begun.start()]
         written = written[len(prompt) :]
         closing = self.frame[1]
         if not closing or not written.endswith(closing):
@@ -148,26 +161,72 @@ class Template:
         lead = answer[: len(answer) - len(answer.lstrip())]
         return Turn(prompt, lead, answer[len(lead) :], closing, verbatim=False)
 
+    def foreign(self, example: Example, text: str) -> Turn:
+        """The turn of an answer in another format than the template's."""
+        prompt = self.prompt(example)
+        begun = _THOUGHT.search(prompt)
+        if begun is not None and text.lstrip().startswith(begun.group().strip()):
+            # The text begins the thought itself.
+            prompt = prompt[: begun.start()]
+        return Turn(prompt, "", text, self.frame[1])
+
     def renders(self, example: Example, without: Example) -> bool:
         """Whether the template writes something of the one that it doesn't of the other."""
         whole, part = (self._with_answer(e, e.response, e.extras) for e in (example, without))
-        return whole != part
+        return whole is not None and whole != part
+
+    def refusal(self, example: Example) -> str:
+        """Why the template takes no conversation like this one; nothing if it does."""
+        try:
+            self._render(example, self._answered(example, example.response, example.extras))
+        except UserError as error:
+            return str(error)
+        return ""
 
     def _with_answer(self, example: Example, text: str, extras: Mapping[str, Any] | None = None) -> str | None:
-        answer = {"role": "assistant", "content": text, **(extras or {})}
-        messages = example.messages
-        if example.continued:
-            answer = {**messages[-1], "content": messages[-1]["content"] + text}
-            messages = messages[:-1]
         try:
-            return self._render(example, [*messages, answer])
+            return self._render(example, self._answered(example, text, extras))
         except UserError:
             return None
 
+    @staticmethod
+    def _answered(example: Example, text: str, extras: Mapping[str, Any] | None) -> list[Message]:
+        """The conversation with its answer."""
+        if not example.continued:
+            return [*example.messages, {"role": "assistant", "content": text, **(extras or {})}]
+        *before, last = example.messages
+        return [*before, {**last, "content": last["content"] + text}]
+
     def _render(self, example: Example, messages: list[Message], **asks: Any) -> str:
         row = {name: value for name, value in example.template.items() if name != "chat_template_kwargs"}
-        options = {**self.options, **example.template.get("chat_template_kwargs", {}), **row}
-        return render(self.tokenizer, messages, **options, **asks)
+        options = {**self.options, **example.template.get("chat_template_kwargs", {}), **row, **asks}
+        # A long conversation asks for the same again and again.
+        key = json.dumps([messages, options], default=str)
+        if key not in self._rendered:
+            if len(self._rendered) >= 256:
+                self._rendered.clear()
+            try:
+                self._rendered[key] = render(self.tokenizer, messages, **options)
+            except UserError as error:
+                # Some templates want the arguments of a call as JSON, most as what it says.
+                as_json = _arguments_as_json(messages)
+                if as_json == messages:
+                    raise
+                try:
+                    self._rendered[key] = render(self.tokenizer, as_json, **options)
+                except UserError:
+                    raise error from None
+        return self._rendered[key]
+
+
+def _arguments_as_json(messages: list[Message]) -> list[Message]:
+    def changed(call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call.get("function")
+        if not isinstance(function, Mapping) or isinstance(function.get("arguments", ""), str):
+            return dict(call)
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**m, "tool_calls": list(map(changed, m["tool_calls"]))} if m.get("tool_calls") else m for m in messages]
 
 
 def check_rendered(example: Example, templates: list[Template], sides: int) -> bool:
@@ -183,35 +242,59 @@ def check_rendered(example: Example, templates: list[Template], sides: int) -> b
         `bool`: whether all models get all of it.
     """
     seen = True
-    for what, whole, part in _parts(example):
+    for what, whole, part, plain in _parts(example):
         found = sum(template.renders(whole, part) for template in templates)
+        if plain:
+            found += sides - len(templates)
         if not found:
+            reasons = [template.refusal(whole) for template in templates]
+            if reasons and all(reasons):
+                raise UserError(reasons[0])
+            reason = next((f" ({reason})" for reason in reasons if reason), "")
             chat = "" if templates else "set prompt_style='chat', "
             raise UserError(
-                f"{what} can't be told to the model: no chat template writes it; {chat}take a model whose template"
-                " does, or leave it out of the data"
+                f"{what} can't be told to the model: no chat template writes it{reason}; {chat}take a model whose"
+                " template does, or leave it out of the data"
             )
         seen = seen and found == sides
     return seen
 
 
-def _parts(example: Example) -> Iterator[tuple[str, Example, Example]]:
-    """What an example has beside roles and contents: its name, an example that has it, and the same without it."""
+def _parts(example: Example) -> Iterator[tuple[str, Example, Example, bool]]:
+    """
+    What an example has beside the user's and the assistant's words: its name, an example that has it, the same without
+    it, and whether plain text has it. Of what is alike, as each result of a tool, the first.
+    """
     for name in example.template.keys() - {"chat_template_kwargs"}:
-        yield f"column {name!r}", example, example._replace(template=_without(example.template, name))
+        yield f"column {name!r}", example, example._replace(template=_without(example.template, name)), False
+    seen = set()
     for index, message in enumerate(example.messages):
+        role, content, before = message["role"], message["content"], example.messages[:index]
         for key in message.keys() - {"role", "content", LINK}:
-            what, before = f"{key!r} of message {index}", example.messages[:index]
-            if message["role"] == "assistant":
+            if (role, key) in seen:
+                continue
+            seen.add((role, key))
+            if role == "assistant":
                 # Where it is the answer: some templates leave the thoughts behind an earlier answer out.
-                extras = _without(message, "role", "content")
-                whole = Example(before, "", message["content"], extras, template=example.template)
-                yield what, whole, whole._replace(extras=_without(extras, key))
+                whole = Example(before, "", content, _without(message, "role", "content"), template=example.template)
+                yield from _of_answer(whole, key, f"message {index}")
             else:
                 messages = [*before, _without(message, key), *example.messages[index + 1 :]]
-                yield what, example, example._replace(messages=messages)
+                yield f"{key!r} of message {index}", example, example._replace(messages=messages), False
+        # There can be several system messages of which a template takes one.
+        if content.strip() and role not in ("user", "assistant") and (role == "system" or role not in seen):
+            seen.add(role)
+            messages = [*before, {**message, "content": content + MARK}, *example.messages[index + 1 :]]
+            yield f"message {index}, of role {role!r},", example, example._replace(messages=messages), True
     for key in example.extras.keys() - {LINK}:
-        yield f"{key!r} of the answer", example, example._replace(extras=_without(example.extras, key))
+        yield from _of_answer(example, key, "the answer")
+
+
+def _of_answer(example: Example, key: str, where: str) -> Iterator[tuple[str, Example, Example, bool]]:
+    """The `key` of an answer, and its text beside that."""
+    yield f"{key!r} of {where}", example, example._replace(extras=_without(example.extras, key)), False
+    if example.response.strip():
+        yield f"the text of {where} beside {key!r}", example, example._replace(response=example.response + MARK), False
 
 
 def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:

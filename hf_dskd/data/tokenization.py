@@ -19,9 +19,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
 from hf_dskd.data.formats import Example, detect_format, read_examples
 from hf_dskd.data.kinds import as_dataset, as_tokenizer
-from hf_dskd.data.prompts import Frame, answer_frame, closing_tokens, plain_tokens, rendered_tokens, uses_template
+from hf_dskd.data.prompts import (
+    Frame,
+    answer_frame,
+    closing_tokens,
+    plain_tokens,
+    rendered_tokens,
+    uses_template,
+    written_tokens,
+)
 from hf_dskd.data.templates import Template, Turn, check_rendered, control_pattern
-from hf_dskd.data.tokens import answer_tokens, name_of, traits_of
+from hf_dskd.data.tokens import answer_tokens, look_again, name_of, traits_of
 from hf_dskd.errors import UserError, check_name
 
 
@@ -66,6 +74,10 @@ class TokenizationReport:
         foreign_calls (`int`):
             Answers in the format of one model's chat template (calls of tools, thoughts), which the other one reads as
             text.
+        unasked (`int`):
+            Rows with an answer where a chat template asks for a thought that the answer hasn't: it is learnt without.
+        parts (`int`):
+            Rows that are trained on, of which a conversation can become several.
         lost (`dict[str, int]`):
             Rows with characters that the `"student"`'s or the `"teacher"`'s tokenizer doesn't give back.
     """
@@ -83,6 +95,8 @@ class TokenizationReport:
     control_live: int = 0
     one_sided: int = 0
     foreign_calls: int = 0
+    unasked: int = 0
+    parts: int = 0
     lost: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -98,12 +112,13 @@ class TokenizationReport:
             (self.control_live, "rows have control tokens in a prompt that act as such: take them out of the data"),
             (self.one_sided, "rows have tools or the like that only one of the two chat templates writes"),
             (self.foreign_calls, "answers are in the format of one model's chat template, text to the other"),
+            (self.unasked, "rows have an answer where a chat template asks for a thought, and are learnt without one"),
             *((count, f"rows have characters that the {name}'s tokenizer loses") for name, count in self.lost.items()),
         ]
         return [f"{count} {what}" for count, what in counts if count]
 
     def __str__(self) -> str:
-        answers = "" if self.answers in (0, self.kept) else f", {self.answers} answers"
+        answers = "" if self.answers in (0, self.kept) else f", {self.answers} answers in {self.parts}"
         said = (
             f"kept {self.kept} of {self.rows} rows{answers} ({self.cut} with a response cut to the maximum length), "
             f"skipped {self.empty_responses} with an empty response and {self.long_prompts} with a prompt that leaves "
@@ -142,6 +157,7 @@ class _Side(NamedTuple):
     ids: list[int]
     byte_ends: list[int]
     end: list[int]
+    opening: int = 0  # tokens before the text
 
     @property
     def has_text(self) -> bool:
@@ -156,6 +172,11 @@ class _Answer(NamedTuple):
     cut: bool
 
 
+def _opening(lead: str, byte_ends: list[int]) -> int:
+    """How many tokens a template has put before the text."""
+    return next((place for place, end in enumerate(byte_ends) if end), 0) if lead else 0
+
+
 def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool = True) -> _Answer | None:
     """The answer that fits on every side; `None` if nothing of it does."""
     size = len(text.encode())
@@ -168,7 +189,7 @@ def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool 
     cut = {}
     for name, side in sides.items():
         count = bisect_left(side.byte_ends, size) + 1
-        cut[name] = _Side(side.prompt, side.ids[:count], side.byte_ends[:count], [])
+        cut[name] = _Side(side.prompt, side.ids[:count], side.byte_ends[:count], [], side.opening)
     return _Answer(cut, size, True)
 
 
@@ -194,9 +215,12 @@ def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
             columns[name]["byte_ends"] += [offset + end for end in ends[name]]
         if len(names) == 2:
             student, teacher = (answer.sides[name] for name in names)
-            numbered = chunk_ids(ends[names[0]], ends[names[1]], len(student.end), len(teacher.end))
+            numbered = chunk_ids(
+                *(ends[names[0]], ends[names[1]], len(student.end), len(teacher.end)),
+                *(student.opening, teacher.opening),
+            )
             for name, chunk in zip(names, numbered):
-                columns[name]["chunk_ids"] += [chunks + number for number in chunk]
+                columns[name]["chunk_ids"] += [chunks + number if number >= 0 else -1 for number in chunk]
             chunks += max(numbered[0]) + 1
         offset += answer.size
     for name in names:
@@ -246,7 +270,8 @@ def encode_response(
     sides = {}
     for name, tokenizer in tokenizers.items():
         frame = answer_frame(tokenizer, "plain") if frames is None else frames[name]
-        sides[name] = _Side(prompts[name], *answer_tokens(tokenizer, frame.lead, response)[:2], frame.end)
+        ids, byte_ends, _ = answer_tokens(tokenizer, frame.lead, response)
+        sides[name] = _Side(prompts[name], ids, byte_ends, frame.end, _opening(frame.lead, byte_ends))
     if not all(side.has_text for side in sides.values()):
         return None
     answer = _fitted(response, sides, max_length, finished)
@@ -408,7 +433,7 @@ def _report(notes: Iterable[list[str]]) -> TokenizationReport:
             kind[1] += count
     skipped = counts["empty"] + counts["long"] + sum(count for _, count in bad.values())
     lost = {name: counts[f"lost {name}"] for name in ("student", "teacher") if counts[f"lost {name}"]}
-    plain = ("ends_removed", "control_as_text", "control_live", "one_sided", "foreign_calls", "left_out")
+    plain = ("ends_removed", "control_as_text", "control_live", "one_sided", "foreign_calls", "left_out", "unasked")
     return TokenizationReport(
         rows=counts["kept"] + skipped,
         kept=counts["kept"],
@@ -416,6 +441,7 @@ def _report(notes: Iterable[list[str]]) -> TokenizationReport:
         empty_responses=counts["empty"],
         long_prompts=counts["long"],
         answers=counts["answer"],
+        parts=counts["part"],
         bad=dict(bad.values()),
         lost=lost,
         **{name: counts[name] for name in plain},
@@ -478,7 +504,7 @@ class _RowTokenizer:
         try:
             answers, notes = self._answers(row, models)
             rows = [_row(part, index) for part in _joined(answers)]
-            return [{**new, "notes": notes if new is rows[0] else []} for new in rows]
+            return [{**new, "notes": [*(notes if new is rows[0] else []), "part"]} for new in rows]
         except _Skipped as skipped:
             return [self._nothing(index, str(skipped))]
         except UserError as error:
@@ -497,13 +523,15 @@ class _RowTokenizer:
             prompt_column=self.prompt_column,
             response_column=self.response_column,
             train_on=self.train_on,
+            ends=[end for model in models.values() for end in model.end_texts],
         )
-        examples, notes = _without_ends(examples, [end for model in models.values() for end in model.end_texts])
+        notes = {"ends_removed"} if examples[0].ended else set[str]()
         templates = [model.template for model in models.values() if model.template is not None]
         if not check_rendered(examples[-1], templates, len(models)):
             notes.add("one_sided")
         finished = True if self.finished_column is None else bool(row[self.finished_column])
-        answers, reasons = [], []
+        answers: list[_Answer] = []
+        reasons: list[str] = []
         for example in examples:
             if not (example.response.strip() or example.extras):
                 reasons.append("empty")
@@ -512,6 +540,10 @@ class _RowTokenizer:
             if not all(side.has_text for side in sides.values()):
                 reasons.append("empty")
                 continue
+            if any(len(side.prompt) > 2 * self.max_length for side in sides.values()):
+                # What follows is longer still.
+                reasons += ["long"] * (len(examples) - len(answers) - len(reasons))
+                break
             answer = _fitted(text, sides, self.max_length, finished or example is not examples[-1])
             if answer is None:
                 reasons.append("long")
@@ -546,6 +578,7 @@ class _Model(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any, prompt_style: str, chat_template_kwargs: dict[str, Any] | None) -> "_Model":
+        look_again(tokenizer)
         if not uses_template(tokenizer, prompt_style):
             return cls(tokenizer, None, [tokenizer.eos_token])
         template = Template(tokenizer, chat_template_kwargs)
@@ -554,61 +587,45 @@ class _Model(NamedTuple):
         return cls(tokenizer, template, [*texts, closing] if len(texts) > 1 else texts)
 
 
-def _without_ends(examples: list[Example], ends: list[str]) -> tuple[list[Example], set[str]]:
-    """Takes off the ends that answers, or earlier ones in their prompts, have already, of whichever model."""
-    ends = sorted(set(ends), key=len, reverse=True)
-    removed = False
-
-    def bare(text: str) -> str:
-        nonlocal removed
-        while end := next((end for end in ends if text.rstrip().endswith(end)), None):
-            text, removed = text.rstrip().removesuffix(end), True
-        return text
-
-    examples = [
-        example._replace(
-            messages=[
-                {**message, "content": bare(message["content"])}
-                if message["role"] == "assistant" and not (example.continued and message is example.messages[-1])
-                else message
-                for message in example.messages
-            ],
-            response=bare(example.response),
-        )
-        for example in examples
-    ]
-    return examples, {"ends_removed"} if removed else set()
-
-
 def _sides(example: Example, models: dict[str, _Model], notes: set[str]) -> tuple[str, dict[str, _Side]]:
     """The text of an answer, the same for both models, and what each of them reads; adds to `notes`."""
     text, turns = _turns(example, {name: model.template for name, model in models.items() if model.template})
     if len({name not in turns or turns[name].verbatim for name in models}) > 1:
         notes.add("foreign_calls")
+    if not all(turn.asked for turn in turns.values()):
+        notes.add("unasked")
     sides = {}
     for name, (tokenizer, template, _) in models.items():
+        turn, found = turns.get(name, Turn("", "", text, "")), None
         if template is None:
-            turn, note = Turn("", "", text, ""), None
-            prompt = plain_tokens(tokenizer, example.prompt)
+            prompt, note = plain_tokens(tokenizer, example.prompt), None
             if control_pattern(tokenizer).search(example.prompt):
                 note = "control_as_text"
         else:
-            turn = turns[name]
-            prompt, note = rendered_tokens(template, example, turn.answer if turn.verbatim else None)
+            prompt, note = rendered_tokens(template, example, len(template.prompt(example)) - len(turn.prompt))
         if not prompt:
             raise UserError(
                 f"the prompt has no tokens for the {name}, so nothing could predict the first token of the "
                 f"response; give the row a prompt"
             )
-        ids, byte_ends, whole = answer_tokens(tokenizer, turn.lead, text, control=not turn.verbatim)
-        if note is None and turn.verbatim and control_pattern(tokenizer).search(text):
-            note = "control_as_text"
-        if note is not None:
-            notes.add(note)
-        if not whole or tokenizer.unk_token_id in prompt:
+        if template is None or turn.verbatim:
+            ids, byte_ends, whole = answer_tokens(tokenizer, turn.lead, text)
+            if control_pattern(tokenizer).search(text):
+                found = "control_as_text"
+        else:
+            ids, byte_ends, whole, found = written_tokens(template, example, turn)
+        notes |= {what for what in (note, found) if what is not None}
+        if not whole or _unknown(tokenizer) in prompt:
             notes.add(f"lost {name}")
-        sides[name] = _Side(prompt, ids, byte_ends, closing_tokens(tokenizer, turn.closing))
+        opening = _opening(turn.lead, byte_ends)
+        sides[name] = _Side(prompt, ids, byte_ends, closing_tokens(tokenizer, turn.closing), opening)
     return text, sides
+
+
+def _unknown(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token of what a tokenizer doesn't know, where it has one for that alone."""
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def _turns(example: Example, templates: dict[str, Template]) -> tuple[str, dict[str, Turn]]:
@@ -631,9 +648,7 @@ def _turns(example: Example, templates: dict[str, Template]) -> tuple[str, dict[
     }
     text = next((turn.answer for turn in written.values() if turn.answer), example.response)
     return text, {
-        name: written[name]
-        if name in written and written[name].answer == text
-        else Turn(template.prompt(example), "", text, template.frame[1])
+        name: written[name] if name in written and written[name].answer == text else template.foreign(example, text)
         for name, template in templates.items()
     }
 

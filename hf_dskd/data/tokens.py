@@ -27,6 +27,7 @@ class Traits:
     token_bytes: dict[int, bytes]
     adds_space: bool
     start_ids: list[int]
+    size: int
     # By what a template puts after an answer, and the end-of-sequence token.
     closings: dict[tuple[str, int], list[int]] = field(default_factory=dict)
 
@@ -97,9 +98,13 @@ def located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: bool)
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, lead: str, text: str, control: bool = False
 ) -> tuple[list[int], list[int], bool]:
-    """As [`located_tokens`], of an answer after white space that is none of its bytes."""
-    ids, byte_ends, whole = located_tokens(tokenizer, lead + text, control)
-    return ids, [max(end - len(lead), 0) for end in byte_ends], whole
+    """As [`located_tokens`], of an answer after what a template puts there, which is none of its bytes."""
+    head = lead.rstrip()
+    before = located_tokens(tokenizer, head, control=True)[0] if head else []
+    # White space can be one token with what follows it.
+    space = lead[len(head) :]
+    ids, byte_ends, whole = located_tokens(tokenizer, space + text, control)
+    return before + ids, [0] * len(before) + [max(end - len(space.encode()), 0) for end in byte_ends], whole
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list[int]:
@@ -116,6 +121,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """Bytes of each token; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
     return traits_of(tokenizer).token_bytes
+
+
+def look_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Forgets what was read of a tokenizer that has had tokens added since."""
+    traits = _TRAITS.get(tokenizer)
+    if traits is not None and traits.size != len(tokenizer):
+        del _TRAITS[tokenizer]
 
 
 def traits_of(tokenizer: PreTrainedTokenizerBase) -> Traits:
@@ -141,6 +153,7 @@ def _read_traits(tokenizer: PreTrainedTokenizerBase) -> Traits:
         token_bytes=token_bytes,
         adds_space=b"".join(token_bytes.get(token, b"") for token in bare) == b" a",
         start_ids=framed[:start],
+        size=len(tokenizer),
     )
 
 

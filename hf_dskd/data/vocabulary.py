@@ -29,7 +29,7 @@ def shared_tokens(
     Args:
         student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
         ends (`tuple[int, int]`, *optional*):
-            Tokens that end an answer (see [`~hf_dskd.data.tokenization.end_of_answer`]); the end-of-sequence tokens by
+            Tokens that end an answer (see [`~hf_dskd.data.prompts.answer_frame`]); the end-of-sequence tokens by
             default.
 
     Returns:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data.templates import control_pattern
 from ..data.tokens import token_bytes
 from ..errors import UserError
 from ..models import base_causal_lm
@@ -280,7 +281,10 @@ def read_response(
     if finished:
         end = [] if frame is None else frame.end
         response = response[: -len(end)] if end and response[-len(end) :] == end else response[:-1]
-    text = response_text(tokenizer, response).removeprefix("" if frame is None else frame.lead)
+    text = response_text(tokenizer, response)
+    if frame is not None:
+        # Control tokens are none of the text, those that the template puts before it too.
+        text = text.removeprefix(control_pattern(tokenizer).sub("", frame.lead))
     # An unfinished one can end within a character.
     return (text if finished else text.rstrip("\ufffd")), finished
 

@@ -44,7 +44,7 @@ class ResponseStates:
         chunks (`[B, R]`, *optional*): Chunk of the token to be predicted, -1 outside the response.
         partners (`[B, R]`, *optional*): Which response token of the other model stands for it, -1 for none.
         places (`[B, R]`, *optional*): Which answer of the row it belongs to, and where in it; -1 outside the response.
-        closing (`[B, R]`, bool, *optional*): Whether it closes an answer, and is no text.
+        silent (`[B, R]`, bool, *optional*): Whether it stands before the text of an answer, or closes it.
     """
 
     hidden: Tensor
@@ -56,7 +56,7 @@ class ResponseStates:
     chunks: Tensor | None = None
     partners: Tensor | None = None
     places: Tensor | None = None
-    closing: Tensor | None = None
+    silent: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -101,7 +101,7 @@ def response_states(
     partners: Tensor | None = None,
     gathered: bool = False,
     places: Tensor | None = None,
-    closing: Tensor | None = None,
+    silent: Tensor | None = None,
 ) -> ResponseStates:
     """
     Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
@@ -114,7 +114,7 @@ def response_states(
         chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
         gathered (`bool`, *optional*, defaults to `False`):
             `hidden` has only the rows that predict a response token, as those of a teacher cache.
-        places (`torch.Tensor` of shape `[B, S]`, *optional*), closing (`[B, S]`, bool, *optional*):
+        places (`torch.Tensor` of shape `[B, S]`, *optional*), silent (`[B, S]`, bool, *optional*):
             Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
     """
 
@@ -142,7 +142,7 @@ def response_states(
         chunks=of_targets(chunks),
         partners=of_targets(partners),
         places=of_targets(places),
-        closing=of_targets(closing, 0),
+        silent=of_targets(silent, 0),
     )
 
 

@@ -35,26 +35,33 @@ def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence:
     return divergence(student_logits[..., :shared], teacher_logits[..., :shared].detach())
 
 
-def rows_at_places(student_places: Tensor, teacher_places: Tensor) -> Tensor:
+def rows_at_places(
+    student_places: Tensor, teacher_places: Tensor, student_mask: Tensor, teacher_mask: Tensor
+) -> Tensor:
     """
     Pairs the i-th token of an answer of the student with the i-th of the same answer of the teacher.
 
     Args:
         student_places (`torch.Tensor` of shape `[B, R_s]`), teacher_places (`torch.Tensor` of shape `[B, R_t]`):
-            Place of each token, rising along an example, -1 where there is none.
+            Place of each token, rising along an example, -1 for one that has no partner.
+        student_mask (`torch.Tensor` of shape `[B, R_s]`), teacher_mask (`torch.Tensor` of shape `[B, R_t]`):
+            Which rows are real.
 
     Returns:
         `torch.Tensor` of shape `[N]`, int64: for each packed row of the student that of the packed teacher, or -1
-        where the teacher's answer is shorter.
+        where there is none, as where the teacher's answer is shorter.
     """
     student, teacher = (
-        (places + 2**40 * torch.arange(len(places), device=places.device).unsqueeze(1))[places >= 0]
-        for places in (student_places, teacher_places)
+        torch.where(places < 0, -1, places + 2**40 * torch.arange(len(places), device=places.device).unsqueeze(1))[
+            mask
+        ]
+        for places, mask in ((student_places, student_mask), (teacher_places, teacher_mask))
     )
-    if not len(teacher):
+    rows = (teacher >= 0).nonzero()[:, 0]
+    if not len(rows):
         return torch.full_like(student, -1)
-    found = torch.searchsorted(teacher, student).clamp_max(len(teacher) - 1)
-    return torch.where(teacher[found] == student, found, -1)
+    found = rows[torch.searchsorted(teacher[rows], student).clamp_max(len(rows) - 1)]
+    return torch.where((teacher[found] == student) & (student >= 0), found, -1)
 
 
 def uld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from ..data.formats import BESIDE, Columns, Example, detect_format, read_example
 from ..data.prompts import Frame, answer_frame, prompt_tokens
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+
+_T = TypeVar("_T")
 
 RESPONSES_NAME = "responses.jsonl"
 ABOUT_NAME = "about.json"
@@ -43,6 +45,7 @@ def write_responses(
     chat_template_kwargs: dict[str, Any] | None = None,
     prompt_column: str | None = None,
     response_column: str | None = None,
+    on_bad_row: str = "stop",
     batch_size: int = 8,
     facts: dict[str, Any],
 ) -> Dataset:
@@ -65,6 +68,8 @@ def write_responses(
         max_length (`int`): The most tokens that prompt, response and EOS may have together.
         prompt_style (`str`), chat_template_kwargs (`dict`, *optional*), prompt_column, response_column (`str`,
             *optional*): As in [`tokenize_dataset`].
+        on_bad_row (`str`, *optional*, defaults to `"stop"`):
+            What to do about a row that can't be read: `"stop"` with an error, or `"skip"`: its response is `""`.
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         facts (`dict[str, Any]`):
             What must agree, with the prompts and the settings above, for responses to be used again, such as the
@@ -86,7 +91,7 @@ def write_responses(
     facts = {
         **facts,
         "rows": len(dataset),
-        "prompts": _hash_prompts(dataset, columns),
+        "prompts": _hash_prompts(dataset, columns, on_bad_row),
         "max_length": max_length,
         "prompt_style": prompt_style,
         "chat_template_kwargs": chat_template_kwargs or {},
@@ -96,51 +101,67 @@ def write_responses(
     path = folder / RESPONSES_NAME
     done = _whole_lines(path)
     if done < len(dataset):
+        frame = answer_frame(teacher_tokenizer, prompt_style, chat_template_kwargs)
+
+        def prompt_of(row: dict[str, Any]) -> list[int]:
+            return prompt_tokens(teacher_tokenizer, _read(row, columns), prompt_style, chat_template_kwargs)
+
+        # Before the teacher is loaded, and not after hours of writing.
+        prompts = [
+            _readable(lambda row=row: prompt_of(row), index, on_bad_row)  # type: ignore[misc]
+            for index, row in enumerate(dataset)
+        ]
         folder.mkdir(parents=True, exist_ok=True)
         _write_facts(folder, facts)
-        _write_rows(
-            dataset,
-            done,
-            path,
-            columns,
-            load_teacher(),
-            teacher_tokenizer,
-            max_length,
-            answer_frame(teacher_tokenizer, prompt_style, chat_template_kwargs),
-            lambda row: prompt_tokens(teacher_tokenizer, _read(row, columns), prompt_style, chat_template_kwargs),
-            batch_size,
-        )
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            _write_rows(
+                dataset, done, file, columns, load_teacher(), teacher_tokenizer, max_length, frame, prompts, batch_size
+            )
     with path.open(encoding="utf-8") as file:
         # Not with `from_json`, which reads a column of dates as dates, whatever features it is given.
         return Dataset.from_list([json.loads(line) for line in file], features=_features(dataset, columns))
 
 
+def _readable(read: Callable[[], _T], index: int, on_bad_row: str) -> _T | None:
+    """What `read` makes of a row, or `None` for one that is skipped."""
+    try:
+        return read()
+    except UserError as error:
+        if on_bad_row == "skip":
+            return None
+        raise UserError(f"train data set, row {index}: {error}") from error
+
+
 def _write_rows(
     dataset: Dataset,
     done: int,
-    path: Path,
+    file: IO[str],
     columns: Columns,
     teacher: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     frame: Frame,
-    prompt_of: Callable[[dict[str, Any]], list[int]],
+    prompts: list[list[int] | None],
     batch_size: int,
 ) -> None:
     from tqdm.auto import tqdm
 
-    with (
-        path.open("a", encoding="utf-8", newline="\n") as file,
-        tqdm(total=len(dataset), initial=done, desc="The teacher's responses") as bar,
-    ):
+    with tqdm(total=len(dataset), initial=done, desc="The teacher's responses") as bar:
         for start in range(done, len(dataset), batch_size):
-            rows = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            texts = _greedy_texts(teacher, tokenizer, [prompt_of(row) for row in rows], max_length, frame)
-            for index, (row, (text, finished)) in enumerate(zip(rows, texts), start=start):
-                line = {**_with_response(row, columns, text), "example_id": index, "finished": finished}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            places = range(start, min(start + batch_size, len(dataset)))
+            asked = {place: prompt for place in places if (prompt := prompts[place]) is not None}
+            answers = _greedy_texts(teacher, tokenizer, list(asked.values()), max_length, frame) if asked else []
+            texts = dict(zip(asked, answers))
+            for place in places:
+                row = dataset[place]
+                # A row that can't be read stays as it is, to be counted where rows are tokenized.
+                text, finished = texts.get(place, (None, True))
+                kept = {name: row[name] for name in _columns(list(row), columns)}
+                line = kept if text is None else _with_response(row, columns, text)
+                line |= {"example_id": place, "finished": finished}
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
-            bar.update(len(rows))
+            bar.update(len(places))
 
 
 def _greedy_texts(
@@ -170,15 +191,14 @@ def _read(row: dict[str, Any], columns: Columns) -> Example:
     )
 
 
-def _hash_prompts(dataset: Dataset, columns: Columns) -> str:
+def _hash_prompts(dataset: Dataset, columns: Columns, on_bad_row: str) -> str:
     prompts = hashlib.sha256()
     for index, row in enumerate(dataset):
-        try:
-            example = _read(row, columns)
-        except UserError as error:
-            raise UserError(f"train data set, row {index}: {error}") from error
-        content: list[Any] = [example.messages, example.prompt]
-        prompts.update(json.dumps([*content, example.template] if example.template else content).encode())
+        example = _readable(lambda row=row: _read(row, columns), index, on_bad_row)  # type: ignore[misc]
+        content: list[Any] = [None] if example is None else [example.messages, example.prompt]
+        if example is not None and example.template:
+            content.append(example.template)
+        prompts.update(json.dumps(content, default=str).encode())
     return prompts.hexdigest()
 
 
@@ -192,9 +212,10 @@ def _columns(names: list[str], columns: Columns) -> list[str]:
 def _with_response(row: dict[str, Any], columns: Columns, text: str) -> dict[str, Any]:
     response = row[columns.response]
     if isinstance(response, list) and response and isinstance(response[0], dict):
-        # The teacher writes text, in the place of calls and thoughts too.
-        answer = {**dict.fromkeys(response[-1]), "role": response[-1]["role"], "content": text}
-        new: Any = [*response[:-1], answer]
+        # The last that is to be learnt; the teacher writes text, in the place of calls and thoughts too.
+        place = max(i for i, m in enumerate(response) if m["role"] == "assistant" and m.get("weight") != 0)
+        answer = {**dict.fromkeys(response[place]), "role": "assistant", "content": text}
+        new: Any = [*response[:place], answer]
     else:
         new = text
     return {name: row[name] for name in _columns(list(row), columns)} | {columns.response: new}

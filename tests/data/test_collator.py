@@ -49,14 +49,14 @@ def test_batch():
         "teacher_byte_ends": [[-1, -1, 9, 9, -1, -1, -1], [-1, -1, -1, 1, 2, 3, 4]],
         "teacher_chunk_ids": [[-1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 0, 0, 0]],
         "places": [[-1, -1, 0, 1, 2], [-1, 0, -1, -1, -1]],
-        "closing": [[False, False, False, False, True], [False] * 5],
+        "silent": [[False, False, False, False, True], [False] * 5],
         "teacher_places": [[-1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, 2, 3]],
-        "teacher_closing": [[False, False, False, True, False, False, False], [False] * 7],
+        "teacher_silent": [[False, False, False, True, False, False, False], [False] * 7],
         "example_ids": [11, 3],
         "response_bytes": [9, 4],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-    dtypes = {name: torch.bool if name.endswith("closing") else torch.int64 for name in batch}
+    dtypes = {name: torch.bool if name.endswith("silent") else torch.int64 for name in batch}
     assert {name: tensor.dtype for name, tensor in batch.items()} == dtypes
 
 
@@ -76,7 +76,7 @@ def test_several_answers():
     assert batch["byte_ends"].tolist() == [[-1, 1, 2, 2, -1, 3, 3, 3]]
     assert batch["chunk_ids"].tolist() == [[-1, 0, 1, 2, -1, 3, 4, 4]]
     assert batch["places"].tolist() == [[-1, 0, 1, 2, -1, 2**20, 2**20 + 1, 2**20 + 2]]
-    assert batch["closing"].nonzero()[:, 1].tolist() == [3, 6, 7]
+    assert batch["silent"].nonzero()[:, 1].tolist() == [3, 6, 7]
 
 
 def test_without_teacher():
@@ -85,7 +85,7 @@ def test_without_teacher():
         for row in ROWS
     ]
     batch = DualCollator(student_pad_token_id=2)(rows)
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "places", "closing"} | {
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "byte_ends", "places", "silent"} | {
         *("example_ids", "response_bytes")
     }
 

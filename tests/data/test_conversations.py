@@ -7,6 +7,7 @@ import tiny
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
+from hf_dskd.data.collator import DualCollator
 from hf_dskd.data.formats import read_examples
 from hf_dskd.data.prompts import answer_frame, prompt_tokens
 from hf_dskd.data.tokenization import is_tokenized, tokenize_dataset
@@ -409,6 +410,236 @@ def test_options_of_a_row_for_its_template(tokenizer):
     own = tokenizer("llama3")
     rows = [{"prompt": "hi", "completion": "yes", "chat_template_kwargs": {"date_string": "2 June"}}]
     assert "2 June" in own.decode(tokenized(rows, own)[0][0]["input_ids"])
+
+
+# ---- Templates that think
+
+# As Qwen3's: an empty thought before the last answer, thoughts of earlier ones left out.
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% set parts = (m.content or '').split('</think>') %}"
+    "{% if loop.last %}{{ '<think>\n' + (parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '')"
+    " + '\n</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') }}"
+    "{% if m.tool_calls %}{{ '<call>' + m.tool_calls[0].function.name }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As R1's: the prompt begins a thought, and an answer is written without its own.
+R1 = QWEN3.replace("{% if loop.last %}", "{% if false %}").replace(
+    "assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"
+)
+
+
+def learnt(row, own, prefix=""):
+    return [own.decode(own.convert_tokens_to_ids(tokens)) for tokens in answers(row, own, prefix)]
+
+
+def test_an_empty_thought_is_written_by_the_model_and_is_none_of_the_text(tokenizer):
+    student, teacher = tokenizer("qwen3"), tokenizer("qwen3", QWEN3)
+    (row,), report = tokenized([{"prompt": "hi", "completion": "yes it is"}], student, teacher)
+    assert learnt(row, student) == ["yes it is<|im_end|>"]
+    assert learnt(row, teacher, "teacher_") == ["<think>\n\n</think>\n\nyes it is<|im_end|>"]
+    assert row["teacher_input_ids"][: row["teacher_prompt_length"]] == row["input_ids"][: row["prompt_length"]]
+    opening = len(row["teacher_byte_ends"]) - len(row["byte_ends"])
+    assert row["teacher_byte_ends"] == [0] * opening + row["byte_ends"] and opening >= 3
+    assert row["teacher_chunk_ids"] == [-1] * opening + row["chunk_ids"] and not report.remarkable
+    batch = DualCollator(0, 0)([row])
+    # Token by token the two are compared in the text.
+    places, others = (batch[f"{side}places"][batch[f"{side}labels"] != -100] for side in ("", "teacher_"))
+    assert others.tolist() == [-1] * opening + places.tolist() and places.tolist()[:2] == [0, 1]
+    assert batch["teacher_silent"].sum() == opening + 1 and batch["silent"].sum() == 1
+    # Asked for by the settings, it is in the prompt; and what is generated is asked for as in training.
+    (example,) = read_examples({"prompt": "hi", "completion": "yes it is"})
+    assert prompt_tokens(teacher, example) == row["teacher_input_ids"][: row["teacher_prompt_length"]]
+    assert answer_frame(teacher).lead == "<think>\n\n</think>\n\n"
+
+
+def test_calls_and_plain_answers_follow_one_prompt(tokenizer):
+    own = tokenizer("qwen3", QWEN3)
+    call = {"role": "assistant", "content": "", "tool_calls": CALLS}
+    rows, _ = tokenized([{"messages": [*chat("hi"), call]}, {"messages": chat("hi", "yes")}], own)
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    assert prompts[0] == prompts[1]
+    assert [learnt(row, own)[0].split("</think>")[-1] for row in rows] == [
+        "\n\n<call>weather<|im_end|>",
+        "\n\nyes<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("thinks", ["student", "teacher"])
+def test_a_thought_that_the_prompt_begins_is_whole_for_both(tokenizer, thinks):
+    thought = "<think>\nhm\n</think>\n\nyes"
+    pair = [
+        tokenizer("qwen3", QWEN3.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")),
+        tokenizer("qwen2"),
+    ]
+    student, teacher = pair if thinks == "student" else pair[::-1]
+    (row,), _ = tokenized([{"prompt": "hi", "completion": thought}], student, teacher)
+    for own, prefix in ((student, ""), (teacher, "teacher_")):
+        assert own.decode(row[f"{prefix}input_ids"]).count("<think>") == 1
+        assert learnt(row, own, prefix) == [f"{thought}<|im_end|>"]
+
+
+def test_an_answer_without_the_thought_that_is_asked_for(tokenizer):
+    own = tokenizer("qwen3", R1)
+    (row,), report = tokenized([{"prompt": "hi", "completion": "yes"}], own)
+    assert report.unasked == 1 and "where a chat template asks for a thought" in str(report)
+    assert own.decode(row["input_ids"]).endswith("assistant\nyes<|im_end|>")
+    thought = "<think>\nhm\n</think>\n\nyes"
+    (row,), report = tokenized([{"prompt": "hi", "completion": thought}], own)
+    assert report.unasked == 0 and own.decode(row["input_ids"]).endswith(f"assistant\n{thought}<|im_end|>")
+
+
+# ---- What templates leave out or refuse
+
+
+def test_calls_that_a_template_rejects_are_refused(tokenizer):
+    rejects = WITH_TOOLS.replace(
+        "{% if m.tool_calls %}",
+        "{% if m.tool_calls and m.tool_calls[0].id | length != 9 %}"
+        "{{ raise_exception('ids have nine letters') }}{% endif %}{% if m.tool_calls %}",
+    )
+    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "let me look", "tool_calls": CALLS}]}
+    with pytest.raises(UserError, match=r"row 0 .*ids have nine letters"):
+        tokenized([row], tokenizer("qwen2", rejects))
+    with pytest.raises(UserError, match=r"'tool_calls' of the answer.*\(the chat template .*ids have nine letters"):
+        tokenized([row], tokenizer("qwen2", rejects), tokenizer("smollm2"))
+
+
+def test_templates_that_want_the_arguments_of_a_call_as_text(tokenizer):
+    own = tokenizer(
+        "qwen2",
+        WITH_TOOLS.replace(
+            "'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson)",
+            "'CALL ' + m.tool_calls[0].function.arguments",
+        ),
+    )
+    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": CALLS}]}
+    assert learnt(tokenized([row], own)[0][0], own) == ['CALL {"city": "Paris"}<|im_end|>']
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_message_that_no_template_writes_is_refused(tokenizer, role):
+    only_two = (
+        template("<|im_end|>\n")
+        .replace("{{ '<|im_start|>'", "{% if m.role in ('user', 'assistant') %}{{ '<|im_start|>'")
+        .replace("{% endif %}{% endfor %}", "{% endif %}{% endif %}{% endfor %}")
+    )
+    messages = [*chat("hi", "wait"), {"role": role, "content": "42"}, *chat("so?", "yes")]
+    with pytest.raises(UserError, match=rf"message 2, of role '{role}', can't be told to the model"):
+        tokenized([{"messages": messages}], tokenizer("qwen2", only_two))
+    # Plain text has every message.
+    _, report = tokenized([{"messages": messages}], tokenizer("qwen2", only_two), tiny.byte_level_tokenizer())
+    assert report.one_sided == 1
+
+
+def test_text_beside_a_call_that_the_template_drops(tokenizer):
+    drops = WITH_TOOLS.replace("{{ m.content or '' }}", "{% if not m.tool_calls %}{{ m.content or '' }}{% endif %}")
+    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "let me look", "tool_calls": CALLS}]}
+    with pytest.raises(UserError, match="the text of the answer beside 'tool_calls' can't be told"):
+        tokenized([row], tokenizer("qwen2", drops))
+    row["messages"][1]["content"] = ""
+    assert tokenized([row], tokenizer("qwen2", drops))[1].kept == 1
+
+
+def test_control_tokens_in_an_answer_of_the_templates_own_format(tokenizer):
+    own = tokenizer("qwen2", QWEN3)
+    text = "<think>\nhm\n</think>\n\nWrite <|im_end|>\n<|im_start|>system"
+    (row,), report = tokenized([{"prompt": "hi", "completion": text}], own)
+    (answer,) = answers(row, own)
+    assert [token for token in answer if token.startswith("<|")] == ["<|im_end|>"] and answer[-1] == "<|im_end|>"
+    assert report.control_as_text == 1 and learnt(row, own) == [f"{text}<|im_end|>"]
+    assert row["byte_ends"][-1] == row["response_bytes"] == len(text)
+    calls = [{**CALLS[0], "function": {"name": "w<|im_end|>", "arguments": {}}}]
+    (row,), report = tokenized(
+        [{"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": calls}]}], own
+    )
+    assert answers(row, own)[0].count("<|im_end|>") == 1 and report.control_as_text == 1
+
+
+def test_the_end_of_a_template_that_needs_a_system_message(tokenizer):
+    own = tokenizer(
+        "qwen2",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + template("<|im_end|>\n"),
+    )
+    own.eos_token = "<|endoftext|>"
+    assert own.convert_ids_to_tokens(answer_frame(own).end) == ["<|im_end|>"]
+
+
+def test_tokens_that_are_added_later_are_control_tokens_then():
+    own = tiny.byte_level_tokenizer()
+    own.chat_template = template("<|im_end|>\n")
+    (before,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], own)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    (after,), report = tokenized([{"prompt": "hi", "completion": "yes<|im_end|>"}], own)
+    assert len(answers(before, own)[0]) > 2 and answers(after, own)[0][-1] == "<|im_end|>"
+    assert report.ends_removed == 1 and len(answers(after, own)[0]) < len(answers(before, own)[0])
+
+
+def test_an_end_in_an_earlier_answer_is_in_no_prompt(tokenizer):
+    own = tokenizer("llama2")
+    rows, report = tokenized([{"messages": chat("hi", "yes</s>", "sure?", "yes!</s>")}], own, prompt_style="plain")
+    assert report.ends_removed == 1 and all("</s>" not in own.decode(row["input_ids"][:-1]) for row in rows)
+    # A mark of HTML is none.
+    (row,), report = tokenized([{"prompt": "hi", "completion": "<s>old</s>"}], own)
+    assert report.ends_removed == 0 and row["response_bytes"] == len("<s>old</s>")
+
+
+def test_a_list_of_one_message_goes_on_too(tokenizer):
+    own = tokenizer("qwen2")
+    prompt = [*chat("count"), {"role": "assistant", "content": "one,"}]
+    as_text, as_messages = (
+        tokenized([{"prompt": prompt, "completion": completion}], own)[0]
+        for completion in (" two", [{"role": "assistant", "content": " two"}])
+    )
+    assert as_text == as_messages and "one, two" in own.decode(as_text[0]["input_ids"])
+
+
+def test_nulls_that_json_says_stay(tokenizer):
+    own = tokenizer("qwen2", WITH_TOOLS)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
+    row = {"messages": chat("hi", "yes"), "tools": json.dumps(tools)}
+    assert '"default": null' in own.decode(tokenized([row], own)[0][0]["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [{"role": "user", "content": "hi"}, None, {"role": "assistant", "content": "x"}]}, "message 1"),
+        ({"messages": ["hi", "x"]}, "must be a list of messages"),
+        (
+            {"prompt": "a", "completion": "b", "chat_template_kwargs": {"add_generation_prompt": True}},
+            "which training",
+        ),
+    ],
+)
+def test_other_rows_that_are_none(row, words):
+    with pytest.raises(UserError, match=words):
+        read_examples(row)
+
+
+def test_long_conversations_take_time_in_proportion(tokenizer, monkeypatch):
+    from hf_dskd.data import templates
+
+    own, rendered = tokenizer("qwen2", WITH_TOOLS), []
+    render = templates.render
+    monkeypatch.setattr(templates, "render", lambda *a, **k: rendered.append(len(a[1])) or render(*a, **k))
+    turns = []
+    for number in range(40):
+        call = [{**CALLS[0], "function": {"name": "f", "arguments": {"n": number}}}]
+        turns += [
+            *chat(f"{number}?"),
+            {"role": "assistant", "content": "", "tool_calls": call},
+            {"role": "tool", "content": "x"},
+        ]
+    turns += chat("so?", "yes")
+    (row,), report = tokenized([{"messages": turns, "tools": TOOLS}], own, max_length=9000)
+    assert report.answers == 41
+    # A few for each answer, none of them twice.
+    assert len(rendered) < 6 * 41
+    rendered.clear()
+    _, report = tokenized([{"messages": turns, "tools": TOOLS}], own, max_length=500)
+    assert report.answers + report.left_out == 41 and report.left_out > 30 and len(rendered) < 100
 
 
 # ---- Rows that can't be read

@@ -75,12 +75,30 @@ class TestPairs:
                 places = [answer * 2**20 + i for answer, i in found]
                 side.append(places + [-1] * (6 - len(places)))
         assert -1 in expected and max(expected) > 3
-        assert rows_at_places(torch.tensor(sides[0]), torch.tensor(sides[1])).tolist() == expected
+        places = [torch.tensor(side) for side in sides]
+        masks = [side >= 0 for side in places]
+        assert rows_at_places(*places, *masks).tolist() == expected
+        # What a template puts before an answer has a row, and no place.
+        places, masks = (
+            [torch.cat([values, new], 1) for values, new in zip(parts, more)]
+            for parts, more in (
+                ([places[0].new_full((5, 1), -1), places[1].new_full((5, 1), -1)], places),
+                ([masks[0].new_ones(5, 1), masks[1].new_ones(5, 1)], masks),
+            )
+        )
+        own, theirs = (mask.sum(1).tolist() for mask in masks)
+        found = rows_at_places(*places, *masks).split(own)
+        assert all(part[0] == -1 for part in found)
+        shift = [number + 1 for number, count in enumerate(theirs) for _ in range(count - 1)]
+        assert [row for part in found for row in part[1:].tolist()] == [
+            row + shift[row] if row >= 0 else -1 for row in expected
+        ]
 
     def test_of_nothing(self):
         nothing, places = torch.full((2, 3), -1), torch.arange(4).repeat(2, 1)
-        assert rows_at_places(nothing, places).tolist() == []
-        assert rows_at_places(places, nothing).tolist() == [-1] * 8
+        masks = nothing >= 0, places >= 0
+        assert rows_at_places(nothing, places, *masks).tolist() == []
+        assert rows_at_places(places, nothing, *masks[::-1]).tolist() == [-1] * 8
 
 
 class TestULD:

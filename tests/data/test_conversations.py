@@ -633,7 +633,7 @@ def test_long_conversations_take_time_in_proportion(tokenizer, monkeypatch):
             {"role": "tool", "content": "x"},
         ]
     turns += chat("so?", "yes")
-    (row,), report = tokenized([{"messages": turns, "tools": TOOLS}], own, max_length=9000)
+    _, report = tokenized([{"messages": turns, "tools": TOOLS}], own, max_length=9000)
     assert report.answers == 41
     # A few for each answer, none of them twice.
     assert len(rendered) < 6 * 41

@@ -25,7 +25,7 @@ def test_first_examples(count, tmp_path):
     first = first_examples(whole, count)
     assert first.keys() == whole.keys()
     nothing = dict.fromkeys(("labels", "teacher_labels"), -100)
-    for column, value in (("byte_ends", -1), ("chunk_ids", -1), ("places", -1), ("closing", False)):
+    for column, value in (("byte_ends", -1), ("chunk_ids", -1), ("places", -1), ("silent", False)):
         nothing |= {f"{side}{column}": value for side in ("", "teacher_")}
     for name, value in first.items():
         expected = copies[name][: max(count, 1)]

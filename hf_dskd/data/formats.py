@@ -178,7 +178,7 @@ def read_examples(
         `UserError`: if a column is missing, or a value isn't of the expected type or can't be encoded.
     """
     columns = detect_format(row, prompt_column, response_column)
-    turns, learnable, continued = _READERS[columns.kind](row, columns)
+    turns, continued = _READERS[columns.kind](row, columns)
     bare = [_without_end(turn, ends) for turn in turns]
     ended = bare != turns
     turns = bare
@@ -187,12 +187,10 @@ def read_examples(
     if row.get(SYSTEM):
         system = _string(row[SYSTEM], SYSTEM)
         plain = _plain("system", system) if columns.kind == "messages" else f"{system}\n\n"
-        turns, learnable = [_Turn({"role": "system", "content": system}, plain), *turns], learnable + 1
+        turns = [_Turn({"role": "system", "content": system}, plain), *turns]
     template = {name: value for name in TEMPLATE_COLUMNS if (value := _template_value(row, name))}
     answers = [
-        index
-        for index, turn in enumerate(turns)
-        if index >= max(learnable, 1) and turn.message["role"] == "assistant" and turn.weight
+        index for index, turn in enumerate(turns) if index >= 1 and turn.message["role"] == "assistant" and turn.weight
     ]
     if not answers:
         raise UserError("every answer of the conversation has weight 0: leave the row out, or weigh one with 1")
@@ -243,9 +241,8 @@ def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str
     )
 
 
-# From a row to its turns, the place of the first that may be learnt, and whether the last one goes on with the one
-# before it.
-def _read_instruction(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+# From a row to its turns, and whether the last one goes on with the one before it.
+def _read_instruction(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], bool]:
     turns = []
     for instruction, answer in _history(row):
         turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
@@ -258,42 +255,40 @@ def _read_instruction(row: Mapping[str, Any], columns: Columns) -> tuple[list[_T
     else:
         turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
     turns.append(_Turn(_assistant(_response_string(row[columns.response], columns.response)), ""))
-    return turns, 0, False
+    return turns, False
 
 
-def _read_messages(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+def _read_messages(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], bool]:
     if row.get(HISTORY):
         raise UserError(f"a column {HISTORY!r} beside {columns.prompt!r}: put its turns into the messages")
     turns = _conversation(row[columns.prompt], columns.prompt)
     _check_answer(turns[-1].message, columns.prompt)
     if len(turns) == 1:
         raise UserError(f"column {columns.prompt!r} has no message before the answer; add the user's message")
-    return turns, 0, False
+    return turns, False
 
 
-def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], int, bool]:
+def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], bool]:
     prompt, response = row[columns.prompt], row[columns.response]
     turns = [
         _Turn(message, _plain(**message), _HEADER)
         for question, answer in _history(row)
         for message in (_user(question), _assistant(answer))
     ]
-    first = 0 if turns else None
     if isinstance(prompt, str):
         text = _string(prompt, columns.prompt)
         turns.append(_Turn(_user(text), _plain("user", text), _HEADER) if turns else _Turn(_user(text), text))
     else:
-        turns += _conversation(prompt, columns.prompt)
-    if first is None:
-        first = len(turns)
+        # What a prompt says an assistant has answered is given, not learnt.
+        turns += [turn._replace(weight=0) for turn in _conversation(prompt, columns.prompt)]
     if not _is_conversation(response):
         last = turns[-1].message
         answer = _assistant(_response_string(response, columns.response))
         continued = last["role"] == "assistant"
         if continued:
             # The prompt is the beginning of the answer, and not closed.
-            turns[-1] = _Turn(last, f"{_HEADER}{last['content']}", closed=False)
-        return [*turns, _Turn(answer, "")], first, continued
+            turns[-1] = _Turn(last, f"{_HEADER}{last['content']}", weight=0, closed=False)
+        return [*turns, _Turn(answer, "")], continued
     answers = _conversation(response, columns.response)
     _check_answer(answers[-1].message, columns.response)
     if (
@@ -304,7 +299,7 @@ def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], i
         return _read_pair({**row, columns.response: answers[0].message["content"]}, columns)
     if len(answers) > 1 and isinstance(prompt, str):
         turns[-1] = _Turn(turns[-1].message, _plain("user", prompt), _HEADER)
-    return [*turns, *answers], first, False
+    return [*turns, *answers], False
 
 
 _READERS = {"instruction": _read_instruction, "messages": _read_messages, "pair": _read_pair}

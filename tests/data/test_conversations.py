@@ -386,6 +386,10 @@ def test_system_and_history_columns(tokenizer):
     rows, _ = tokenized([row], own, prompt_style="plain")
     text = own.decode(rows[-1]["input_ids"])
     assert text.startswith("Be brief.\n\nBelow is an instruction") and text.count("### Response:\n") == 2
+    # Answers in a prompt are given, with a history before them too.
+    given = {**pair, "prompt": chat("b?", "B.", "And 2?")}
+    (found,), report = tokenized([given], own)
+    assert report.answers == 2 and learnt(found, own) == ["One.<|im_end|>", "Two.<|im_end|>"]
     with pytest.raises(UserError, match="column 'system' and a system message"):
         tokenized([{"messages": messages, "system": "Be long."}], own)
     with pytest.raises(UserError, match=r"column 'history' holds 'ancient'; it must be a list of pairs"):

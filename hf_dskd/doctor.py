@@ -483,7 +483,7 @@ def _models(run: Run) -> dict[str, tuple[str | None, Any]]:
 def models(run: Run, wanted: str) -> Lines:
     """That of the role `wanted`: whether it is there, of the right kind, and long enough."""
     from .checks import check_positions
-    from .memory import Size
+    from .experiments.memory import Size
     from .models import check_config
     from .pretrained import check_options, name_and_config
 
@@ -593,10 +593,10 @@ def output(run: Run) -> Lines:
 
 
 def step_memory(run: Run) -> Lines:
-    """What a training step needs, by the formulas of [`hf_dskd.memory`], beside what is free."""
+    """What a training step needs, by the formulas of [`hf_dskd.experiments.memory`], beside what is free."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    from .memory import Size, estimate, free_memory, room
+    from .experiments.memory import Size, estimate, free_memory, room
     from .pretrained import name_and_config
     from .teacher.load import teacher_quantization
 

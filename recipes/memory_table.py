@@ -4,7 +4,7 @@ How much memory of a GPU a training step takes, for the recipes here and two lar
     python recipes/memory_table.py
     python recipes/memory_table.py --json --computed
 
-Numbers are computed from the sizes of the models, by the formulas of hf_dskd/memory.py. Where there is a GPU, each row
+Numbers are computed from the sizes of the models, by hf_dskd/experiments/memory.py. Where there is a GPU, each row
 is measured as well: real steps with random weights, and the most that the allocator held. Without one the same
 formulas, with what is different on a CPU, are compared with what the system says that a few small runs took.
 `--computed` measures nothing.
@@ -41,7 +41,7 @@ from benchmark_step import (
 )
 
 from hf_dskd.errors import UserError
-from hf_dskd.memory import CUDA_CONTEXT, FRAGMENTATION, Size, Step, room, step_memory
+from hf_dskd.experiments.memory import CUDA_CONTEXT, FRAGMENTATION, Size, Step, room, step_memory
 
 
 # Memory of a card that programs can have, in bytes, as PyTorch's out-of-memory errors give it.

@@ -15,11 +15,12 @@ on with `hf-dskd train --config OUTPUT_DIR/settings.yaml --resume_from_checkpoin
 
 from pathlib import Path
 
-from hf_dskd import pair, run
+from hf_dskd import run
+from hf_dskd.experiments import autoconfig
 
 
 def main() -> None:
-    pair.train(__doc__, Path(__file__).with_suffix(".yaml"))
+    autoconfig.train(__doc__, Path(__file__).with_suffix(".yaml"))
 
 
 if __name__ == "__main__":

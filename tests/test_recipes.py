@@ -124,7 +124,7 @@ LARGE_QWEN3 |= {"num_attention_heads": 32, "tie_word_embeddings": False}
 def test_a_16_gb_card_is_enough(name, student, teacher):
     from transformers import AutoConfig
 
-    from hf_dskd.memory import estimate
+    from hf_dskd.experiments.memory import estimate
 
     given = settings(name)
     needed = estimate(

@@ -9,8 +9,8 @@ import tiny
 from peft import LoraConfig
 
 from hf_dskd import UserError, doctor, run
-from hf_dskd.memory import Size
-from hf_dskd.pair import derive
+from hf_dskd.experiments.autoconfig import derive
+from hf_dskd.experiments.memory import Size
 from hf_dskd.pretrained import empty_model, name_and_config
 from hf_dskd.teacher.load import teacher_quantization
 

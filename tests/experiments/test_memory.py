@@ -12,9 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hf_dskd import UserError
-from hf_dskd.losses.conditional_transport import TransportCritics
-from hf_dskd.losses.key_query import Discriminator
-from hf_dskd.memory import (
+from hf_dskd.experiments.memory import (
     CUDA_CONTEXT,
     Size,
     Step,
@@ -27,12 +25,14 @@ from hf_dskd.memory import (
     step_memory,
     teacher_weights,
 )
+from hf_dskd.losses.conditional_transport import TransportCritics
+from hf_dskd.losses.key_query import Discriminator
 from hf_dskd.models import backbone
 from hf_dskd.projectors import Projectors
 
 
 # Recipes are run as files; the sizes of real models are in one of them.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
 from benchmark_step import model_config
 
@@ -197,7 +197,7 @@ ROW = Step(4, 512, adapter_rank=64, student_dtype="bfloat16", teacher="4bit", ac
 
 
 def test_the_figures_of_the_readme(sizes):
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
     place = next(number for number, line in enumerate(readme) if line.startswith("| Llama-3.2-1B, LoRA r 64"))
     for line, checkpointing in zip(readme[place : place + 2], (False, True)):
         step = replace(ROW, gradient_checkpointing=checkpointing)

@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .methods import METHODS
+from ..errors import UserError
+from ..methods import METHODS
 
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def derive(
             to choose fits into the memory.
     """
     check_two(student, teacher)
-    from .trl_settings import STUDENT, TEACHER, merged_options
+    from ..trl_settings import STUDENT, TEACHER, merged_options
 
     options = {
         "student": merged_options(given, STUDENT, "model_init_kwargs"),
@@ -152,9 +152,9 @@ def _short(name: str) -> str:
 
 def _read(name: str, kwargs: Any, role: str) -> tuple[Any, Any]:
     """Configuration and tokenizer of a model."""
-    from .models import check_config
-    from .pretrained import load_tokenizer, name_and_config
-    from .run import model_name
+    from ..models import check_config
+    from ..pretrained import load_tokenizer, name_and_config
+    from ..run import model_name
 
     folder = str(model_name(name))
     _, config = name_and_config(folder, kwargs, f"the {role}")
@@ -172,8 +172,8 @@ def _max_length(configs: dict[str, Any], student: str, teacher: str) -> tuple[in
 
 
 def _method(tokenizers: dict[str, Any], given: dict[str, Any]) -> tuple[str, str]:
-    from .config import PARTS
-    from .data.vocabulary import same_vocabulary
+    from ..config import PARTS
+    from ..data.vocabulary import same_vocabulary
 
     same = same_vocabulary(tokenizers["student"], tokenizers["teacher"])
     if same and not given.keys() & set(PARTS):
@@ -344,7 +344,7 @@ def _millions(model: Size) -> str:
 
 def _why_no_four_bit(config: Any, name: str, device: str, options: dict[str, Any]) -> str | None:
     """Why the teacher can't run in 4 bits on `device`, or `None` if it can."""
-    from .teacher.load import check_four_bit, check_four_bit_shapes
+    from ..teacher.load import check_four_bit, check_four_bit_shapes
 
     try:
         check_four_bit()
@@ -387,7 +387,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     What the two need is derived and printed with its reasons. `--dry_run` prints the other settings too, which makes
     a configuration file for `hf-dskd train --config`, and stops there.
     """
-    from . import run
+    from .. import run
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"--help", "-h"} & set(arguments):
@@ -396,9 +396,9 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from ..redaction import without_secrets
+    from ..result import UNWRITTEN, _plain
     from .memory import free_memory
-    from .redaction import without_secrets
-    from .result import UNWRITTEN, _plain
 
     student, teacher, flags = two_names(arguments)
     check_two(student, teacher)

@@ -9,11 +9,12 @@ import pytest
 import tiny
 import yaml
 
-from hf_dskd import UserError, pair, run
-from hf_dskd.pair import derive
+from hf_dskd import UserError, run
+from hf_dskd.experiments import autoconfig
+from hf_dskd.experiments.autoconfig import derive
 
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = RECIPES / "your_pair.py"
 # Recipes are run as files; the sizes of real models are in one of them.
 sys.path.insert(0, str(RECIPES))
@@ -200,7 +201,7 @@ def test_what_fits_is_tried_in_the_order_of_what_is_lost(models):
 
 
 def test_a_student_that_is_larger_than_its_teacher_is_told(models, caplog):
-    caplog.set_level("WARNING", logger="hf_dskd.pair")
+    caplog.set_level("WARNING", logger="hf_dskd.experiments.autoconfig")
     derived(models, "gpt2", "qwen-1.8b")
     assert "more parameters" not in caplog.text
     derived(models, "qwen-1.8b", "gpt2")
@@ -336,11 +337,11 @@ def test_models_that_cannot_be_used_are_one_line(models, tmp_path, monkeypatch):
 
 
 def test_two_names_go_first():
-    assert pair.two_names(["a", "b", "--seed", "1", "c"]) == ("a", "b", ["--seed", "1", "c"])
-    refused(lambda: pair.two_names([]), "got nothing")
-    refused(lambda: pair.two_names(["--seed", "1", "a", "b"]), "got nothing")
-    refused(lambda: pair.two_names(["a", "--smoke"]), "got 'a'")
-    refused(lambda: pair.two_names(["a", "b", "c"]), "got 'a' 'b' 'c'")
+    assert autoconfig.two_names(["a", "b", "--seed", "1", "c"]) == ("a", "b", ["--seed", "1", "c"])
+    refused(lambda: autoconfig.two_names([]), "got nothing")
+    refused(lambda: autoconfig.two_names(["--seed", "1", "a", "b"]), "got nothing")
+    refused(lambda: autoconfig.two_names(["a", "--smoke"]), "got 'a'")
+    refused(lambda: autoconfig.two_names(["a", "b", "c"]), "got 'a' 'b' 'c'")
 
 
 # ---- The recipe
@@ -350,12 +351,12 @@ def test_two_names_go_first():
 def started(models, monkeypatch, tmp_path):
     """Starts the recipe up to the run itself, which it returns."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_dskd.memory.free_memory", lambda device: 60e9)
+    monkeypatch.setattr("hf_dskd.experiments.memory.free_memory", lambda device: 60e9)
     runs = []
     monkeypatch.setattr(run, "train", runs.append)
 
     def start(*flags, student=models["gpt2"], teacher=models["qwen-1.8b"]):
-        pair.train(None, RECIPE.with_suffix(".yaml"), [student, teacher, "--use_cpu", *flags])
+        autoconfig.train(None, RECIPE.with_suffix(".yaml"), [student, teacher, "--use_cpu", *flags])
         return runs.pop() if runs else None
 
     return start
@@ -439,8 +440,8 @@ def test_the_recipe_refuses_in_one_line(monkeypatch, capsys):
 
 def test_help_answers_without_heavy_imports():
     code = (
-        "import sys; from pathlib import Path; from hf_dskd import pair\n"
-        f"try: pair.train('about', Path({str(RECIPE.with_suffix('.yaml'))!r}), ['--help'])\n"
+        "import sys; from pathlib import Path; from hf_dskd.experiments import autoconfig\n"
+        f"try: autoconfig.train('about', Path({str(RECIPE.with_suffix('.yaml'))!r}), ['--help'])\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & sys.modules.keys()"
     )

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import UserError
-from .methods import METHODS
+from ..errors import UserError
+from ..methods import METHODS
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Size:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        from .pretrained import empty_model
+        from ..pretrained import empty_model
 
         if not getattr(config.get_text_config(), "num_attention_heads", None):
             raise UserError(
@@ -152,7 +152,7 @@ class Size:
         The linear layers that LoRA with these `target_modules` adapts, as PEFT reads them: ends of names, a regular
         expression of a whole name, or `"all-linear"`, which `None` is here too.
         """
-        from .checks import _lists_module
+        from ..checks import _lists_module
 
         if targets is None or targets == "all-linear":
             return list(self.linear)
@@ -486,9 +486,9 @@ def auxiliary_parameters(student: Size, teacher: Size, method: str) -> tuple[int
     """Parameters of the projectors, and of the networks that match queries to keys."""
     import torch
 
-    from .losses.conditional_transport import TransportCritics
-    from .losses.key_query import Discriminator
-    from .projectors import Projectors
+    from ..losses.conditional_transport import TransportCritics
+    from ..losses.key_query import Discriminator
+    from ..projectors import Projectors
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
@@ -506,7 +506,7 @@ def loss(student: Size, teacher: Size | None, step: Step) -> float:
     """Bytes of the losses in the two spaces, of which one is computed after the other."""
     import torch
 
-    from .kernels.linear_divergence import TILE_COPIES, chunk_sizes
+    from ..kernels.linear_divergence import TILE_COPIES, chunk_sizes
 
     c, dtype = bytes_of(step.dtype), getattr(torch, step.dtype)
     count = sum(step.responses)

@@ -1,0 +1,1 @@
+"""What a run needs and how runs compare: memory of a step, settings for a pair, grids of runs."""

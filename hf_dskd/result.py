@@ -8,13 +8,10 @@ from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .redaction import without_secrets, without_values
 
-
-if TYPE_CHECKING:
-    from .trainer import DSKDTrainer
 
 RESULT_NAME = "result.json"
 SETTINGS_NAME = "settings.yaml"
@@ -24,7 +21,7 @@ UNWRITTEN = ("remove_unused_columns", "logging_nan_inf_filter", "hub_token")
 
 def write_result(
     path: Path,
-    trainer: DSKDTrainer,
+    trainer: Any,
     metrics: dict[str, float],
     history: dict[int, dict[str, float]],
     train_runtime: float | None,

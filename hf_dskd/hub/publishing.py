@@ -1,0 +1,173 @@
+"""What the trainer leaves behind and publishes: the record, the report, the card and the push of its run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+from ..config import DSKDConfig
+from ..result import RESULT_NAME, evaluations, write_result, write_text
+from .card import write_card, write_own_card
+from .push import TRAINING, check_training, push_run
+
+
+class Publishing(Trainer):
+    """
+    Gives a trainer its record, report, model card and push.
+
+    This is the only place of `hub` and `report` that knows a trainer: everything else reads the folder of a run.
+    """
+
+    args: DSKDConfig
+    # Set by the trainer while it is made.
+    _identity: dict[str, str | None]
+    # `namespace/name`, once the hub has said that it can be pushed to.
+    _repository: str | None = None
+    _dataset_name: str | None = None
+    _wrote_result = False
+    _card: dict[str, Any] = {}
+
+    def _check_hub(self, args: DSKDConfig, token: str | None = None) -> None:
+        """Before any work: whether the student can be pushed."""
+        if self._repository is None and args.process_index == 0:
+            self._repository = check_training(args, self._identity, token)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Unlike in [`~transformers.Trainer`] the repository is made with the push, not before training."""
+        self._check_hub(self.args, token)
+        self.hub_model_id = self._repository  # type: ignore[assignment]
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        dataset_name: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Pushes the student, or its adapter, with tokenizer and model card, in one commit (see
+        [`~hf_dskd.hub.push.push_run`]).
+
+        The card is made of the files in the output folder: call it after the evaluation, and after an analysis.
+
+        Args:
+            commit_message, blocking, token, revision, private: As in [`~transformers.Trainer`].
+            dataset_name (`str`, *optional*): Of the training data, for the card of a run that `hf-dskd` didn't start.
+            kwargs: What else [`create_model_card`] takes.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], or a `Future` of it unless `blocking`; `None` on other processes.
+
+        Raises:
+            UserError: For what stands in the way.
+        """
+        self._note_card(**kwargs)
+        args = self.args
+        # Callbacks are told of a push since transformers 5.
+        getattr(self.callback_handler, "on_push_begin", lambda *args: None)(args, self.state, self.control)
+        token = token or args.hub_token
+        self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._write_result(dataset_name)
+        assert self._repository is not None
+        options: dict[str, Any] = {
+            "token": token,
+            "private": args.hub_private_repo if private is None else private,
+            "auxiliary": args.push_auxiliary_to_hub,
+            "revision": revision or args.hub_revision,
+            "commit_message": commit_message,
+            "replace": args.replace_on_hub,
+            "words": TRAINING,
+        }
+        folder = str(args.output_dir)
+        if blocking:
+            return push_run(folder, self._repository, **options)
+        return HfApi().run_as_future(push_run, folder, self._repository, **options)
+
+    def create_model_card(self, *args: Any, dataset_name: str | None = None, **kwargs: Any) -> None:
+        """
+        Writes the model card, `README.md` with `images`, to the output folder (see [`push_to_hub`]).
+
+        Args:
+            language, license, tags, model_name, dataset_tags, dataset:
+                As in [`~transformers.Trainer`]; the card has them beside or in place of what it finds itself, from
+                here on. `dataset_tags`, the names on the hub, come before `dataset`.
+            finetuned_from, tasks, dataset_args: Of no account: the run knows them.
+            dataset_name (`str`, *optional*): Of the training data, for the card of a run that `hf-dskd` didn't start.
+        """
+        self._note_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            self._write_result(dataset_name)
+            folder = str(self.args.output_dir)
+            write_card(folder, folder, self._repository or self.args.hub_model_id, token=self.args.hub_token)
+
+    def _note_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Keeps what the user has for the card, for `result.json`. The signature is that of transformers."""
+        datasets = dataset_tags or dataset
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "model_name": model_name,
+            "datasets": [datasets] if isinstance(datasets, str) else datasets,
+        }
+        # Not in place: the empty one is that of the class.
+        self._card = self._card | {name: value for name, value in given.items() if value}
+
+    def write_report(self, dataset_name: str | None = None) -> Path | None:
+        """
+        Ends a run as `hf-dskd train` does: saves the student, and writes `result.json`, the log and the report.
+
+        Its metrics are those of the last evaluation.
+
+        Args:
+            dataset_name (`str`, *optional*): Of the training data.
+
+        Returns:
+            `Path`: `report/report.html` in the output folder; `None` on other processes.
+        """
+        from ..report.one import write_report
+
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._write_result(dataset_name)
+        folder = str(self.args.output_dir)
+        write_own_card(folder, self._repository or self.args.hub_model_id)
+        return write_report(folder)
+
+    def _write_result(self, dataset_name: str | None) -> None:
+        """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays but for the card."""
+        path = Path(str(self.args.output_dir)) / RESULT_NAME
+        if path.is_file() and not self._wrote_result:
+            if self._card:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                write_text(path, json.dumps({**kept, "card": self._card}, indent=2) + "\n")
+            return
+        history = evaluations(self.state.log_history)
+        runtime = next((log["train_runtime"] for log in self.state.log_history[::-1] if "train_runtime" in log), None)
+        last = history[max(history)] if history else {}
+        self.save_state()
+        write_result(path, self, last, history, runtime, dataset_name or self._dataset_name, self._card)
+        self._wrote_result, self._dataset_name = True, dataset_name or self._dataset_name

@@ -8,7 +8,7 @@ TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 TEST_OPTIONS = --numprocesses auto --maxprocesses 4 --dist loadfile
 # `make test TEST_OPTIONS="--order-seed 1"` runs in a random order; --plain-processor masks AVX and bf16.
 
-.PHONY: demo test check format test-oldest clean
+.PHONY: demo test check format test-oldest gpu gpu-wheels clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +37,17 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[demo,dev]'
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest $(TEST_OPTIONS)
 
+# What no CPU can show, in 8 minutes and without an installation (recipes/benchmarks/gpu_check.py).
+gpu:
+	@PYTHONPATH=$(CURDIR) $(PYTHON) recipes/benchmarks/gpu_check.py --parts "$(PARTS)"
+
+# What a GPU machine without an index may lack, for its Python: `make gpu` installs it from the folder.
+GPU_PYTHON ?= 3.12
+gpu-wheels:
+	rm -rf .wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  $(addprefix --platform ,$(addsuffix _x86_64,$(addprefix manylinux,_2_28 _2_27 _2_24 _2_17 2014 1))) \
+	  --dest .wheels --constraint constraints.txt trl datasets dill multiprocess rapidfuzz shtab peft
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) .wheels .pytest_cache .ruff_cache .mypy_cache

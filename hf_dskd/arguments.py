@@ -168,7 +168,7 @@ def check_quantization(**given: Any) -> None:
 
 def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) -> None:
     """Evaluations that are asked for need data, and the best checkpoint a metric that they have."""
-    from .running_log import RATIOS
+    from .losses.terms import TERMS
 
     asked = [name for name in ("eval_strategy", "eval_on_start") if getattr(args, name) not in ("no", False)]
     if asked and eval_dataset is None:
@@ -189,7 +189,7 @@ def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) 
             f"metric_for_best_model={metric!r} is of answers, and there are none: set eval_generation_samples"
         )
     if name not in ("runtime", "samples_per_second", "steps_per_second"):
-        names = ("bits_per_byte", "loss", *RATIOS, "t2s_accuracy", *of_answers)
+        names = ("bits_per_byte", "loss", *(term.evaluated for term in TERMS.values()), *of_answers)
         check_name("metric_for_best_model=", name, names)
 
 

@@ -19,6 +19,7 @@ from .losses.dual_space import ResponseStates, dual_space_terms, own_rows, queri
 from .losses.likelihood import boundary_after, boundary_probability, likelihood_matching
 from .losses.logits import mapped_kd, packed_partners, rows_at_places, shared_prefix_kd, uld
 from .losses.temperature import Temperatures, schedule_factor, with_temperature
+from .losses.terms import TERMS
 
 
 if TYPE_CHECKING:
@@ -425,7 +426,7 @@ def likelihood_rows(
     )[1]
 
 
-TEACHER_TERMS = frozenset({"s2t_kd", "s2t_agree", "alm"})
+TEACHER_TERMS = frozenset(term.name for term in TERMS.values() if term.per == "teacher_tokens")
 
 
 def weights(

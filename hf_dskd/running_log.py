@@ -9,38 +9,13 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteLossError
+from .losses.terms import ratios
 
 
 REMEDY = (
     "checkpoints from before are untouched: lower the learning rate, use bf16 or float32 instead of fp16, look at"
     " these examples, or leave such steps out with on_nonfinite='skip'"
 )
-# name in the log → (summed value, what it is divided by)
-RATIOS = {
-    "ce_loss": ("ce", "student_tokens"),
-    "token_accuracy": ("correct", "student_tokens"),
-    "t2s_ce_loss": ("t2s_ce", "student_tokens"),
-    "t2s_kd_loss": ("t2s_kd", "student_tokens"),
-    "s2t_kd_loss": ("s2t_kd", "teacher_tokens"),
-    "kd_loss": ("kd", "student_tokens"),
-    "alm_loss": ("alm", "teacher_tokens"),
-    "kq_loss": ("kq", "student_tokens"),
-    "attention_loss": ("attention", "student_tokens"),
-    # Of a step, over its micro-batches and all ranks: what the loss has of it.
-    "aux_loss": ("aux", "ranked_sums"),
-    "correctness_mask_rate": ("t2s_correct", "student_tokens"),
-    "aligned_rate": ("t2s_rows", "student_tokens"),
-    "s2t_agreement": ("s2t_agree", "teacher_tokens"),
-    "discriminator_accuracy_fake": ("query_as_query", "query_tokens"),
-    "discriminator_accuracy_real": ("key_as_key", "key_tokens"),
-    "transport_cost": ("transport_cost", "query_tokens"),
-    "projector_grad_norm": ("projector_grad_norm", "ranked_steps"),
-    "discriminator_grad_norm": ("discriminator_grad_norm", "ranked_steps"),
-    # Where steps are left out, which Trainer's own mean counts.
-    "loss": ("loss", "ranked_sums"),
-}
-# summed value → its name in a log
-LOG_NAMES = {value: name for name, (value, _) in RATIOS.items()}
 NEVER = float(2**30)
 
 
@@ -110,11 +85,7 @@ class RunningLog:
         self._steps += totals.get("ranked_sums", 0.0)
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        logs = {
-            name: totals[value] / totals[divisor]
-            for name, (value, divisor) in RATIOS.items()
-            if value in totals and totals.get(divisor)
-        }
+        logs = ratios(totals)
         if "discriminator_query_loss" in totals:
             logs["discriminator_loss"] = (
                 totals["discriminator_query_loss"] / totals["query_tokens"]

@@ -97,6 +97,7 @@ from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
 from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
+from .losses.terms import ratios
 from .models import (
     LastHiddenState,
     base_causal_lm,
@@ -109,7 +110,6 @@ from .models import (
     lm_head,
 )
 from .objective import (
-    TEACHER_TERMS,
     PairConstants,
     Terms,
     distillation_terms,
@@ -134,7 +134,7 @@ from .redaction import without_secrets
 from .result import RESULT_NAME
 from .resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
 from .run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
-from .running_log import LOG_NAMES, REMEDY, RunningLog, exact_dtype
+from .running_log import REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
 from .teacher.cache import CachedTeacher, TeacherCache, open_cache
 from .teacher.load import (
@@ -1187,13 +1187,9 @@ class DSKDTrainer(Publishing):
         if not self.args.as_published:
             metrics["loss"] = weighted_loss(self.args, totals, student_tokens, teacher_tokens)
             # Of a batch, not of its tokens: a mean over examples, as of the loss in Trainer.
-            added = totals.pop("aux", None)
-            if added is not None:
-                metrics["aux_loss"] = added / len(rows)
-                metrics["loss"] += metrics["aux_loss"]
-        for name, value in totals.items():
-            shown = "t2s_accuracy" if name == "t2s_correct" else LOG_NAMES[name]
-            metrics[shown] = value / (teacher_tokens if name in TEACHER_TERMS else student_tokens)
+            metrics["loss"] += totals.get("aux", 0.0) / len(rows)
+        counts = {"student_tokens": student_tokens, "teacher_tokens": teacher_tokens, "ranked_sums": len(rows)}
+        metrics |= ratios(totals | counts, evaluated=True)
         metrics["bits_per_byte"] = text / math.log(2) / response_bytes
         return metrics
 

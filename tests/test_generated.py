@@ -22,8 +22,8 @@ from hf_dskd.data.on_policy import is_on_policy
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
 from hf_dskd.evaluation.generation import response_text
+from hf_dskd.losses.terms import TERMS
 from hf_dskd.objective import weights
-from hf_dskd.running_log import LOG_NAMES
 from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
 
@@ -95,7 +95,7 @@ class Watch:
 def loss_from_terms(run, log, on_policy):
     student_weights, teacher_weights = weights(run.args)
     student_weights["ce"] *= not on_policy
-    return sum(weight * log[LOG_NAMES[name]] for name, weight in (student_weights | teacher_weights).items())
+    return sum(weight * log[TERMS[name].log] for name, weight in (student_weights | teacher_weights).items())
 
 
 def training_logs(run):

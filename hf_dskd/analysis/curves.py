@@ -10,28 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..losses.terms import TERMS
 from .glyphs import drawable
 
 
 # title → {name of the line: key in the log, which may be a pattern}. Lines of a panel differ in style, runs in colour.
-PANELS: dict[str, dict[str, str]] = {
-    "cross entropy (ce_loss)": {"": "ce_loss"},
-    "projected teacher's cross entropy (t2s_ce_loss)": {"": "t2s_ce_loss"},
-    "divergence, student space (t2s_kd_loss)": {"": "t2s_kd_loss"},
-    "divergence, teacher space (s2t_kd_loss)": {"": "s2t_kd_loss"},
-    "divergence of logits (kd_loss)": {"": "kd_loss"},
-    "divergence of chunk likelihoods (alm_loss)": {"": "alm_loss"},
-    "key-query matching (kq_loss)": {"": "kq_loss"},
-    "divergence of attention (attention_loss)": {"": "attention_loss"},
-    "what the model adds: routers, adapter (aux_loss)": {"": "aux_loss"},
-    "transport cost under the critics": {"": "transport_cost"},
+# Those of the loss terms come before these (see [`panels`]).
+_OTHER_PANELS: dict[str, dict[str, str]] = {
     "discriminator's loss": {"": "discriminator_loss"},
     "discriminator's accuracy": {
         "real (keys)": "discriminator_accuracy_real",
         "fake (queries)": "discriminator_accuracy_fake",
     },
-    "projected teacher is right (mask rate)": {"": "correctness_mask_rate"},
-    "student tokens with a partner": {"": "aligned_rate"},
     # With several evaluation sets the key has the name of the set.
     "evaluation: bits per byte": {"": "eval_*bits_per_byte"},
     "gradient norms": {
@@ -124,6 +114,12 @@ _STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (
 _DPI = 110
 
 
+def panels() -> dict[str, dict[str, str]]:
+    """Every curve of a training, the loss terms' first: title → {name of the line: key in the log}."""
+    terms = {term.panel: {"": term.log} for term in TERMS.values() if term.panel}
+    return terms | _OTHER_PANELS
+
+
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """
     Steps and values of `key`, by step. Logged twice at one step (after a resume), the later value stays.
@@ -150,13 +146,13 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     Raises:
         UserError: If nothing that has a panel was logged.
     """
-    panels = {title: lines for title, keys in PANELS.items() if (lines := _panel_lines(runs, keys))}
-    if not panels:
+    drawn = {title: lines for title, keys in panels().items() if (lines := panel_lines(runs, keys))}
+    if not drawn:
         raise UserError(
             f"the {len(runs)} runs given have logged nothing to draw: pass trainer.state.log_history after training,"
             " with logging_steps no larger than the number of steps"
         )
-    _draw(panels, list(runs), path)
+    _draw(drawn, list(runs), path)
 
 
 def plot_analysis(
@@ -177,10 +173,10 @@ def plot_analysis(
         UserError: If no entry has a number and a step.
     """
     runs = history if isinstance(history, Mapping) else {"": history}
-    lines_of = {title: _panel_lines(runs, keys) for title, keys in ANALYSIS_PANELS.items()}
+    lines_of = {title: panel_lines(runs, keys) for title, keys in ANALYSIS_PANELS.items()}
     drawn = {key for keys in ANALYSIS_PANELS.values() for key in _expanded(runs, keys).values()}
     others = sorted({key for entries in runs.values() for entry in entries for key in entry} - drawn - {"step"})
-    lines_of |= {key: _panel_lines(runs, {"": key}) for key in others}
+    lines_of |= {key: panel_lines(runs, {"": key}) for key in others}
     panels = {title: lines for title, lines in lines_of.items() if lines}
     if not panels:
         raise UserError("the analyses given have no numbers to draw: pass at least one entry with its step")
@@ -233,7 +229,7 @@ class _Line:
         self.run, self.style, self.name, self.steps, self.values = run, style, name, steps, values
 
 
-def _panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: dict[str, str]) -> list[_Line]:
+def panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: dict[str, str]) -> list[_Line]:
     lines = []
     for run, history in enumerate(runs.values()):
         for style, (name, key) in enumerate(_expanded(runs, keys).items()):

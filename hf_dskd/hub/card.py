@@ -716,9 +716,9 @@ def _eval_results(run: RunFiles, scores: list[dict[str, Any]], source: str | Non
 
 
 def _has_curves(run: RunFiles) -> bool:
-    from ..analysis.curves import PANELS, _panel_lines
+    from ..analysis.curves import panel_lines, panels
 
-    return any(_panel_lines({run.method: run.history}, keys) for keys in PANELS.values())
+    return any(panel_lines({run.method: run.history}, keys) for keys in panels().values())
 
 
 def _training_seeds(run: RunFiles) -> list[dict[str, Any]]:

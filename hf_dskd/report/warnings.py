@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..losses.terms import TERMS
 from .files import gradient_norms, metrics_before, points_of, settings_of
-from .words import KD_TERMS, number, percent, title_of
+from .words import number, percent, title_of
 
 
-# Losses of the log that shouldn't jump. Those of matching are of a game, and t2s_kd_loss grows with the share of
-# tokens that the correctness mask lets through.
-SPIKING = ("loss", "ce_loss", "t2s_ce_loss", "s2t_kd_loss", "kd_loss", "alm_loss")
 WON, GUESSING = 0.99, 0.55
 SMALL_GRADIENT, SMALL_MASK, MANY_CUT = 0.01, 0.1, 0.05
 SPIKE, SPIKE_SPREADS, NEIGHBOURS = 3.0, 4.0, 5
@@ -65,7 +63,7 @@ def _spikes(history: Sequence[Mapping[str, Any]]) -> list[str] | None:
     absolute deviations above the median of them all, so that neither a fast start nor losses that always jump count.
     """
     found, known = [], False
-    for key in SPIKING:
+    for key in ("loss", *(term.log for term in TERMS.values() if term.spikes)):
         points = points_of(history, key)
         known |= len(points) > 3
         spikes = []
@@ -184,13 +182,14 @@ def _discriminator(settings: Mapping[str, Any], history: Sequence[Mapping[str, A
 
 
 def _matching_gradient(analyses: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    divergences = {term.name for term in TERMS.values() if term.from_teacher}
     measured = {
-        step: norms for step, norms in gradient_norms(analyses).items() if "kq" in norms and {*KD_TERMS} & norms.keys()
+        step: norms for step, norms in gradient_norms(analyses).items() if "kq" in norms and divergences & norms.keys()
     }
     if not measured:
         return None
     step, every = list(measured.items())[-1]
-    matching, norms = every["kq"], {term: every[term] for term in KD_TERMS if term in every}
+    matching, norms = every["kq"], {term: norm for term, norm in every.items() if term in divergences}
     largest = max(norms, key=lambda term: norms[term])
     if matching >= SMALL_GRADIENT * norms[largest]:
         return []

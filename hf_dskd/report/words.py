@@ -7,21 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..losses.terms import TERMS
 
-# End of a key among the metrics → title and which end is better.
-MEASURES: dict[str, tuple[str, str | None]] = {
+
+_OF_ANSWERS = {
     "bits_per_byte": ("bits per byte", "lower"),
     "rouge_l": ("ROUGE-L of generated answers, percent", "higher"),
     "exact_match": ("exact match of generated answers, percent", "higher"),
     "unfinished": ("share of them that ran into the maximum length", "lower"),
-    "token_accuracy": ("token accuracy", "higher"),
-    "ce_loss": ("cross entropy", "lower"),
-    "t2s_accuracy": ("projected teacher is right", "higher"),
-    "s2t_agreement": ("projected student agrees with the teacher", "higher"),
-    "loss": ("method's own loss", None),
 }
-KD_TERMS = ("t2s_kd", "s2t_kd", "kd", "alm")
-TERMS = ("ce", "t2s_ce", *KD_TERMS, "kq", "aux")
 # Number of an analysis → what it means.
 MEANINGS = {
     "aligned_rate": "tokens that have a partner",
@@ -115,12 +109,18 @@ def models_of(result: Mapping[str, Any]) -> str:
     return " ← ".join(names)
 
 
+def _measures() -> dict[str, tuple[str, str | None]]:
+    """End of a key among the metrics → title and which end is better."""
+    terms = {term.evaluated: (term.title, term.better) for term in TERMS.values() if term.better is not None}
+    return {**_OF_ANSWERS, **terms, "loss": ("method's own loss", None)}
+
+
 def _parse_measure(key: str) -> tuple[str, str] | None:
     """Name of the evaluation set (`""` for a single one) and of the measure, of a key among the metrics."""
-    rest = f"_{key.removeprefix('eval_')}"
-    for name in sorted({*MEASURES, *(f"{term}_loss" for term in TERMS)}, key=len, reverse=True):
+    rest, measures = f"_{key.removeprefix('eval_')}", _measures()
+    for name in sorted({*measures, *(term.evaluated for term in TERMS.values())}, key=len, reverse=True):
         if key.startswith("eval_") and rest.endswith(f"_{name}"):
-            return (rest.removesuffix(f"_{name}").strip("_"), name) if name in MEASURES else None
+            return (rest.removesuffix(f"_{name}").strip("_"), name) if name in measures else None
     return None
 
 
@@ -129,19 +129,19 @@ def title_of(key: str) -> str:
     parsed = _parse_measure(key)
     if parsed is None:
         return key
-    title = MEASURES[parsed[1]][0]
+    title = _measures()[parsed[1]][0]
     return f"{title} ({parsed[0]})" if parsed[0] else title
 
 
 def better_end(key: str) -> str | None:
     """Which end of a measure is better, `"lower"` or `"higher"`; `None` where neither is."""
     parsed = _parse_measure(key)
-    return MEASURES[parsed[1]][1] if parsed else None
+    return _measures()[parsed[1]][1] if parsed else None
 
 
 def measures_of(*metrics: Mapping[str, Any]) -> list[str]:
-    """Keys of the metrics that are a measure, in the order of `MEASURES`."""
-    order = list(MEASURES)
+    """Keys of the metrics that are a measure, those of the text and of answers first."""
+    order = list(_measures())
     found = {key: parsed for part in metrics for key in part if (parsed := _parse_measure(key))}
     return sorted(found, key=lambda key: (order.index(found[key][1]), found[key][0]))
 

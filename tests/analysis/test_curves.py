@@ -10,12 +10,12 @@ from matplotlib.image import imread
 from test_model_loss import mixtral
 
 from hf_dskd import UserError
+from hf_dskd.analysis import curves as module
 from hf_dskd.analysis.curves import (
     ANALYSIS_PANELS,
     CORRELATIONS,
     FROM_ZERO,
     LOGARITHMIC,
-    PANELS,
     REFERENCES,
     SHARES,
     plot_analysis,
@@ -122,7 +122,7 @@ def test_real_runs_share_colours(tmp_path, figures):
     [figure] = figures
     shown = panels(figure)
     # Everything that has a panel is really logged, under this name.
-    assert list(shown) == [title for title in PANELS if title not in OF_OTHER_METHODS]
+    assert list(shown) == [title for title in module.panels() if title not in OF_OTHER_METHODS]
     colours = legend(figure)
     assert list(colours) == ["_with $\\frac{$", "\\u6771 without", "text alone"]
     assert len(set(colours.values())) == 3
@@ -243,7 +243,13 @@ def test_axes_of_analyses_do_not_depend_on_small_changes(tmp_path, figures):
 
 
 def test_titles_are_those_of_panels():
-    assert {*SHARES, *LOGARITHMIC, *REFERENCES, *FROM_ZERO, *CORRELATIONS} <= PANELS.keys() | ANALYSIS_PANELS.keys()
+    assert {
+        *SHARES,
+        *LOGARITHMIC,
+        *REFERENCES,
+        *FROM_ZERO,
+        *CORRELATIONS,
+    } <= module.panels().keys() | ANALYSIS_PANELS.keys()
 
 
 @pytest.mark.parametrize("history", [[], {}, {"one": []}, [{"step": 3}], [{"mmd": 1.0}]])

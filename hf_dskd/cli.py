@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from . import __version__, run
 from .errors import UserError, check_name
-from .launch import launched_processes
+from .launch import Parser, command, launched_processes
 
 
 USAGE = """\
@@ -145,13 +143,6 @@ def report(arguments: list[str]) -> int:
     return command.main(arguments)
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def methods(arguments: list[str]) -> int:
     """`hf-dskd methods`."""
     import shutil
@@ -255,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         if code:
             sys.exit(code)
 
-    run.command(chosen)
+    command(chosen)
 
 
 if __name__ == "__main__":

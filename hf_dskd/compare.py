@@ -31,8 +31,10 @@ from .checkpoint import checkpoints
 from .errors import UserError, check_name
 from .methods import METHODS
 from .redaction import redact, secret_names
-from .result import RESULT_NAME, write_text
-from .run import read_yaml
+from .result import RESULT_NAME
+from .utils.figures import drawable, new_figure, plain_axes, save_figure
+from .utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
+from .utils.tables import markdown_table, spread
 
 
 HELP = """\
@@ -388,8 +390,6 @@ def _stop(process: subprocess.Popen) -> None:
 
 def run_cell(cell: Cell) -> None:
     """Runs a cell, from its last checkpoint where it has one, and notes how it ended."""
-    import yaml
-
     before = record(cell)
     resume = bool(checkpoints(cell.folder))
     command = cell.command(resume)
@@ -399,12 +399,12 @@ def run_cell(cell: Cell) -> None:
 
     def save(**state: Any) -> None:
         seconds = round(earlier + time.perf_counter() - start, 1)
-        write_text(cell.folder / "cell.json", json.dumps({**note, "seconds": seconds, **state}, indent=2) + "\n")
+        write_json(cell.folder / "cell.json", {**note, "seconds": seconds, **state})
 
     # Before the status: a result that a failed attempt left is none.
     (cell.folder / RESULT_NAME).unlink(missing_ok=True)
     save(status="running")
-    write_text(cell.folder / "config.yaml", yaml.safe_dump(cell.config, sort_keys=False, allow_unicode=True))
+    write_yaml(cell.folder / "config.yaml", cell.config, sort=False)
     log = cell.folder / "log.txt"
     offset = log.stat().st_size if log.is_file() else 0
     with log.open("a", encoding="utf-8") as out:
@@ -469,7 +469,7 @@ def _line(line: Mapping[str, Any]) -> str:
 def write_outputs(cells: Sequence[Cell], folder: Path) -> None:
     """Writes `results.jsonl`, `table.md` and, where there is a number to draw, `table.png`."""
     results = [result(cell) for cell in cells]
-    write_text(folder / "results.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in results))
+    write_json_lines(folder / "results.jsonl", results)
     write_text(folder / "table.md", table(results))
     picture = folder / "table.png"
     if any(metric_values(results, label, MAIN) for label in labels(results)):
@@ -493,11 +493,6 @@ def metric_values(
     own = [line for line in results if line["label"] == label and line["status"] == "ok"]
     metrics = [line["metrics"] if step is None else line["evaluations"].get(str(step), {}) for line in own]
     return [part[metric] for part in metrics if part.get(metric) is not None]
-
-
-def spread(numbers: Sequence[float]) -> float | None:
-    """Sample standard deviation (n − 1); `None` for a single number."""
-    return statistics.stdev(numbers) if len(numbers) > 1 and all(map(math.isfinite, numbers)) else None
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -524,7 +519,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines = ["Held-out examples, after training. Mean ± sample standard deviation over seeds; the best mean in bold."]
     if any(line["best_checkpoint"] for line in results):
         lines.append("The model evaluated is the best checkpoint of its run, not the last.")
-    lines += ["", *_markdown(rows, columns)]
+    lines += ["", *markdown_table(rows, columns)]
 
     # That after the last step is of the model in the table above, unless that is the best one.
     steps = {
@@ -538,7 +533,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         for step in sorted(steps)
     }
     if on_the_way:
-        lines += ["", "Bits per byte on the way:", "", *_markdown(rows, on_the_way)]
+        lines += ["", "Bits per byte on the way:", "", *markdown_table(rows, on_the_way)]
     failed = [line for line in results if line["status"] == "failed"]
     if failed:
         lines += ["", *(f"- {line['label']}, seed {line['seed']}: failed: {_cell(line['error'])}" for line in failed)]
@@ -570,16 +565,6 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _markdown(rows: Sequence[str], columns: Mapping[str, Sequence[str]]) -> list[str]:
-    cells = [
-        ["", *columns],
-        *([row, *(column[index] for column in columns.values())] for index, row in enumerate(rows)),
-    ]
-    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(cells[0]))]
-    cells.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths)) + " |" for line in cells]
-
-
 def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
     Writes a PNG: for each label the mean bits per byte with an error bar of one sample standard deviation and the
@@ -589,18 +574,12 @@ def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         results (`Sequence[Mapping[str, Any]]`): Lines of `results.jsonl`, one of them complete at least.
         path (`str` or `Path`): File to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from .analysis.glyphs import drawable
-
     numbers = {label: metric_values(results, label, MAIN) for label in labels(results)}
     means = {label: statistics.fmean(found) for label, found in numbers.items() if found}
     order = sorted(means, key=lambda label: means[label])
     methods = {line["label"]: line["method"] for line in results}
     text_alone = [label for label in means if methods[label] == "sft"]
-    figure = Figure(figsize=(7.0, 1.3 + 0.36 * len(order)), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.0, 1.3 + 0.36 * len(order))
     axes = figure.add_subplot()
     if text_alone:
         reference = "sft" if "sft" in text_alone else text_alone[0]
@@ -638,14 +617,8 @@ def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         "large: mean ± standard deviation over seeds; small: the seeds",
         fontsize=8,
     )
-    axes.tick_params(labelsize=8)
-    axes.grid(True, axis="x", color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    plain_axes(axes, grid="x")
+    save_figure(figure, path)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,14 +1,30 @@
-"""How many processes a launcher has started, and whether a run has them."""
+"""How a command begins and ends: the processes that a launcher has started, and what is printed of an error."""
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import NonFiniteLossError, UserError
+from .redaction import without_values
 
 
 # What torchrun (and so `accelerate launch`) and three kinds of MPI set in each process.
 VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def launched_processes() -> int:
@@ -45,3 +61,34 @@ def _why_alone() -> str:
     if "LOCAL_RANK" in os.environ and device is not None:
         return f" and trains alone on {device.type!r}"
     return "" if "LOCAL_RANK" in os.environ else " (LOCAL_RANK is not set)"
+
+
+def command(main: Callable[[], Any]) -> None:
+    """Runs a recipe's `main`: what the user has to mend is one line on stderr, not a traceback."""
+    # Neither is for the user of a recipe: bitsandbytes looks for an optional CPU kernel at import, and transformers 5
+    # warns of names that its own code and peft's still use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    sys.excepthook = print_without_tokens
+    try:
+        main()
+        leave_together()
+    except (UserError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
+        sys.exit(130)
+
+
+def print_without_tokens(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an error that nobody caught: its text may have a token, and the terminal may be a file."""
+    sys.stderr.write(without_values("".join(traceback.format_exception(kind, error, trace))))
+
+
+def leave_together() -> None:
+    """Ends the processes of a run together: one that exits while another still talks to it may abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

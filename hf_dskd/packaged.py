@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 _CHUNK = 1 << 22
 
 # How the two model families cut text before BPE. GGUF stores only the scheme's name (`tokenizer.ggml.pre`).
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # GGUF token types that matter here.
@@ -193,6 +193,13 @@ def packaged_model(name: str, cache_dir: str | os.PathLike[str] | None = None) -
         finally:
             _remove(work)
     return folder
+
+
+def model_name(name: str | None) -> str | None:
+    """Finds the folder of the packaged model of that name; any other name or folder stays as it is."""
+    if name in PACKAGED_MODELS and not Path(name).is_dir():
+        return str(packaged_model(name))
+    return name
 
 
 def convert_gguf(
@@ -400,7 +407,7 @@ def _write_tokenizer(gguf_file: Path, folder: Path) -> None:
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated"),
+                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

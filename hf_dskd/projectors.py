@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .random_stream import cpu_seed
+from .utils.random import cpu_seed
 
 
 if TYPE_CHECKING:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .redaction import without_secrets, without_values
+from .redaction import without_secrets
+from .utils.environment import command_line, hardware, versions
+from .utils.files import plain, write_json
 
 
 RESULT_NAME = "result.json"
@@ -43,7 +42,6 @@ def write_result(
             What the user has for the model card: `language`, `license`, `tags`, `model_name`, `datasets`.
     """
     from .data.fingerprint import fingerprint
-    from .environment import command_line, hardware, versions
     from .settings import DistillationSettings
 
     config, state = trainer.args, trainer.state
@@ -91,7 +89,7 @@ def write_result(
         "changed_settings": differences(config),
         **({"card": card} if card else {}),
     }
-    write_text(path, json.dumps(result, indent=2, default=str) + "\n")
+    write_json(path, result)
 
 
 def evaluations(history: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
@@ -112,8 +110,8 @@ def differences(settings: Any) -> dict[str, list[Any]]:
     found = {}
     for setting in fields(settings):
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-        value = without_secrets(_plain(getattr(settings, setting.name)))
-        default = None if default is MISSING else _plain(default)
+        value = without_secrets(plain(getattr(settings, setting.name)))
+        default = None if default is MISSING else plain(default)
         # Objects that a setting was parsed into.
         known = value is None or isinstance(value, (str, bool, int, float, list, dict))
         # Of None Trainer makes what suits the metric, and that isn't False.
@@ -129,30 +127,3 @@ def differences(settings: Any) -> dict[str, list[Any]]:
 def _is_nothing(value: Any) -> bool:
     """Some settings make one of these of another."""
     return value is None or value is False or value in ([], {}, "", "none", ["none"])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes a configuration file for `--config`."""
-    import yaml
-
-    write_text(path, yaml.safe_dump(settings, sort_keys=True, allow_unicode=True))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, without tokens: the file is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    # A link that lies there would be followed.
-    beside.unlink(missing_ok=True)
-    beside.write_text(without_values(text), encoding="utf-8")
-    os.replace(beside, path)

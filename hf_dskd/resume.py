@@ -20,8 +20,8 @@ from .checkpoint import (
 )
 from .errors import UserError
 from .pretrained import config_settings, options_of
-from .result import _plain
 from .settings import DistillationSettings
+from .utils.files import plain
 
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def active_adapter(model: Any) -> Any:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         value = sorted(value)
-    return json.loads(json.dumps(_plain(value), default=str))
+    return json.loads(json.dumps(plain(value), default=str))
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], any_length: bool) -> dict[str, tuple[Any, Any]]:
@@ -136,7 +136,7 @@ def keeps_no_length(config: DSKDConfig) -> bool:
     """Whether no rate and no temperature moves with the share of the run that is done."""
     warms_up = bool(getattr(config, "warmup_ratio", None)) or 0 < (config.warmup_steps or 0) < 1
     steady = ("constant",) if warms_up else ("constant", "constant_with_warmup")
-    kinds = (_plain(config.lr_scheduler_type), config.discriminator_lr_scheduler_type)
+    kinds = (plain(config.lr_scheduler_type), config.discriminator_lr_scheduler_type)
     return all(kind in steady for kind in kinds) and config.temperature_schedule == "constant"
 
 

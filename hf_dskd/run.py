@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .checkpoint import checkpoints
 from .data.source import PYTHON_FUNCTIONS, load_data
-from .errors import NonFiniteLossError, UserError
+from .errors import UserError
 from .field_checks import check_fields
-from .redaction import without_values
-from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result, write_settings, write_text
+from .launch import command as command
+from .packaged import model_name
+from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result
 from .run_folder import check_fresh, forget_run, held
+from .utils.files import read_yaml, write_json, write_json_lines, write_yaml
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
 
@@ -91,52 +89,6 @@ class Run:
     config: DSKDConfig
     model: ModelConfig
     options: RunArguments
-
-
-def command(main: Callable[[], Any]) -> None:
-    """Runs a recipe's `main`: what the user has to mend is one line on stderr, not a traceback."""
-    # Neither is for the user of a recipe: bitsandbytes looks for an optional CPU kernel at import, and transformers 5
-    # warns of names that its own code and peft's still use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    sys.excepthook = print_without_tokens
-    try:
-        main()
-        leave_together()
-    except (UserError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
-        sys.exit(130)
-
-
-def print_without_tokens(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints an error that nobody caught: its text may have a token, and the terminal may be a file."""
-    sys.stderr.write(without_values("".join(traceback.format_exception(kind, error, trace))))
-
-
-def leave_together() -> None:
-    """Ends the processes of a run together: one that exits while another still talks to it may abort."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def read_yaml(option: str, path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file that the command line names with `option`."""
-    import yaml
-
-    if not Path(path).is_file():
-        raise UserError(f"{option} {str(path)!r} isn't a file: name a YAML file")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{option} {str(path)!r} isn't valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{option} {str(path)!r} holds no settings: write one `name: value` a line")
-    return content
 
 
 def parse(description: str | None, config_file: Path | None = None, arguments: list[str] | None = None) -> Run:
@@ -397,15 +349,6 @@ def set_accumulation(run: Run) -> None:
     config.gradient_accumulation_steps = total // at_once
 
 
-def model_name(name: str | None) -> str | None:
-    """A model's name or folder as given, or the folder of the packaged model of that name."""
-    from .packaged import PACKAGED_MODELS, packaged_model
-
-    if name in PACKAGED_MODELS and not Path(name).is_dir():
-        return str(packaged_model(name))
-    return name
-
-
 def make_trainer(
     run: Run,
     student: str | None,
@@ -502,7 +445,7 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
         beside = folder.with_name(".teacher")
         model.save_pretrained(beside)
         trainer.processing_class.save_pretrained(beside)  # type: ignore[union-attr]
-        write_text(beside / TEACHER_NAME, json.dumps(facts, indent=2) + "\n")
+        write_json(beside / TEACHER_NAME, facts)
         beside.rename(folder)
     trainer.accelerator.wait_for_everyone()
     return str(folder)
@@ -639,7 +582,7 @@ def _note_settings(trainer: DSKDTrainer, path: Path, settings: dict[str, Any]) -
     class Write(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                write_settings(path, settings)
+                write_yaml(path, settings)
 
     trainer.add_callback(Write())
 
@@ -662,8 +605,7 @@ def distil(run: Run, trainer: DSKDTrainer) -> Path:
     trainer.save_state()
     if trainer.is_world_process_zero():
         if trainer.samples:
-            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in trainer.samples)
-            write_text(trainer.analysis_folder / "samples.jsonl", lines)
+            write_json_lines(trainer.analysis_folder / "samples.jsonl", trainer.samples)
         runtime = output.metrics.get("train_runtime")
         write_result(folder / RESULT_NAME, trainer, metrics, history, runtime, run.script.dataset_name)
     return folder

@@ -21,7 +21,8 @@ from typing import Any
 from .checkpoint import AUXILIARY_NAME, checkpoints, remove, run_id
 from .checks import check_output_dir
 from .errors import UserError
-from .result import RESULT_NAME, write_text
+from .result import RESULT_NAME
+from .utils.files import write_text
 
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, check_name
-from .run import command
+from .launch import Parser, command
+from .packaged import QWEN2_SPLIT
 
 
 if TYPE_CHECKING:
@@ -39,11 +40,7 @@ ROLES = ("student", "teacher")
 WIDTHS = {"student": 64, "teacher": 128}
 POSITIONS = 1024
 
-# How the families cut text before byte-pair encoding. Written down once more, for no class of transformers 4 tells.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -363,7 +360,7 @@ def _marked(folder: Path) -> dict[str, Any] | None:
 def _write_model(key: str, role: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from .random_stream import cpu_seed
+    from .utils.random import cpu_seed
 
     family, width = FAMILIES[key], WIDTHS[role]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -437,7 +434,7 @@ def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
     return {
         "gpt2": (None, byte_level, decoders.ByteLevel()),
         "gpt_neox": (normalizers.NFC(), byte_level, decoders.ByteLevel()),
-        "qwen2": (normalizers.NFC(), split(_QWEN2_SPLIT), decoders.ByteLevel()),
+        "qwen2": (normalizers.NFC(), split(QWEN2_SPLIT), decoders.ByteLevel()),
         "llama3": (None, split(_LLAMA3_SPLIT), decoders.ByteLevel()),
         "smollm2": (
             None,
@@ -520,8 +517,6 @@ def _write_tokenizer(family: Family, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """`python -m hf_dskd.tiny_models NAME FOLDER [--role ROLE]`: writes the model and prints its folder."""
     import argparse
-
-    from .cli import Parser
 
     parser = Parser(
         "python -m hf_dskd.tiny_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -68,7 +68,7 @@ def demo(args, student, teacher, train, held_out) -> None:
         args.config = run.variant(asked, method=method, output_dir=str(folder / method))
         settings = run.changed_settings(args)
         trainer = run.make_trainer(args, student, teacher, train, held_out)
-        run.write_settings(folder / method / run.SETTINGS_NAME, settings)
+        run.write_yaml(folder / method / run.SETTINGS_NAME, settings)
         rows = trainer.eval_dataset
         # A short one, so that its text fits a screen.
         shortest = sorted(range(len(rows)), key=lambda index: len(rows[index]["byte_ends"]))

@@ -10,9 +10,9 @@ from trl import ScriptArguments
 from hf_dskd import UserError, compare, packaged, run
 from hf_dskd.analysis.record import draw_projections
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
-from hf_dskd.result import write_text
 from hf_dskd.run_folder import check_fresh
 from hf_dskd.teacher.responses import write_responses
+from hf_dskd.utils.files import write_text
 
 
 def content(folder):

@@ -338,7 +338,7 @@ def test_two_processes_equal_one(tmp_path):
         "logs = test_generated.logs_of_runs(sys.argv[1], 4)\n"
         "if logs is not None:\n"
         "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     one = logs_of_runs(str(tmp_path / "1"), 8)

@@ -88,7 +88,7 @@ def test_any_number_of_processes_equals_one(tmp_path):
         "logs = test_last_batch.logs_of_runs(sys.argv[1], int(sys.argv[2]))\n"
         "if logs is not None:\n"
         "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     results = []
@@ -145,7 +145,7 @@ def test_fillers_are_left_out_of_an_epoch_that_a_run_goes_on_in(tmp_path):
         "found = test_last_batch.resumed_runs(sys.argv[1])\n"
         "if found is not None:\n"
         "    json.dump(found, open(sys.argv[1] + '/found.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -71,7 +71,7 @@ def test_processes_on_cpus_find_each_other(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, torch\nfrom pathlib import Path\n"
-        "from hf_dskd import DSKDConfig\nfrom hf_dskd.run import leave_together\n"
+        "from hf_dskd import DSKDConfig\nfrom hf_dskd.launch import leave_together\n"
         "torch.accelerator.is_available = lambda: False\n"
         "config = DSKDConfig(sys.argv[1], report_to='none')\n"
         "found = f'rank {config.process_index} of {config.world_size} on {config.device.type}'\n"

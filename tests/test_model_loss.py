@@ -228,7 +228,7 @@ def test_as_trainer_has_it_on_two_ranks(tmp_path):
     script.write_text(
         f"import sys\nsys.path[:0] = {[str(here), str(here.parent)]!r}\nimport test_model_loss\n"
         f"test_model_loss.write_differences({str(tmp_path)!r})\n"
-        "from hf_dskd.run import leave_together\nleave_together()\n"
+        "from hf_dskd.launch import leave_together\nleave_together()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=300)

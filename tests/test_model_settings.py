@@ -11,12 +11,13 @@ import torch
 import trl
 from datasets import Dataset
 
-from hf_dskd import environment, run
+from hf_dskd import run
 from hf_dskd.data.fingerprint import fingerprint
 from hf_dskd.errors import UserError
 from hf_dskd.hub.card import model_card
 from hf_dskd.pretrained import origin
 from hf_dskd.teacher.cache import files_digest
+from hf_dskd.utils import environment
 
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}

@@ -227,7 +227,7 @@ def test_one_rank_stops_or_skips_for_all(tmp_path):
         "import test_nonfinite\n"
         "found = {mode: test_nonfinite.rank_run(sys.argv[1], mode) for mode in ('stop', 'skip')}\n"
         "json.dump(found, open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -11,9 +11,10 @@ import runs
 import tiny
 import yaml
 
-from hf_dskd import DSKDConfig, UserError, cli, compare, environment, run
+from hf_dskd import DSKDConfig, UserError, cli, compare, run
 from hf_dskd.hub.card import write_model_folder
 from hf_dskd.redaction import is_secret, redact, redact_words, secret_names, without_secrets, without_values
+from hf_dskd.utils import environment
 
 
 FORM = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz0123"

@@ -13,8 +13,10 @@ import tiny
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments
 
-from hf_dskd import UserError, result, run
+from hf_dskd import UserError, run
+from hf_dskd.result import evaluations
 from hf_dskd.run_folder import check_fresh, forget_run
+from hf_dskd.utils import files
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,7 +306,7 @@ def test_the_settings_of_a_run_make_the_same_run(tmp_path):
     assert (settings["analysis_steps"], settings["seed"], settings["kd_rate"]) == (0, 3, 0.0)
     assert settings["use_peft"] is True and settings["train_size"] == 320 and settings["lr_scheduler_type"] == "cosine"
     assert not {"remove_unused_columns", "skew_lambda"} & settings.keys()
-    run.write_settings(tmp_path / "settings.yaml", settings)
+    run.write_yaml(tmp_path / "settings.yaml", settings)
     again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])
     assert run.changed_settings(again) == settings
     # In transformers 4 the text of a configuration has the entries of one of its mappings in any order.
@@ -315,7 +317,7 @@ def test_the_settings_of_a_run_make_the_same_run(tmp_path):
 
 def test_evaluations_are_metrics_by_step():
     history = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0, "epoch": 0.5}, {"step": 2, "eval_loss": 1.0}]
-    assert result.evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
+    assert evaluations(history) == {1: {"eval_loss": 3.0}, 2: {"eval_loss": 1.0}}
 
 
 def test_a_run_that_logged_nothing_still_ends_well(tmp_path):
@@ -332,7 +334,7 @@ def test_settings_that_were_written_choose_the_same_checkpoint(tmp_path):
     arguments += ["--metric_for_best_model", "eval_bits_per_byte", "--model_name_or_path", "student"]
     for said, expected in (((), False), (("--greater_is_better", "true"), True)):
         given = run.parse(None, None, [*arguments, "--load_best_model_at_end", "false", *said])
-        result.write_settings(tmp_path / "settings.yaml", run.changed_settings(given))
+        files.write_yaml(tmp_path / "settings.yaml", run.changed_settings(given))
         again = run.parse(None, None, ["--config", str(tmp_path / "settings.yaml")])
         if said:
             assert given.config.greater_is_better is again.config.greater_is_better is expected

@@ -280,7 +280,7 @@ def test_the_ranks_of_a_run_share_its_folder_and_are_refused_together(tmp_path):
         "import test_run_folder\n"
         "found = test_run_folder.rank_run(sys.argv[1] + '/run')\n"
         "json.dump(found, open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

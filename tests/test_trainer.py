@@ -583,7 +583,7 @@ def test_two_processes_equal_one(tmp_path):
         "    logs[case].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
         "if run.accelerator.is_main_process:\n"
         "    json.dump(logs, open(out + '/logs.json', 'w'))\n"
-        "from hf_dskd.run import leave_together\n"
+        "from hf_dskd.launch import leave_together\n"
         "leave_together()\n"
     )
     results = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..losses.terms import TERMS
-from .glyphs import drawable
+from ..utils.figures import drawable
 
 
 # title → {name of the line: key in the log, which may be a pattern}. Lines of a panel differ in style, runs in colour.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.key_query import squared_distances
-from ..random_stream import cpu_seed
+from ..utils.random import cpu_seed
 
 
 MOST_ROWS = 1000

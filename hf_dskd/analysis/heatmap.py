@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models import input_embedding
 from ..objective import alignment_weights
-from .glyphs import FONT, drawable
+from ..utils.figures import FONT, drawable
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .glyphs import drawable
+from ..utils.figures import drawable
 
 
 _COLOURS = {"queries (student)": "#1f5fa8", "keys (teacher)": "#e4572e"}

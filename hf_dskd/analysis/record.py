@@ -89,7 +89,7 @@ def forget(folder: str | Path, after: int) -> None:
 
 
 def _write_numbers(folder: Path, entries: list[dict[str, Any]]) -> None:
-    from ..result import write_text
+    from ..utils.files import write_text
 
     ordered = sorted(entries, key=lambda entry: int(entry["step"]))
     write_text(folder / NUMBERS_NAME, "".join(json.dumps(entry) + "\n" for entry in ordered))

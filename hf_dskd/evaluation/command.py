@@ -146,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     settings = parse(arguments)
 
-    from ..environment import in_words
+    from ..utils.environment import in_words
     from .protocol import SETTINGS_NAME, evaluate
 
     try:

@@ -29,13 +29,13 @@ import torch
 from ..checks import check_eos, loading
 from ..data.prompts import Frame, answer_frame
 from ..data.tokenization import encode_response
-from ..environment import hardware, versions
 from ..errors import UserError
 from ..launch import check_processes
 from ..models import base_causal_lm
+from ..packaged import model_name
 from ..pretrained import commit
-from ..result import write_text
-from ..run import model_name
+from ..utils.environment import hardware, versions
+from ..utils.files import write_text
 from .generation import end_token_ids, padding_token_id, read_response, sample
 from .likelihood import row_likelihoods
 from .scores import answer_scores, average, reference_scores

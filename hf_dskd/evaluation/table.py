@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..compare import _markdown
+from ..utils.tables import markdown_table
 
 
 AVERAGES = {"in_distribution": "in distribution", "out_of_distribution": "out of distribution", "all": "all sets"}
@@ -52,7 +52,7 @@ def table(scores: Mapping[str, Any]) -> str:
         decoding += f"; sampled with temperature {settings['temperature']:g}, top-p {settings['top_p']:g}, seeds"
         decoding += f" {', '.join(map(str, seeds))}"
     lines = [f"{scores['model']}, {settings['dtype']}{', 4-bit' if settings['load_in_4bit'] else ''}", "", caption, ""]
-    return "\n".join([*lines, *_markdown(list(rows), columns), "", f"Protocol: {decoding}."]) + "\n"
+    return "\n".join([*lines, *markdown_table(list(rows), columns), "", f"Protocol: {decoding}."]) + "\n"
 
 
 def _score(part: Mapping[str, Any], name: str) -> str:

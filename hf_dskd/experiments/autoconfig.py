@@ -153,8 +153,8 @@ def _short(name: str) -> str:
 def _read(name: str, kwargs: Any, role: str) -> tuple[Any, Any]:
     """Configuration and tokenizer of a model."""
     from ..models import check_config
+    from ..packaged import model_name
     from ..pretrained import load_tokenizer, name_and_config
-    from ..run import model_name
 
     folder = str(model_name(name))
     _, config = name_and_config(folder, kwargs, f"the {role}")
@@ -397,7 +397,8 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     from accelerate.utils import gather_object
 
     from ..redaction import without_secrets
-    from ..result import UNWRITTEN, _plain
+    from ..result import UNWRITTEN
+    from ..utils.files import plain, read_yaml
     from .memory import free_memory
 
     student, teacher, flags = two_names(arguments)
@@ -417,7 +418,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     # One example at a time divides whatever total_batch_size is; a smoke run has sizes of its own.
     size = [] if smoke else ["--per_device_train_batch_size=1"]
     file = flags[flags.index("--config") + 1] if "--config" in flags else config_file
-    fixed = {*told, *run.read_yaml("--config", file), *(("output_dir", *run.SMOKE) if smoke else ())}
+    fixed = {*told, *read_yaml("--config", file), *(("output_dir", *run.SMOKE) if smoke else ())}
     # What an adapter is to be like says that there is one.
     adapter = [] if "use_peft" in fixed or not any(name.startswith("lora_") for name in fixed) else ["--use_peft=true"]
     first = run.parse(None, config_file, [*names, *size, *adapter, *flags])
@@ -444,7 +445,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     if PartialState().is_main_process:
         print(derived, flush=True)
         if dry_run:
-            rest = without_secrets({name: _plain(value) for name, value in values.items() if value is not None})
+            rest = without_secrets({name: plain(value) for name, value in values.items() if value is not None})
             print(yaml.safe_dump({name: rest[name] for name in rest if name not in ("smoke", *UNWRITTEN)}), end="")
     if not dry_run:
         run.train(final)

@@ -29,7 +29,7 @@ from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
 from ..report.files import RunFiles, changed_settings, metrics_before, read_run, runs_in
 from ..report.words import duration, measured, measures_of, millions, setting, title_of, with_commit
-from ..result import write_text
+from ..utils.files import read_json, read_yaml, write_text
 from .names import page
 
 
@@ -144,7 +144,7 @@ def identity(student: str | None, adapter: bool, method: str, model_type: str | 
     is_folder = student is not None and os.path.isdir(student)
     name = Path(str(student)).resolve().name if is_folder else student
     if model_type is None and is_folder:
-        model_type = _json(Path(str(student)) / "config.json").get("model_type")
+        model_type = read_json(Path(str(student)) / "config.json", {}).get("model_type")
     return {
         "base_model": _hub_id(name, student),
         "library_name": "peft" if adapter else "transformers",
@@ -234,7 +234,7 @@ def model_card(
     )
     if not results:
         del data.model_name  # of no use without results, and no key that the hub knows
-    from ..environment import in_words
+    from ..utils.environment import in_words
 
     before = metrics_before(run.result, run.history)
     reports = run.result.get("data") or {}
@@ -406,7 +406,6 @@ def _card_data(text: str) -> Any:
 def _settings(run: RunFiles) -> dict[str, Any]:
     """Settings that aren't at their default: everything a command line can say, or those of the trainer alone."""
     from ..result import SETTINGS_NAME
-    from ..run import read_yaml
 
     path = run.folder / SETTINGS_NAME
     if path.is_file():
@@ -451,7 +450,7 @@ def _model(name: str | None, given: str | None, parameters: int | None, like: Pa
     if hub_id is not None:
         return Model(hub_id, f"[`{hub_id}`]({page(hub_id)})", size, folder, packaged)
     known = folder or like
-    config = _json(known / "config.json") if known is not None else {}
+    config = read_json(known / "config.json", {}) if known is not None else {}
     kinds = ", ".join(f"`{kind}`" for kind in config.get("architectures") or [])
     # A model that was passed as an object may be on the hub all the same.
     where = "a local model" if given is not None else "a model whose origin was not recorded"
@@ -466,7 +465,7 @@ def _student(run: RunFiles, settings: Mapping[str, Any]) -> Model:
     if not _is_adapter(run):
         return _model(models.get("student"), given, parameters, run.folder)
     # Where its base was when it was loaded: a packaged model's own folder.
-    base = _json(run.folder / "adapter_config.json").get("base_model_name_or_path")
+    base = read_json(run.folder / "adapter_config.json", {}).get("base_model_name_or_path")
     given = base if given is None or Path(str(base)).is_dir() else given
     return _model(models.get("student"), given, parameters and parameters - (models.get("trained_parameters") or 0))
 
@@ -496,7 +495,7 @@ def _trained(models: Mapping[str, Any]) -> str | None:
 
 def _has_chat_template(folder: Path) -> bool:
     saved = (folder / "chat_template.jinja").is_file()
-    return saved or bool(_json(folder / "tokenizer_config.json").get("chat_template"))
+    return saved or bool(read_json(folder / "tokenizer_config.json", {}).get("chat_template"))
 
 
 def _dataset(run: RunFiles) -> str | None:
@@ -543,7 +542,7 @@ def _vocabularies_differ(run: RunFiles, teacher: Model | None) -> bool:
     own = run.folder / "tokenizer.json"
     if not isinstance(path, (str, Path)) or not Path(path).is_file() or not own.is_file():
         return False
-    return bool(_json(own)["model"].get("vocab") != _json(Path(path))["model"].get("vocab"))
+    return bool(read_json(own, {})["model"].get("vocab") != read_json(Path(path), {})["model"].get("vocab"))
 
 
 # ---- Licences
@@ -657,10 +656,10 @@ def _scores(run: RunFiles) -> list[dict[str, Any]]:
     weights = [path for pattern in WEIGHTS[_is_adapter(run)] for path in sorted(run.folder.glob(pattern))]
     found = []
     for path in sorted(run.folder.glob("*/scores.json")):
-        evaluated = _json(path.with_name("evaluation.json")).get("evaluated", {})
+        evaluated = read_json(path.with_name("evaluation.json"), {}).get("evaluated", {})
         role = "adapter" if _is_adapter(run) else "model"
         if all(evaluated.get(f"{role}: {file.name}") == _sha256(file) for file in weights):
-            found.append(_json(path))
+            found.append(read_json(path, {}))
         else:
             logger.warning("%s is of other weights than the run's and stays out of the model card", path.parent.name)
     return found
@@ -799,7 +798,7 @@ def _told(value: Any, public: set[str | None]) -> Any:
 
 def _for_others(path: Path, student: Model) -> str | None:
     """A config with the student's name in place of folders of this machine; `None` if there is nothing to change."""
-    content = _json(path)
+    content = read_json(path, {})
     changed: dict[str, Any] = {key: student.hub_id or Path(content[key]).name for key in NAME_KEYS if content.get(key)}
     if content.get("use_cache") is False:
         changed["use_cache"] = True  # Trainer switches it off to train; generation would be slow without it
@@ -828,7 +827,7 @@ def _write_generation_config(destination: Path, student: Model, token: str | Non
 
 
 def _write_auxiliary(run: RunFiles, folder: Path, student: Model, teacher: Model | None) -> None:
-    facts = _json(run.folder / AUXILIARY_NAME)
+    facts = read_json(run.folder / AUXILIARY_NAME, {})
     for role, model in (("student", student), ("teacher", teacher)):
         if facts.get(role):
             facts[role] = (model and model.hub_id) or Path(facts[role]).name
@@ -849,14 +848,6 @@ def _put(source: Path, target: Path) -> None:
         except OSError:  # another disk, or one that can't
             pass
     shutil.copyfile(source, target)
-
-
-def _json(path: Path) -> Any:
-    """Content of a JSON file; nothing if there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} isn't valid JSON ({error}): restore it or run the training again") from None
 
 
 def _sha256(path: Path) -> str:

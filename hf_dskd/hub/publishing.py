@@ -10,7 +10,8 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 from ..config import DSKDConfig
-from ..result import RESULT_NAME, evaluations, write_result, write_text
+from ..result import RESULT_NAME, evaluations, write_result
+from ..utils.files import write_json
 from .card import write_card, write_own_card
 from .push import TRAINING, check_training, push_run
 
@@ -163,7 +164,7 @@ class Publishing(Trainer):
         if path.is_file() and not self._wrote_result:
             if self._card:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                write_text(path, json.dumps({**kept, "card": self._card}, indent=2) + "\n")
+                write_json(path, {**kept, "card": self._card})
             return
         history = evaluations(self.state.log_history)
         runtime = next((log["train_runtime"] for log in self.state.log_history[::-1] if "train_runtime" in log), None)

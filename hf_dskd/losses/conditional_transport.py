@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..random_stream import cpu_seed
+from ..utils.random import cpu_seed
 from .key_query import ReverseGradient, highway, squared_distances
 
 

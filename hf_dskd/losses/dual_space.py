@@ -18,7 +18,7 @@ from torch import Tensor
 from ..alignment.cross_model import unit_std
 from ..alignment.weights import AlignmentWeights, TiledAttention
 from ..kernels.linear_divergence import RowFunction, linear_rows
-from .divergences import DivergenceFunction
+from .divergences import DivergenceFunction, precise
 
 
 if TYPE_CHECKING:
@@ -180,23 +180,23 @@ def queries_and_keys(
     Keys have unit standard deviation. `scale_queries` gives queries the same, so that a discriminator can't tell them
     by scale alone.
     """
-    pairs = _precise(torch.cat([student.input_embedding, student.target_embedding], -1))
+    pairs = precise(torch.cat([student.input_embedding, student.target_embedding], -1))
     if student.statistics_mask is None:
         # As released: every position has a query.
         queries = projectors.query(pairs)
     else:
         queries = student.unpacked(projectors.query(student.packed(pairs)))
     keys = unit_std(
-        _precise(torch.cat([teacher.input_embedding, teacher.target_embedding], -1)), teacher.statistics_mask
+        precise(torch.cat([teacher.input_embedding, teacher.target_embedding], -1)), teacher.statistics_mask
     )
     if scale_queries:
-        queries = unit_std(_precise(queries), student.statistics_mask)
+        queries = unit_std(precise(queries), student.statistics_mask)
     return queries, keys
 
 
 def token_cross_entropy(states: ResponseStates, logits: Tensor) -> Tensor:
     """Cross entropy with the response per row `[N]`, in nats, of packed `logits` `[N, V]`."""
-    return F.cross_entropy(_precise(logits), states.packed(states.targets), reduction="none")
+    return F.cross_entropy(precise(logits), states.packed(states.targets), reduction="none")
 
 
 def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, label_map: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def dual_space_terms(
     teacher_total = predictions = None
     teacher_hidden = teacher.packed(teacher.hidden)
     if teacher_space_divergence is not None:
-        value = student.unpacked(projectors.s2t(_precise(student.packed(student.hidden))))
+        value = student.unpacked(projectors.s2t(precise(student.packed(student.hidden))))
         teacher_total, rows = linear_rows(
             teacher_space_rows(teacher_space_divergence),
             [teacher.packed(alignment.to_teacher(value)), teacher_hidden],
@@ -352,11 +352,11 @@ def dual_space_terms(
             assert isinstance(alignment, AlignmentWeights)
             labels = teacher_labels(predictions, teacher, alignment.t2s, label_map)
             paired, labels = paired & (labels != IGNORE), labels.clamp(min=0)
-        value = _precise(teacher.hidden)
+        value = precise(teacher.hidden)
         if teacher_value == "state_and_target":
             # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts.
             value = unit_std(value, teacher.statistics_mask) + unit_std(
-                _precise(teacher.target_embedding), teacher.statistics_mask
+                precise(teacher.target_embedding), teacher.statistics_mask
             )
         value = teacher.unpacked(projectors.t2s(teacher.packed(value)))
         student_total, rows = linear_rows(
@@ -378,8 +378,3 @@ def own_rows(
     """The student alone: see [`response_rows`] and [`~hf_dskd.kernels.linear_divergence.linear_rows`]."""
     hidden, targets = student.packed(student.hidden), student.packed(student.targets)
     return linear_rows(response_rows, [hidden], [head], [targets], weights=weights, **chunks)
-
-
-def _precise(values: Tensor) -> Tensor:
-    """float32, or float64 where the input is."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

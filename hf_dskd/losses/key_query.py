@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..random_stream import cpu_seed
+from ..utils.random import cpu_seed
 
 
 def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from ..result import write_text
+from ..utils.files import write_text
 
 
 @dataclass(frozen=True)

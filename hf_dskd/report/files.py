@@ -13,6 +13,7 @@ from ..analysis.curves import series
 from ..errors import UserError
 from ..result import RESULT_NAME
 from ..settings import DistillationSettings
+from ..utils.files import read_json
 
 
 # The folders in a run's own that a report, a card or a push reads or writes.
@@ -63,10 +64,10 @@ def read_run(folder: str | Path) -> RunFiles:
         )
         raise UserError(f"{str(folder)!r} has no {RESULT_NAME}: {remedy}")
     check_links(folder)
-    result = _json(folder / RESULT_NAME)
+    result = read_json(folder / RESULT_NAME)
     if not isinstance(result, dict) or "method" not in result:
         raise UserError(f"{str(folder / RESULT_NAME)!r} names no method: it isn't what `hf-dskd train` writes")
-    state, cell = _json(folder / "trainer_state.json"), _json(folder / "cell.json")
+    state, cell = read_json(folder / "trainer_state.json"), read_json(folder / "cell.json")
     by_step = {line["step"]: line for line in _lines(folder / "analysis" / "numbers.jsonl")}
     return RunFiles(
         folder,
@@ -90,16 +91,6 @@ def check_links(folder: Path) -> None:
                     f"{str(path)!r} is a link out of the run's folder, which isn't followed: put the file itself"
                     " there, or delete the link"
                 )
-
-
-def _json(path: Path) -> Any:
-    """Content of a JSON file, or `None` if there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} isn't valid JSON ({error}): restore it or run the training again") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.curves import COLOURS, plot_analysis, series
-from ..compare import spread
+from ..utils.tables import spread
 from .document import Block, Heading, Listing, Paragraph, Pictures, Span, Table, Text, write_pages
 from .files import RunFiles, changed_settings, read_run, runs_in, settings_of
 from .plots import Histories, curves

@@ -19,7 +19,7 @@ from ..data.prompts import Frame, answer_frame, prompt_tokens
 from ..errors import UserError
 from ..evaluation.generation import end_token_ids, read_response, sample
 from ..models import base_causal_lm
-from ..result import write_text
+from ..utils.files import write_text
 
 
 if TYPE_CHECKING:

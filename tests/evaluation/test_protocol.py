@@ -268,7 +268,7 @@ def slow(*args, **options):
     return real(*args, **options)
 protocol.sample = slow
 code = command.main(sys.argv[2:])
-from hf_dskd.run import leave_together
+from hf_dskd.launch import leave_together
 leave_together()
 sys.exit(code)
 """

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate
-from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, evaluations, write_result, write_settings
-from hf_dskd.run import read_yaml
+from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, evaluations, write_result
+from hf_dskd.utils.files import read_yaml, write_yaml
 
 
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
@@ -55,7 +55,7 @@ def finished(folder: Path, student: Path, teacher: Path, adapter: bool = False, 
     metrics = trainer.evaluate()
     trainer.save_state()
     write_result(folder / RESULT_NAME, trainer, metrics, history, 3.5, str(folder / "data" / "rows.jsonl"))
-    write_settings(
+    write_yaml(
         folder / SETTINGS_NAME,
         {
             **made,
@@ -105,7 +105,7 @@ def of_pair(folder: Path, student: str, teacher: str, source: str | None = None)
     changed(folder, models={"student": student, "teacher": teacher}, data={"source": source})
     path = folder / SETTINGS_NAME
     settings = read_yaml("settings", path)
-    write_settings(path, {**settings, "model_name_or_path": student, "teacher_model_name_or_path": teacher})
+    write_yaml(path, {**settings, "model_name_or_path": student, "teacher_model_name_or_path": teacher})
     config = folder / "adapter_config.json"
     if config.is_file():
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": student}))

@@ -14,8 +14,8 @@ from hf_dskd.hub.card import identity, model_card, write_model_folder
 from hf_dskd.hub.command import main
 from hf_dskd.hub.push import TRAINING, push_run
 from hf_dskd.packaged import MARKER, PACKAGED_MODELS
-from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, write_settings
-from hf_dskd.run import read_yaml
+from hf_dskd.result import RESULT_NAME, SETTINGS_NAME
+from hf_dskd.utils.files import read_yaml, write_yaml
 
 
 SMOL, QWEN = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"
@@ -182,7 +182,7 @@ def test_a_folder_with_the_name_of_a_packaged_model(run, tmp_path):
     own = tmp_path / "models" / SMOL
     own.mkdir(parents=True)
     settings = read_yaml("settings", folder / SETTINGS_NAME)
-    write_settings(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(own)})
+    write_yaml(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(own)})
     changed(folder, models={"student": SMOL})
     assert model_card(folder, online=False).data.base_model is None
     (own / MARKER).write_text("{}")
@@ -301,7 +301,7 @@ def test_a_cell_of_a_comparison(run, tmp_path):
 def test_a_teacher_that_was_trained_or_wrote_the_text(run):
     folder = of_pair(run("full"), "ann/student", "ann/teacher")
     settings = {**read_yaml("settings", folder / SETTINGS_NAME), "sft_teacher": True}
-    write_settings(folder / SETTINGS_NAME, settings)
+    write_yaml(folder / SETTINGS_NAME, settings)
     changed(folder, models={"teacher": "teacher"}, settings={"load_teacher_in_4bit": True})
     [told] = row(model_card(folder, online=False), "teacher")
     assert told.startswith("[`ann/teacher`]") and told.endswith(" parameters, quantized to 4 bits (NF4)")
@@ -441,7 +441,7 @@ def test_settings_that_are_not_told(run):
         **{"hub_token": "short", "teacher_model_init_kwargs": {"token": "short"}, "report_to": ["wandb"]},
         **{"list": ["../x"]},
     }
-    write_settings(folder / SETTINGS_NAME, {**told, **kept, "pipe": "a|b"})
+    write_yaml(folder / SETTINGS_NAME, {**told, **kept, "pipe": "a|b"})
     text = str(model_card(folder, online=False))
     found = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
     assert found == sorted([*told, "pipe"]) and "short" not in text and "| a\\|b |" in text
@@ -454,7 +454,7 @@ def test_licences_of_folders(run, tmp_path):
     folder, student = run("sft"), tmp_path / "other_student"
     student.mkdir()
     settings = read_yaml("settings", folder / SETTINGS_NAME)
-    write_settings(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(student)})
+    write_yaml(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(student)})
 
     def licence():
         data = model_card(folder, online=False).data.to_dict()

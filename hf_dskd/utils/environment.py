@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from .redaction import redact_words
+from ..redaction import redact_words
 
 
 PACKAGES = (
@@ -30,7 +30,7 @@ def command_line() -> str:
 
 def versions() -> dict[str, str]:
     """Of hf_dskd (with its commit where it is no release), Python, and the libraries that results depend on."""
-    from . import __version__
+    from .. import __version__
 
     commit = own_commit()
     own = __version__ if commit is None else f"{__version__}+g{commit}"
@@ -49,7 +49,7 @@ def own_commit() -> str | None:
 
     Either it lies in a checkout of its own, or pip was given a repository and wrote down the commit.
     """
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     if (checkout / ".git").exists():
         git = ["git", "-C", str(checkout)]
         # Another repository, that it was copied into, may not keep it.

@@ -1,0 +1,1 @@
+"""Small things that every folder uses and that know of none of them."""

@@ -1,0 +1,147 @@
+"""Which module may know which: imports run one way, wherever in a file they stand and whatever they are for."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import hf_dskd
+
+
+ROOT = Path(hf_dskd.__file__).parent
+# A module knows those of its own line and of the lines above it; the longest name that it begins with counts.
+LAYERS = [
+    "errors redaction words",
+    "launch utils methods settings field_checks losses.terms",
+    "offline packaged tiny_models data.python_functions",
+    "config checks arguments precision trl_settings",
+    "data alignment.spans",
+    "alignment kernels teacher models pretrained model_loss projectors finite saving",
+    "losses attention_capture",
+    "adversary objective running_log training checkpoint resume run_folder",
+    "evaluation analysis",
+    "result report",
+    "hub",
+    "trainer",
+    "run",
+    "experiments compare doctor",
+    "cli completion evaluation.command report.command hub.command",
+]
+# What is still to be mended. This list may only shrink.
+EXCEPTIONS = {
+    "analysis.heatmap -> trainer",
+    "analysis.heatmap: trainer._autocast",
+    "analysis.heatmap: trainer._states",
+    "analysis.probe -> trainer",
+    "analysis.probe: trainer._autocast",
+    "analysis.probe: trainer._auxiliary_modules",
+    "analysis.probe: trainer._both_states",
+    "analysis.probe: trainer._constants",
+    "analysis.probe: trainer._last_hidden_state",
+    "analysis.record -> trainer",
+    "analysis.record: trainer._autocast",
+    "analysis.record: trainer._last_hidden_state",
+    "analysis.record: trainer._projector_parameters",
+    "analysis.record: trainer._run_both",
+    "analysis.record: trainer._terms",
+    "arguments -> pretrained",
+    "checks -> data.vocabulary",
+    "checks -> teacher.load",
+    "config -> attention_capture",
+    "config -> hub.names",
+    "data.on_policy -> evaluation.generation",
+    "data.source -> run",
+    "doctor: DSKDTrainer._check_tokenizer",
+    "hub.card -> run",
+    "experiments.memory: _lists_module",
+    "result: trainer._facts",
+    "result: trainer._identity",
+    "result: trainer._origins",
+    "result: trainer._run_id",
+    "run: DSKDTrainer._check_tokenizer",
+    "run: _Tokenize",
+    "run_folder -> result",
+    "teacher.responses -> evaluation.generation",
+    "trl_settings -> pretrained",
+    "trl_settings -> run",
+}
+# Arrows of one line without which there would be no circle. This one may only shrink, too.
+CIRCLES = {"cli -> completion", "config -> checks", "models -> model_loss"}
+# Methods of named tuples, which begin so in order not to look like fields.
+PUBLIC = {"_replace", "_asdict", "_fields"}
+
+
+def test_imports_run_one_way_and_private_names_stay_at_home():
+    found = offenders()
+    assert found == EXCEPTIONS, {"new": sorted(found - EXCEPTIONS), "mended": sorted(EXCEPTIONS - found)}
+
+
+def test_no_module_needs_itself():
+    mended = [arrow for arrow in CIRCLES if circle(CIRCLES - {arrow}) is None]
+    assert circle(CIRCLES) is None and not mended
+
+
+def circle(without: set[str]) -> list[str] | None:
+    """Modules that import each other, were it not for the exceptions and the arrows `without`."""
+    graph = {name_of(path): {module for module, _ in imports(path)} - {name_of(path)} for path in ROOT.rglob("*.py")}
+    for importer, _, module in (line.partition(" -> ") for line in EXCEPTIONS | without):
+        graph.get(importer, set()).discard(module)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_of(module: str) -> int:
+    names = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+    return names[max((name for name in names if f"{module}.".startswith(f"{name}.")), key=len)]
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """Module and name of everything that a file imports from the package; no name where it is a module."""
+    package = path.relative_to(ROOT.parent).parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = ROOT.parent.joinpath(*module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                found.append((f"{module}.{alias.name}", "") if is_module else (module, alias.name))
+    return [(module.removeprefix("hf_dskd."), name) for module, name in found if module.startswith("hf_dskd.")]
+
+
+def offenders() -> set[str]:
+    """`importer -> module` that runs upwards, and `importer: name` that is another module's own."""
+    trees = {name_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+    own = {module: set(private_names(tree)) for module, tree in trees.items()}
+    ours = set().union(*own.values()) - PUBLIC
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        importer = name_of(path)
+        if importer == "__init__":  # lazily everything
+            continue
+        for module, name in imports(path):
+            if layer_of(module) > layer_of(importer):
+                found.add(f"{importer} -> {module}")
+            if name.startswith("_") and not name.startswith("__"):
+                found.add(f"{importer}: {name}")
+        for node in ast.walk(trees[importer]):
+            if isinstance(node, ast.Attribute) and node.attr in ours - own[importer]:
+                # What a class has from its base is its own.
+                found |= {f"{importer}: {ast.unparse(node)}"} - {f"{importer}: self.{node.attr}"}
+    return found
+
+
+def private_names(tree: ast.Module) -> list[str]:
+    """Names with an underscore that a module defines, as functions, classes or attributes."""
+    defined = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    defined += [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    return [name for name in defined if name.startswith("_") and not name.startswith("__")]

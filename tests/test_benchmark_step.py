@@ -2,25 +2,16 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+import benchmark_step as recipe
 import pytest
 import tiny
 
 from hf_dskd import UserError
 from hf_dskd.alignment.spans import check_tiling
 from hf_dskd.data.vocabulary import same_vocabulary
-
-
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Recipes are run as files; processes that they start look here too.
-sys.path.insert(0, str(RECIPES))
-
-import benchmark_step as recipe  # noqa: E402
 
 
 SMALL = ("--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--batch-size", "2", "--max-length", "24")
@@ -42,16 +33,11 @@ def own_maps(monkeypatch):
     monkeypatch.setenv("HF_DSKD_CACHE", "")
 
 
-def test_the_command_prints_a_table_and_json_last(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "benchmark_step.py"), *SMALL, "--methods", "sft", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *table, last = done.stdout.splitlines()
+def test_the_command_prints_a_table_and_json_last(own_maps, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "parse", partial(recipe.parse, [*SMALL, "--methods", "sft", "--json"]))
+    monkeypatch.setattr(recipe, "benchmark", partial(recipe.benchmark, run=here))
+    recipe.main()
+    *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     (row,) = result["rows"]
     assert (row["method"], row["teacher"]) == ("sft", "none")
@@ -66,7 +52,6 @@ def test_the_command_prints_a_table_and_json_last(tmp_path):
     text = "\n".join(table)
     for shown in ("36 tokens, 16 of them responses", "random weights", "peak MB", "sft           none"):
         assert shown in text
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_teacher_and_what_cant_run(tmp_path, own_maps):
@@ -94,9 +79,9 @@ def test_a_4bit_teacher_runs_or_says_why_not(tmp_path, own_maps):
 
 
 def test_the_whole_student_trained_with_checkpointing(tmp_path, own_maps):
-    result = benchmark(tmp_path, "--methods", "dskd_cma", "--lora-r", "0", "--gradient-checkpointing")
-    assert [row["teacher"] for row in result["rows"]] == ["live", "cached"]
-    assert all(row["seconds_per_step"] > 0 for row in result["rows"])
+    given = ("--methods", "dskd_cma", "--teacher", "live", "--lora-r", "0", "--gradient-checkpointing")
+    result = benchmark(tmp_path, *given)
+    assert result["rows"][0]["seconds_per_step"] > 0
     assert "all of it trained" in recipe.table(result)
 
 
@@ -165,8 +150,9 @@ def test_data_for_real_tokenizers():
         check_tiling(row["byte_ends"][:-1], row["response_bytes"], 0, "student")
 
 
-def test_a_process_that_dies_is_a_row():
-    assert "ended the process" in recipe.isolated(os._exit, 1)["skipped"]
+def test_a_process_that_dies_is_a_row(tmp_path):
+    bench = recipe.Bench(recipe.SHAPES["tiny"], tmp_path, real_weights=False, run=lambda function, cell: None)
+    assert "ended the process" in bench.measure(cell())["skipped"]
 
 
 @pytest.mark.parametrize(
@@ -193,17 +179,6 @@ def test_what_cant_work_is_refused_in_one_line(arguments, expected):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_command_refuses_in_one_line():
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "benchmark_step.py"), "--shape", "tinny"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --shape 'tinny'") and done.stderr.count("\n") == 1
-
-
 def test_models_that_dont_fit_are_refused(monkeypatch):
     import psutil
 
@@ -212,15 +187,3 @@ def test_models_that_dont_fit_are_refused(monkeypatch):
     recipe.check_memory(recipe.SHAPES["tiny"], 8, "cpu")
     with pytest.raises(UserError, match="4 GB and 2 GB of memory are free"):
         recipe.check_memory(recipe.SHAPES["gpt2-qwen1.5"], 0, "cuda")
-
-
-@pytest.mark.parametrize("module", ["benchmark_step", "memory_table"])
-def test_help_answers_without_heavy_imports(module):
-    code = (
-        f"import sys\nsys.path.insert(0, {str(RECIPES)!r})\nimport {module}\ntry:\n    {module}.parse(['--help'])\n"
-        "except SystemExit as end:\n    assert not end.code\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "--json" in done.stdout, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"

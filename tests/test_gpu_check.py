@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
 
@@ -15,9 +16,6 @@ pytest.importorskip("triton", reason="Triton isn't installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "recipes" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu_check  # noqa: E402
 
 
 @pytest.fixture
@@ -41,7 +39,6 @@ def test_every_part_is_there(parts):
 
 
 def test_the_step_is_a_command_of_the_benchmark(parts):
-    sys.path.insert(0, str(ROOT / "recipes"))
     import benchmark_step
 
     args = benchmark_step.parse(parts.STEP)

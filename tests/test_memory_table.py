@@ -1,10 +1,11 @@
 """The table of what a step takes: its rows, and a run against its formulas."""
 
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import memory_table as recipe
 import pytest
 import torch
 import yaml
@@ -13,10 +14,6 @@ from hf_dskd import UserError
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# Recipes are run as files; processes that they start look here too.
-sys.path.insert(0, str(RECIPES))
-
-import memory_table as recipe  # noqa: E402
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the most memory that a process had")
@@ -50,16 +47,11 @@ def test_the_table_says_what_fits():
     assert line == ("| a ← b, gradient checkpointing | 4 × 512 | 16.2 | 12.2 | cached | no | live and cached |")
 
 
-def test_the_command_computes(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "memory_table.py"), "--computed", "--json", "--recipes", "smollm2_qwen_coder"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *text, last = done.stdout.splitlines()
+def test_the_command_computes(monkeypatch, capsys):
+    given = ["--computed", "--json", "--recipes", "smollm2_qwen_coder"]
+    monkeypatch.setattr(recipe, "parse", partial(recipe.parse, given))
+    recipe.main()
+    *text, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert len(result["rows"]) == 2 and result["checks"] == [] and result["torch"] == torch.__version__
     for row in result["rows"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from benchmark_step import model_config  # sizes of real models
 
 from hf_dskd import UserError, run
 from hf_dskd.experiments import autoconfig
@@ -16,12 +17,6 @@ from hf_dskd.experiments.autoconfig import derive
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 RECIPE = RECIPES / "your_pair.py"
-# Recipes are run as files; the sizes of real models are in one of them.
-sys.path.insert(0, str(RECIPES))
-
-from benchmark_step import model_config  # noqa: E402
-
-
 # Memory of cards, in bytes, as the table of README.md has it.
 T4, RTX_3060, RTX_4090 = 14.56 * 2**30, 11.75 * 2**30, 23.6 * 2**30
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -1,12 +1,12 @@
 """The memory of a step: the formulas against what models keep and hold."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from benchmark_step import model_config  # sizes of real models
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -29,12 +29,6 @@ from hf_dskd.losses.conditional_transport import TransportCritics
 from hf_dskd.losses.key_query import Discriminator
 from hf_dskd.models import backbone
 from hf_dskd.projectors import Projectors
-
-
-# Recipes are run as files; the sizes of real models are in one of them.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-
-from benchmark_step import model_config
 
 
 LLAMA, QWEN = "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-7B"

@@ -238,9 +238,9 @@ def reading(
     return loading(role, folder, files, remedy)
 
 
-def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
+def read_config(model: Any, init_kwargs: Any, role: str) -> Any:
     """
-    Name and configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
+    Reads the configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
 
     Raises:
         UserError: If it can't be read, for an option that nothing knows, and for an adapter as `"the student"`.
@@ -248,7 +248,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
     from transformers import AutoConfig
 
     if not isinstance(model, str):
-        return model.name_or_path, model.config
+        return model.config
     with reading(role, model, options_of(init_kwargs), ("config.json", ADAPTER_NAME)):
         of = source(model, init_kwargs)
     if of.adapter is not None and role == "the student":
@@ -260,7 +260,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
     with reading(role, of.name, of.options):
         config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
     _check_known(unused, config, role)
-    return model, config
+    return config
 
 
 def generation_config(name: str, init_kwargs: Any = None) -> GenerationConfig | None:

@@ -498,12 +498,9 @@ def cache_teacher(run: Run) -> None:
     """
     from accelerate import PartialState
 
-    from .checks import check_launch, check_pair, check_positions
-    from .models import check_config
-    from .pretrained import check_options, load_tokenizer, name_and_config
-    from .teacher.cache import open_cache
-    from .teacher.load import check_teacher_options, load_teacher_model, teacher_quantization
-    from .trainer import DSKDTrainer, _Tokenize
+    from .checks import check_launch
+    from .trainer import _Tokenize
+    from .training.pair import Pair
     from .trl_settings import student_options, teacher_options, without_place
 
     config = run.config
@@ -515,29 +512,14 @@ def cache_teacher(run: Run) -> None:
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     check_launch(config)
     config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
-    check_pair(config, student, teacher)
     if run.options.sft_teacher:
         config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
-    check_options(student, config.model_init_kwargs, "model_init_kwargs")
-    check_teacher_options(config, teacher)
-    configs: dict[str, Any] = {}
-    tokenizers: dict[str, Any] = {}
-    for role, name, kwargs, parameter in (
-        ("student", str(student), config.model_init_kwargs, "processing_class"),
-        ("teacher", str(teacher), config.teacher_model_init_kwargs, "teacher_processing_class"),
-    ):
-        _, configs[role] = name_and_config(name, kwargs, f"the {role}")
-        check_config(configs[role], name, f"the {role}")
-        check_positions(config, configs[role], name, f"the {role}")
-        tokenizers[role] = load_tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
-        DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role, config)
-    quantization = teacher_quantization(config, None, configs["teacher"], str(teacher))
-    tokenize = _Tokenize(tokenizers["student"], tokenizers["teacher"], config, {})
+    pair = Pair(config, student, teacher)
+    tokenize = _Tokenize(pair, {}, aligned=False)
     with config.main_process_first(desc="tokenization"):
         datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
-    folder = config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache"
-    cache = open_cache(folder, config, str(teacher), configs["teacher"], tokenizers["teacher"], quantization)
-    filled = cache.fill(datasets, lambda: load_teacher_model(str(teacher), config, quantization))
+    cache = pair.open_cache(config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache")
+    filled = cache.fill(datasets, pair.load_teacher)
     if PartialState().is_main_process:
         print(cache.summary(filled))
 

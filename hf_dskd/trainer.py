@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -31,10 +30,8 @@ from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
 from .alignment.chunked import input_chunks
 from .alignment.min_edit import partners
-from .alignment.min_edit import vocabulary_map as edit_distance_map
 from .alignment.spans import answer_spans
 from .arguments import (
-    as_model,
     check_adapter_config,
     check_args,
     check_backends,
@@ -42,46 +39,34 @@ from .arguments import (
     check_collator,
     check_evaluation,
     check_functions,
-    check_not_exchanged,
     check_optimization,
     check_optimized,
     check_optimizers,
-    check_own_tokenizer,
     check_quantization,
     making,
 )
 from .attention_capture import AttentionPairs
 from .checks import (
     check_columns,
-    check_eos,
     check_launch,
     check_metric,
     check_output_dir,
-    check_pair,
-    check_peft,
-    check_positions,
-    check_quantized_student,
     check_steps,
     check_trainable,
-    check_vocabularies,
-    quantization,
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
 from .data.fillers import FilledStream, first_examples, without_fillers
 from .data.fingerprint import fingerprint
-from .data.kinds import as_dataset, as_datasets, as_tokenizer
+from .data.kinds import as_dataset, as_datasets
 from .data.on_policy import is_on_policy, on_policy_batch
-from .data.prompts import answer_frame, depends_on_the_day, set_pad_token
 from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
 from .data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
 from .data.tokenized import check_tokenized
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import NonFiniteLossError, UserError
 from .evaluation.generation import (
-    add_end_tokens,
     check_generation_config,
-    check_saved_generation,
     read_response,
     response_text,
     save_generation_config,
@@ -91,7 +76,6 @@ from .evaluation.likelihood import covers_text
 from .finite import largest_gradient, spoilt
 from .hub.card import identity
 from .hub.publishing import Publishing
-from .kernels.linear_divergence import chunk_sizes
 from .losses.attention import attention_kl, chunk_attention_kl
 from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
@@ -100,11 +84,8 @@ from .losses.likelihood import boundary_tokens
 from .losses.terms import ratios
 from .models import (
     LastHiddenState,
-    base_causal_lm,
-    check_config,
     check_head,
     check_student_head,
-    check_vocabulary,
     hidden_size,
     input_embedding,
     lm_head,
@@ -118,16 +99,7 @@ from .objective import (
     weighted_loss,
 )
 from .pretrained import (
-    check_options,
-    dtype_option,
-    empty_model,
-    generation_config,
-    load_tokenizer,
-    name_and_config,
     options_of,
-    origin,
-    reading,
-    weight_options,
 )
 from .projectors import Projectors
 from .redaction import without_secrets
@@ -136,15 +108,12 @@ from .resume import active_adapter, check_checkpoint, check_settings, rates, set
 from .run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
 from .running_log import REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
-from .teacher.cache import CachedTeacher, TeacherCache, open_cache
+from .teacher.cache import CachedTeacher, TeacherCache
 from .teacher.load import (
     Teacher,
-    check_teacher_options,
-    load_causal_lm,
-    load_teacher_model,
-    teacher_quantization,
 )
 from .teacher.responses import write_responses
+from .training.pair import Pair
 from .words import ARGUMENTS, understands
 
 
@@ -292,9 +261,6 @@ class DSKDTrainer(Publishing):
         row = args.method_row
 
         # What can be refused is refused first; models are loaded last.
-        model, teacher_model = as_model(model, "model"), as_model(teacher_model, "teacher_model")
-        processing_class = as_tokenizer(processing_class, "processing_class")
-        teacher_processing_class = as_tokenizer(teacher_processing_class, "teacher_processing_class")
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_datasets(eval_dataset, "eval_dataset")
         check_functions(
@@ -312,115 +278,44 @@ class DSKDTrainer(Publishing):
             quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
         )
         check_launch(args)
-        check_pair(args, model, teacher_model)
         check_output_dir(str(args.output_dir))
         check_metric(args, eval_dataset)
-        for name, wanted, given in (
-            ("quantization_config", quantization_config, model),
-            ("teacher_quantization_config", teacher_quantization_config, teacher_model),
-        ):
-            if wanted is not None and not isinstance(given, str):
-                raise UserError(f"{name} needs its model as a name: a loaded model can't be quantized")
-        check_options(model, args.model_init_kwargs, "model_init_kwargs")
-        if getattr(peft_config, "inference_mode", False):
-            raise UserError(
-                "peft_config.inference_mode=True: nothing of the adapter would be trained; set it to False"
-            )
-        check_teacher_options(args, teacher_model)
         if row.dual_space and optimizers[1] is not None:
             raise UserError(
                 "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
                 " pass (optimizer, None) and set lr_scheduler_type"
             )
-        student_name, student_config = name_and_config(model, args.model_init_kwargs, "the student")
-        check_config(student_config, student_name, "the student", None if isinstance(model, str) else model)
-        quantization_config = quantization(
-            quantization_config, args.model_init_kwargs, student_config, student_name, "quantization_config"
+        pair = Pair(
+            args,
+            model,
+            teacher_model,
+            processing_class,
+            teacher_processing_class,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            teacher_quantization_config=teacher_quantization_config,
         )
-        adapters = [adapter for adapter in (peft_config, *getattr(model, "peft_config", {}).values()) if adapter]
-        check_quantized_student(args.device, student_config, student_name, quantization_config, bool(adapters))
-        check_positions(args, student_config, student_name, "the student")
-        tokenizer = processing_class or load_tokenizer(
-            student_name, args.model_init_kwargs, "the student's tokenizer", "processing_class"
-        )
-        if processing_class is not None:
-            check_own_tokenizer(tokenizer, model, student_name, "processing_class", args.model_init_kwargs)
-        self._check_tokenizer(tokenizer, model, student_config, "student", args)
-        teacher_tokenizer: Any = teacher_processing_class
-        teacher_name = None
-        if teacher_model is not None:
-            teacher_name, teacher_config = name_and_config(
-                teacher_model, args.teacher_model_init_kwargs, "the teacher"
-            )
-            check_config(
-                teacher_config, teacher_name, "the teacher", None if isinstance(teacher_model, str) else teacher_model
-            )
-            check_positions(args, teacher_config, teacher_name, "the teacher")
-            teacher_quantization_config = teacher_quantization(
-                args, teacher_quantization_config, teacher_config, teacher_name
-            )
-            teacher_tokenizer = teacher_tokenizer or load_tokenizer(
-                teacher_name, args.teacher_model_init_kwargs, "the teacher's tokenizer", "teacher_processing_class"
-            )
-            if processing_class is not None and teacher_processing_class is not None:
-                both, configs = (tokenizer, teacher_tokenizer), (student_config, teacher_config)
-                check_not_exchanged(both, configs, (student_name, teacher_name))
-            if teacher_processing_class is not None:
-                named = teacher_model, teacher_name, "teacher_processing_class"
-                check_own_tokenizer(teacher_tokenizer, *named, args.teacher_model_init_kwargs)
-            self._check_tokenizer(teacher_tokenizer, teacher_model, teacher_config, "teacher", args)
-            check_vocabularies(args, tokenizer, teacher_tokenizer)
-        vocabularies = [student_config.get_text_config().vocab_size]
-        if row.needs_teacher:
-            vocabularies.append(teacher_config.get_text_config().vocab_size)
-        chunk_sizes([max(vocabularies)] * 2, [torch.float32] * 2, args.device.type, args.loss_memory_mb)
-        if train_dataset is not None and isinstance(model, str):
-            check_saved_generation(generation_config(model, args.model_init_kwargs), student_name)
-        elif train_dataset is not None:
-            plain: Any = base_causal_lm(model)  # type: ignore[arg-type]  # no name
-            check_saved_generation(getattr(plain, "generation_config", None), student_name)
-            if peft_config is None:
-                check_trainable(model)
-        if adapters:
-            empty = empty_model(student_config, args.model_init_kwargs, None if isinstance(model, str) else model)
-            for adapter in adapters:
-                check_peft(adapter, empty)
-        self._identity = identity(student_name, bool(adapters), args.method, student_config.model_type)
-        self._origins = {"student": origin(model, args.model_init_kwargs)}
-        if teacher_name is not None:
-            self._origins["teacher"] = origin(teacher_model, args.teacher_model_init_kwargs)
+        pair.check_student(trains=train_dataset is not None)
+        self._pair = pair
+        tokenizer, teacher_tokenizer = pair.tokenizers
+        self._identity = identity(pair.student.name, bool(pair.adapters), args.method, pair.student.config.model_type)
+        self._origins = {side.role: side.origin for side in (pair.student, pair.teacher) if side is not None}
         if args.push_to_hub:
             self._check_hub(args)
-
-        def load_teacher() -> Any:
-            return load_teacher_model(teacher_model, args, teacher_quantization_config)
 
         if args.teacher_cache is not None and row.needs_teacher and data_collator is not None:
             raise UserError(
                 f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached"
                 " states, which DualCollator adds; leave one of them out"
             )
-        self._load_teacher = load_teacher
         self._cache: TeacherCache | None = None
         if args.teacher_cache is not None and row.needs_teacher:
-            self._cache = open_cache(
-                args.teacher_cache, args, teacher_model, teacher_config, teacher_tokenizer, teacher_quantization_config
-            )
+            self._cache = pair.open_cache(args.teacher_cache)
 
         if row.text == "teacher":
-            train_dataset = self._written_by_teacher(
-                train_dataset, load_teacher, teacher_tokenizer, args, teacher_name
-            )
+            train_dataset = self._written_by_teacher(train_dataset, pair)
         self.tokenization_reports: dict[str, TokenizationReport] = {}
-        vocabulary_map = None
-        if row.alignment == "min_edit":
-            with args.main_process_first(desc="vocabulary map"):
-                options = args.prompt_style, options_of(args.chat_template_kwargs)
-                ends = (answer_frame(tokenizer, *options).end[-1], answer_frame(teacher_tokenizer, *options).end[-1])
-                vocabulary_map = edit_distance_map(
-                    tokenizer, teacher_tokenizer, rows=_rows(teacher_model, teacher_config), ends=ends
-                )
-        self._tokenize = _Tokenize(tokenizer, teacher_tokenizer, args, self.tokenization_reports, vocabulary_map)
+        self._tokenize = _Tokenize(pair, self.tokenization_reports)
         with args.main_process_first(desc="tokenization"):
             train_dataset = self._tokenize(train_dataset, "train")
             if isinstance(eval_dataset, dict):
@@ -436,23 +331,9 @@ class DSKDTrainer(Publishing):
             splits: dict[str, Any] = {"eval": eval_dataset}
             if isinstance(eval_dataset, dict):
                 splits = {f"eval_{name}": split for name, split in eval_dataset.items()}
-            self._cache.fill({"train": train_dataset, **splits}, load_teacher)
+            self._cache.fill({"train": train_dataset, **splits}, pair.load_teacher)
 
-        def load_student() -> Any:
-            # Trainer seeds in its own __init__, which is after an adapter has been initialised.
-            set_seed(args.seed)
-            student: Any = model
-            if isinstance(model, str):
-                dtype = dtype_option(args.model_init_kwargs, "model_init_kwargs") or torch.float32
-                options = weight_options(args.model_init_kwargs, dtype)
-                with reading("the student", model, options):
-                    student = load_causal_lm(model, quantization_config=quantization_config, **options)
-            # Wherever it is loaded later, it must stop where it is taught to.
-            add_end_tokens(student, self._tokenize.frames["student"].end[-1])
-            return student if peft_config is None else _wrap_with_adapter(student, peft_config, args)
-
-        self._load_student = load_student if isinstance(model, str) else None
-        student = load_student()
+        student = pair.load_student()
         if train_dataset is not None:
             check_trainable(student)
             check_optimized(optimizers[0], student)
@@ -466,7 +347,7 @@ class DSKDTrainer(Publishing):
         if self._cache is not None:
             self.teacher = CachedTeacher(*self._cache.load_head(args.device))
         elif row.needs_teacher:
-            self.teacher = Teacher(load_teacher(), args.device)
+            self.teacher = Teacher(pair.load_teacher(), args.device)
             check_head(self.teacher.model, self.teacher.head, "teacher")
 
         if data_collator is None:
@@ -500,8 +381,8 @@ class DSKDTrainer(Publishing):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = teacher_tokenizer
-        sizes = hidden_size(student_config), None if self.teacher is None else hidden_size(teacher_config)
-        self._vocabulary_map = vocabulary_map
+        teacher = pair.teacher if row.needs_teacher else None
+        sizes = hidden_size(pair.student.config), None if teacher is None else hidden_size(teacher.config)
         self._prepare_pair(student, sizes)
         # What must agree for a checkpoint to be resumed from.
         composition = {key: value for key, value in asdict(row).items() if key not in ("summary", "source")}
@@ -509,8 +390,8 @@ class DSKDTrainer(Publishing):
             "method": args.method,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in composition.items()},
             "as_published": args.as_published,
-            "student": _short_name(student_name),
-            "teacher": _short_name(teacher_name) if row.needs_teacher else None,
+            "student": pair.student.short_name,
+            "teacher": None if teacher is None else teacher.short_name,
             "student_hidden_size": sizes[0],
             "teacher_hidden_size": sizes[1],
             "adapter": hasattr(student, "peft_config"),
@@ -555,11 +436,11 @@ class DSKDTrainer(Publishing):
         width, teacher_width = sizes
         if self.teacher is None or teacher_width is None:
             return
-        self._constants = self._pair_constants(self._vocabulary_map)
+        self._constants = self._pair_constants(self._pair.vocabulary_map)
         if row.dual_space:
             self.projectors = Projectors(width, teacher_width, seed=args.seed, has_query=row.has_queries)
             if row.projector_init == "pseudo_inverse":
-                shared = shared_tokens(*self._tokenize.both, self._tokenize.ends)
+                shared = shared_tokens(*self._pair.tokenizers, self._pair.ends)
                 residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
                 logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
             self.projectors.to(device)
@@ -573,29 +454,12 @@ class DSKDTrainer(Publishing):
     # ---- Data
 
     @staticmethod
-    def _check_tokenizer(
-        tokenizer: PreTrainedTokenizerBase, model: Any, config: Any, role: str, args: DSKDConfig
-    ) -> None:
-        check_eos(tokenizer, role)
-        said = set_pad_token(tokenizer, role)
-        if said:
-            logger.warning(said)
-        if args.prompt_style == "chat":
-            said = depends_on_the_day(tokenizer, role, options_of(args.chat_template_kwargs))
-            if said:
-                logger.warning(said)
-        rows = config.get_text_config().vocab_size
-        if not isinstance(model, str):
-            rows = model.get_input_embeddings().weight.shape[0]
-        check_vocabulary(tokenizer, rows, role)
-
-    @staticmethod
-    def _written_by_teacher(
-        dataset: Any, load_teacher: Callable[[], Any], tokenizer: Any, args: DSKDConfig, name: str | None
-    ) -> Any:
+    def _written_by_teacher(dataset: Any, pair: Pair) -> Any:
         """The same prompts with the teacher's responses, written once into the output folder (`seq_kd`)."""
         if dataset is None:
             return None
+        args, teacher = pair.args, pair.teacher
+        assert teacher is not None
         if is_tokenized(dataset):
             raise UserError(
                 f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
@@ -609,8 +473,8 @@ class DSKDTrainer(Publishing):
         with args.main_process_first(desc="teacher's responses"):
             return write_responses(
                 dataset,
-                load_teacher,
-                tokenizer,
+                pair.load_teacher,
+                teacher.tokenizer,
                 Path(str(args.output_dir)) / "teacher_responses",
                 max_length=args.max_length,
                 prompt_style=args.prompt_style,
@@ -619,7 +483,7 @@ class DSKDTrainer(Publishing):
                 response_column=args.response_column,
                 on_bad_row=args.on_bad_row,
                 facts={
-                    "teacher": _short_name(name),
+                    "teacher": teacher.short_name,
                     "dtype": args.training_dtype if args.teacher_dtype == "auto" else args.teacher_dtype,
                     "load_in_4bit": args.load_teacher_in_4bit,
                 },
@@ -632,7 +496,7 @@ class DSKDTrainer(Publishing):
         label_map = boundary = None
         if row.label == "teacher":
             label_map = torch.full((rows,), -1, dtype=torch.int64)
-            student_ids, teacher_ids = shared_tokens(*self._tokenize.both, self._tokenize.ends)
+            student_ids, teacher_ids = shared_tokens(*self._pair.tokenizers, self._pair.ends)
             label_map[teacher_ids] = student_ids
             label_map = label_map.to(device)
         if row.spaces == ("likelihood",) and self.args.alm_bias_threshold is not None:
@@ -650,7 +514,7 @@ class DSKDTrainer(Publishing):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenize(as_dataset(eval_dataset, "eval_dataset"), "eval")
             if self._cache is not None:
-                self._cache.fill({"eval": eval_dataset}, self._load_teacher)
+                self._cache.fill({"eval": eval_dataset}, self._pair.load_teacher)
         if eval_dataset is None or isinstance(eval_dataset, str):
             chosen: Any = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]  # type: ignore
             if chosen is not None and not hasattr(chosen, "__len__"):
@@ -677,7 +541,7 @@ class DSKDTrainer(Publishing):
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
         test_dataset = self._tokenize(as_dataset(test_dataset, "test_dataset"), "test")
         if self._cache is not None:
-            self._cache.fill({"test": test_dataset}, self._load_teacher)
+            self._cache.fill({"test": test_dataset}, self._pair.load_teacher)
         return super().get_test_dataloader(test_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -1053,7 +917,7 @@ class DSKDTrainer(Publishing):
         Raises:
             UserError: Without a student given by name or `eval_dataset`, or for a setting that can't vary.
         """
-        if self._load_student is None:
+        if self._pair.load_again is None:
             raise UserError(
                 f"hyperparameter_search loads the student anew for every trial: pass model as a name or folder instead"
                 f" of a {type(self.model).__name__}"
@@ -1067,7 +931,7 @@ class DSKDTrainer(Publishing):
                 f" sets: pass compute_objective, a function of the metrics, which has {names}"
             )
         # From now on every `train` loads the student anew, as with a model_init.
-        model_init: Any = self._load_student
+        model_init: Any = self._pair.load_again
         self.model_init = model_init
         return super().hyperparameter_search(hp_space, compute_objective or bits_per_byte, *args, **kwargs)
 
@@ -1553,19 +1417,11 @@ class DSKDTrainer(Publishing):
 class _Tokenize:
     """Tokenizes a dataset for both models unless that has been done, and keeps what was cut or skipped."""
 
-    def __init__(
-        self,
-        student: Any,
-        teacher: Any,
-        args: DSKDConfig,
-        reports: dict[str, TokenizationReport],
-        vocabulary_map: Tensor | None = None,
-    ):
-        self.student, self.teacher, self.args, self.reports = student, teacher, args, reports
-        options = args.prompt_style, options_of(args.chat_template_kwargs)
-        tokenizers = {"student": student, **({} if teacher is None else {"teacher": teacher})}
-        self.frames = {name: answer_frame(tokenizer, *options) for name, tokenizer in tokenizers.items()}
-        self.partners = None if vocabulary_map is None else _Partners(student, teacher, vocabulary_map)
+    def __init__(self, pair: Pair, reports: dict[str, TokenizationReport], aligned: bool = True):
+        self.args, self.reports, self.frames = pair.args, reports, pair.frames
+        self.student, self.teacher = pair.tokenizers
+        found = pair.vocabulary_map if aligned else None
+        self.partners = None if found is None else _Partners(self.student, self.teacher, found)
 
     def __call__(self, dataset: Any, split: str) -> Any:
         if dataset is not None and is_tokenized(dataset):
@@ -1602,15 +1458,6 @@ class _Tokenize:
             dataset = dataset.map(self.partners, **options)
         return dataset
 
-    @property
-    def both(self) -> tuple[Any, Any]:
-        return self.student, self.teacher
-
-    @property
-    def ends(self) -> tuple[int, int]:
-        """The token at which an answer of the student, and one of the teacher, stops."""
-        return self.frames["student"].end[-1], self.frames["teacher"].end[-1]
-
 
 class _Partners:
     """Finds the teacher's token for each of the student's by edit distance (`min_edit`), once per example."""
@@ -1638,27 +1485,3 @@ def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: 
     rows = dataset if hasattr(dataset, "__len__") else dataset.take(1)
     # Templates can differ even with one vocabulary.
     return all(row["input_ids"] == row["teacher_input_ids"] for row in rows)
-
-
-def _rows(model: Any, config: Any) -> int:
-    """Tokens that a model's head knows; some have more than their tokenizer."""
-    return config.get_text_config().vocab_size if isinstance(model, str) else lm_head(model).weight.shape[0]
-
-
-def _short_name(name: str | None) -> str | None:
-    """A model's name without the folder it happens to lie in: a run may move to another machine."""
-    return name if name is None or not os.path.isdir(name) else Path(name).resolve().name
-
-
-def _wrap_with_adapter(model: Any, peft_config: Any, args: DSKDConfig) -> Any:
-    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-
-    if isinstance(model, PeftModel):
-        raise UserError("peft_config and a model that already has an adapter: pass only one of them")
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise UserError(f"peft_config doesn't fit the student: {reason}; see its target_modules") from error

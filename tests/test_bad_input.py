@@ -71,7 +71,7 @@ def nothing_loads(monkeypatch):
     def load(name, **options):
         raise Loaded(name)
 
-    for module in ("hf_dskd.trainer", "hf_dskd.teacher.load"):
+    for module in ("hf_dskd.training.pair", "hf_dskd.teacher.load"):
         monkeypatch.setattr(f"{module}.load_causal_lm", load)
 
 

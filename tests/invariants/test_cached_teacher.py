@@ -70,7 +70,7 @@ def test_a_filled_cache_needs_no_teacher(folder, tmp_path, monkeypatch):
     def load(*args):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(trainer_module, "load_teacher_model", load)
+    monkeypatch.setattr("hf_dskd.training.pair.load_teacher_model", load)
     run = runs.trainer(tmp_path / "second", **settings)
     run.train()
     with pytest.raises(AssertionError, match="the teacher was loaded"):

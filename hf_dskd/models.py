@@ -297,6 +297,24 @@ class LastHiddenState:
             )
 
 
+def answer_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Finds the positions that predict a response token.
+
+    Args:
+        labels (`torch.Tensor` of shape `[B, S]`): Tokens with -100 on prompt and padding, not shifted.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the positions `[B, R]` in order, R of them for the longest response, and
+        which of them are real.
+    """
+    valid = labels[:, 1:] != -100
+    longest = max(int(valid.sum(1).max()), 1)
+    # A stable sort of "is not a response" brings the response rows to the front, in order.
+    rows = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :longest]
+    return rows, valid.gather(1, rows)
+
+
 def hidden_size(config: PretrainedConfig) -> int:
     """Width of the last hidden state. Where the embedding is narrower (OPT-350m), that of the projected output."""
     text = config.get_text_config()

@@ -108,11 +108,9 @@ from .resume import active_adapter, check_checkpoint, check_settings, rates, set
 from .run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
 from .running_log import REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
-from .teacher.cache import CachedTeacher, TeacherCache
-from .teacher.load import (
-    Teacher,
-)
+from .teacher.cache import TeacherCache
 from .teacher.responses import write_responses
+from .teacher.source import TeacherSource, open_source
 from .training.pair import Pair
 from .words import ARGUMENTS, understands
 
@@ -211,7 +209,7 @@ class DSKDTrainer(Publishing):
             For a student or teacher given by name.
 
     Attributes:
-        teacher ([`~hf_dskd.teacher.load.Teacher`], [`~hf_dskd.teacher.cache.CachedTeacher`] or `None`)
+        teacher ([`~hf_dskd.teacher.source.TeacherSource`] or `None`)
         projectors ([`~hf_dskd.projectors.Projectors`] or `None`): float32, outside the student.
         adversary ([`~hf_dskd.adversary.Adversary`] or `None`): The discriminator with its optimizer.
         tokenization_reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
@@ -343,12 +341,9 @@ class DSKDTrainer(Publishing):
             # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
-        self.teacher: Teacher | CachedTeacher | None = None
-        if self._cache is not None:
-            self.teacher = CachedTeacher(*self._cache.load_head(args.device))
-        elif row.needs_teacher:
-            self.teacher = Teacher(pair.load_teacher(), args.device)
-            check_head(self.teacher.model, self.teacher.head, "teacher")
+        self.teacher: TeacherSource | None = None
+        if row.needs_teacher:
+            self.teacher = open_source(self._cache, pair.load_teacher, args.device)
 
         if data_collator is None:
             data_collator = DualCollator(
@@ -423,7 +418,7 @@ class DSKDTrainer(Publishing):
             check_head(student, lm_head(student), "student")
             self._last_hidden_state = LastHiddenState(student, args.padding_free)
             self._attention: AttentionPairs | None = None
-            if args.attention_kd_rate and isinstance(self.teacher, Teacher):
+            if args.attention_kd_rate and self.teacher is not None:
                 layers, heads = args.attention_layers, args.attention_relation_heads
                 self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
@@ -713,12 +708,13 @@ class DSKDTrainer(Publishing):
         student = self._states(hidden, inputs, "", input_embedding(self.model))
         if self.teacher is None:
             return student, None
-        cached = isinstance(self.teacher, CachedTeacher)
-        if isinstance(self.teacher, CachedTeacher):
-            teacher_hidden = inputs["teacher_states"]
+        if self.args.as_published:
+            # Its losses read the prompts and the padding too, which a cache doesn't have.
+            run: Any = self.teacher
+            teacher_hidden = run(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
         else:
-            teacher_hidden = self.teacher(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
-        return student, self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, cached)
+            teacher_hidden = self.teacher.states(inputs)
+        return student, self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, gathered=True)
 
     def _terms(
         self,

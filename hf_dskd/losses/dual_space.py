@@ -18,6 +18,7 @@ from torch import Tensor
 from ..alignment.cross_model import unit_std
 from ..alignment.weights import AlignmentWeights, TiledAttention
 from ..kernels.linear_divergence import RowFunction, linear_rows
+from ..models import answer_positions
 from .divergences import DivergenceFunction, precise
 
 
@@ -113,7 +114,7 @@ def response_states(
         embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
         chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
         gathered (`bool`, *optional*, defaults to `False`):
-            `hidden` has only the rows that predict a response token, as those of a teacher cache.
+            `hidden` has only the rows that predict a response token, as a teacher's.
         places (`torch.Tensor` of shape `[B, S]`, *optional*), silent (`[B, S]`, bool, *optional*):
             Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
     """
@@ -121,14 +122,9 @@ def response_states(
     def of_targets(values: Tensor | None, nothing: int = -1) -> Tensor | None:
         return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, nothing)
 
-    targets = labels[:, 1:]
-    valid = targets != IGNORE
-    longest = max(int(valid.sum(1).max()), 1)
-    # A stable sort of "is not a response" brings the response rows to the front, in order.
-    rows = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :longest]
-    mask = valid.gather(1, rows)
+    rows, mask = answer_positions(labels)
     inputs = input_ids.gather(1, rows)
-    targets = targets.gather(1, rows).masked_fill(~mask, 0)
+    targets = labels[:, 1:].gather(1, rows).masked_fill(~mask, 0)
     embedding = embedding.detach()
     if not gathered:
         hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -535,16 +535,15 @@ class Filled(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """
-    What the losses need of a teacher beside its states: it stands in for a [`~hf_dskd.teacher.load.Teacher`].
-
-    Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits.
-        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
-    """
+    """A teacher whose states a batch has already (see [`~hf_dskd.teacher.source.TeacherSource`])."""
 
     head: LMHead
     embedding: Tensor
+    model: ClassVar[None] = None
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The states that [`TeacherCache.batch`] put there, `[B, R, d_t]`."""
+        return batch["teacher_states"]
 
 
 class TeacherCache:

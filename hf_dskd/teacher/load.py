@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import four_bit, quantization
 from ..errors import UserError
-from ..models import LMHead, backbone, input_embedding, lm_head
+from ..models import LMHead, answer_positions, backbone, input_embedding, lm_head
 from ..pretrained import ADAPTER_NAME, check_options, dtype_option, empty_model, reading, source, weight_options
 
 
@@ -65,6 +66,12 @@ class Teacher:
         hidden = hidden.to(self.device)
         # A loss may save it for its backward pass, which is refused to a tensor made in inference mode.
         return hidden.clone() if hidden.is_inference() else hidden
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Runs on a batch, and returns the states that predict a response token, `[B, R, d_t]`."""
+        rows, _ = answer_positions(batch["teacher_labels"])
+        hidden = self(batch["teacher_input_ids"], batch["teacher_attention_mask"])
+        return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def named_device(name: str) -> torch.device:

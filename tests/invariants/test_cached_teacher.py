@@ -5,7 +5,6 @@ import runs
 import torch
 
 from hf_dskd import UserError
-from hf_dskd import trainer as trainer_module
 from hf_dskd.teacher.cache import CachedTeacher
 from hf_dskd.teacher.load import Teacher
 
@@ -38,7 +37,7 @@ def cache_of(folder, settings):
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_weights_are_the_same(case, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "Teacher", RoundedTeacher)
+    monkeypatch.setattr("hf_dskd.teacher.source.Teacher", RoundedTeacher)
     results = []
     for cache in (None, cache_of(folder, runs.CASES[case])):
         run = runs.trainer(

@@ -499,8 +499,8 @@ def cache_teacher(run: Run) -> None:
     from accelerate import PartialState
 
     from .checks import check_launch
-    from .trainer import _Tokenize
     from .training.pair import Pair
+    from .training.prepare import Tokenize
     from .trl_settings import student_options, teacher_options, without_place
 
     config = run.config
@@ -515,7 +515,7 @@ def cache_teacher(run: Run) -> None:
     if run.options.sft_teacher:
         config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
     pair = Pair(config, student, teacher)
-    tokenize = _Tokenize(pair, {}, aligned=False)
+    tokenize = Tokenize(pair, aligned=False)
     with config.main_process_first(desc="tokenization"):
         datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
     cache = pair.open_cache(config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache")

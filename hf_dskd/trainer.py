@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from accelerate.utils import broadcast_object_list, get_mixed_precision_context_manager
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,6 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoint as checkpoint_files
 from .adversary import Adversary, clip, reduce_over_ranks
 from .alignment.chunked import input_chunks
-from .alignment.min_edit import partners
 from .alignment.spans import answer_spans
 from .arguments import (
     check_adapter_config,
@@ -47,7 +45,6 @@ from .arguments import (
 )
 from .attention_capture import AttentionPairs
 from .checks import (
-    check_columns,
     check_launch,
     check_metric,
     check_output_dir,
@@ -56,13 +53,9 @@ from .checks import (
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
-from .data.fillers import FilledStream, first_examples, without_fillers
+from .data.fillers import FilledStream, without_fillers
 from .data.fingerprint import fingerprint
 from .data.kinds import as_dataset, as_datasets
-from .data.on_policy import is_on_policy, on_policy_batch
-from .data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
-from .data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
-from .data.tokenized import check_tokenized
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import NonFiniteLossError, UserError
 from .evaluation.generation import (
@@ -98,9 +91,6 @@ from .objective import (
     total_loss,
     weighted_loss,
 )
-from .pretrained import (
-    options_of,
-)
 from .projectors import Projectors
 from .redaction import without_secrets
 from .result import RESULT_NAME
@@ -109,9 +99,10 @@ from .run_folder import check_fresh, check_no_other, forget_run, held, last_chec
 from .running_log import REMEDY, RunningLog, exact_dtype
 from .saving import saved_for_others
 from .teacher.cache import TeacherCache
-from .teacher.responses import write_responses
 from .teacher.source import TeacherSource, open_source
+from .training.batches import Batches
 from .training.pair import Pair
+from .training.prepare import Tokenize, written_by_teacher
 from .words import ARGUMENTS, understands
 
 
@@ -174,7 +165,7 @@ class _StepCallback(TrainerCallback):
         self.trainer._analyse(pictures=True)
 
 
-class DSKDTrainer(Publishing):
+class DSKDTrainer(Publishing, Batches):
     """
     Distils a large language model into a small one whose tokenizer is different.
 
@@ -311,9 +302,9 @@ class DSKDTrainer(Publishing):
             self._cache = pair.open_cache(args.teacher_cache)
 
         if row.text == "teacher":
-            train_dataset = self._written_by_teacher(train_dataset, pair)
-        self.tokenization_reports: dict[str, TokenizationReport] = {}
-        self._tokenize = _Tokenize(pair, self.tokenization_reports)
+            train_dataset = written_by_teacher(train_dataset, pair)
+        self._tokenize = Tokenize(pair)
+        self.tokenization_reports = self._tokenize.reports
         with args.main_process_first(desc="tokenization"):
             train_dataset = self._tokenize(train_dataset, "train")
             if isinstance(eval_dataset, dict):
@@ -392,8 +383,6 @@ class DSKDTrainer(Publishing):
             "adapter": hasattr(student, "peft_config"),
         }
         self._running = RunningLog(self.accelerator.device)
-        self._items: Tensor | None = None  # response tokens of the global batch: student's, teacher's
-        self._on_policy = False
         self._learning_rates: dict[str, float] = {}
         self._update_hook: Any = None
         self._updated = False  # whether the last step was, which a scaler or `on_nonfinite` may leave out
@@ -448,42 +437,6 @@ class DSKDTrainer(Publishing):
 
     # ---- Data
 
-    @staticmethod
-    def _written_by_teacher(dataset: Any, pair: Pair) -> Any:
-        """The same prompts with the teacher's responses, written once into the output folder (`seq_kd`)."""
-        if dataset is None:
-            return None
-        args, teacher = pair.args, pair.teacher
-        assert teacher is not None
-        if is_tokenized(dataset):
-            raise UserError(
-                f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
-                " already tokenized: pass the text"
-            )
-        if not hasattr(dataset, "__len__"):
-            raise UserError(
-                f"method={args.method!r} needs all prompts before training for the teacher to answer, and"
-                f" train_dataset is a {type(dataset).__name__}: pass a datasets.Dataset"
-            )
-        with args.main_process_first(desc="teacher's responses"):
-            return write_responses(
-                dataset,
-                pair.load_teacher,
-                teacher.tokenizer,
-                Path(str(args.output_dir)) / "teacher_responses",
-                max_length=args.max_length,
-                prompt_style=args.prompt_style,
-                chat_template_kwargs=options_of(args.chat_template_kwargs),
-                prompt_column=args.prompt_column,
-                response_column=args.response_column,
-                on_bad_row=args.on_bad_row,
-                facts={
-                    "teacher": teacher.short_name,
-                    "dtype": args.training_dtype if args.teacher_dtype == "auto" else args.teacher_dtype,
-                    "load_in_4bit": args.load_teacher_in_4bit,
-                },
-            )
-
     def _pair_constants(self, vocabulary_map: Tensor | None) -> PairConstants:
         """What the method's losses read of the two vocabularies."""
         assert self.teacher is not None
@@ -504,115 +457,6 @@ class DSKDTrainer(Publishing):
             vocabulary_map = vocabulary_map.to(device)
         return PairConstants(label_map, vocabulary_map, boundary)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize(as_dataset(eval_dataset, "eval_dataset"), "eval")
-            if self._cache is not None:
-                self._cache.fill({"eval": eval_dataset}, self._pair.load_teacher)
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            chosen: Any = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]  # type: ignore
-            if chosen is not None and not hasattr(chosen, "__len__"):
-                eval_dataset = chosen
-        return super().get_eval_dataloader(self._filled(eval_dataset, self.args.eval_batch_size))
-
-    def get_train_dataloader(self) -> Any:
-        """As in [`~transformers.Trainer`]; a stream ends with a whole batch of every rank."""
-        dataset = self.train_dataset
-        self.train_dataset = self._filled(dataset, self._train_batch_size)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
-
-    def _filled(self, dataset: Any, batch_size: int) -> Any:
-        """A stream for several ranks, or `dataset` as it is."""
-        ranks = self.accelerator.num_processes
-        if dataset is None or isinstance(dataset, str) or hasattr(dataset, "__len__") or ranks == 1:
-            return dataset
-        return FilledStream(dataset, batch_size * (1 if self.accelerator.split_batches else ranks))
-
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
-        test_dataset = self._tokenize(as_dataset(test_dataset, "test_dataset"), "test")
-        if self._cache is not None:
-            self._cache.fill({"test": test_dataset}, self._pair.load_teacher)
-        return super().get_test_dataloader(test_dataset)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-        def epoch() -> int:
-            return int(self.state.epoch or 0)
-
-        if self.args.groups_by_length and hasattr(dataset, "__len__"):
-            group_size = self._train_batch_size * self.args.world_size
-            return LengthGroupedEpochSampler(example_lengths(dataset), group_size, seed, epoch)
-        sampler = super()._get_train_sampler(dataset)
-        return EpochSampler(len(sampler), seed, epoch) if isinstance(sampler, RandomSampler) else sampler
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As in [`~transformers.Trainer`]; in an on-policy step the student answers the prompts of the batches now."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._on_policy = is_on_policy(self.state.global_step, self.args.on_policy_fraction)
-        if self._on_policy and batches:
-            batches = [self._answered_by_student(batch, place) for place, batch in enumerate(batches)]
-        if self.accelerator.num_processes > 1:
-            batches = [without_fillers(batch) for batch in batches]
-        filled = self._leave_fillers_out(batches)
-        if batches and (self._on_policy or filled or not hasattr(self.train_dataset, "__len__")):
-            items = self._get_num_items_in_batch(batches, device)
-        return batches, items
-
-    def _leave_fillers_out(self, batches: list[dict[str, Tensor]]) -> bool:
-        """
-        Takes from an epoch's last batch what accelerate has filled it with, where the examples don't go up in ranks
-        times batch size: the first ones of the epoch, which would count twice. Whether there was any, on any rank.
-        """
-        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not batches or not state.end_of_dataloader:
-            return False
-        rest, dataset = state.remainder, self.train_dataset
-        if rest < 0 and isinstance(dataset, Sized) and not self.args.dataloader_drop_last:
-            # Accelerate doesn't know it in an epoch that a run goes on in.
-            rest = len(dataset) % (self._train_batch_size * (1 if self.accelerator.split_batches else ranks))
-        if rest <= 0:
-            return False
-        size = len(batches[-1]["labels"])
-        batches[-1] = first_examples(batches[-1], rest - self.accelerator.process_index * size)
-        return rest < ranks * size
-
-    def _answered_by_student(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        seed = (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
-        return on_policy_batch(
-            batch,
-            model,
-            self._tokenize.student,
-            self._tokenize.teacher,
-            self.data_collator,
-            max_length=self.args.max_length,
-            generation_config=model.generation_config,
-            seed=(seed + place) * 64 + self.accelerator.process_index,
-            autocast=self._autocast(),
-            align=self._tokenize.partners,
-            frames=self._tokenize.frames,
-        )
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Response tokens of the global batch: all micro-batches of the optimizer step, all ranks, both tokenizers."""
-        if not batch_samples:
-            return None
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for batch in batch_samples:
-            counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
-            if self.teacher is not None:
-                counts[1] += (batch["teacher_labels"][:, 1:] != -100).sum().to(device)
-        # Without any, every sum is 0, and so is the loss.
-        self._items = self.accelerator.reduce(counts, reduction="sum").clamp_min(1)
-        return self._items[0]
-
     # ---- Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -626,10 +470,6 @@ class DSKDTrainer(Publishing):
             self._running.add(loss=loss)
             loss = loss.nan_to_num(0.0, 0.0, 0.0)
         return loss
-
-    def _autocast(self) -> AbstractContextManager:
-        """As `accelerator.autocast`, which in accelerate 1.10 stays on for good after an error inside it."""
-        return get_mixed_precision_context_manager(self.accelerator.native_amp, self.accelerator.autocast_handler)
 
     def compute_loss(
         self,
@@ -1408,68 +1248,6 @@ class DSKDTrainer(Publishing):
             self.state.save_to_json(str(staged / "trainer_state.json"))
         checkpoint_files.publish(staged, final)
         shutil.rmtree(staged.parent)
-
-
-class _Tokenize:
-    """Tokenizes a dataset for both models unless that has been done, and keeps what was cut or skipped."""
-
-    def __init__(self, pair: Pair, reports: dict[str, TokenizationReport], aligned: bool = True):
-        self.args, self.reports, self.frames = pair.args, reports, pair.frames
-        self.student, self.teacher = pair.tokenizers
-        found = pair.vocabulary_map if aligned else None
-        self.partners = None if found is None else _Partners(self.student, self.teacher, found)
-
-    def __call__(self, dataset: Any, split: str) -> Any:
-        if dataset is not None and is_tokenized(dataset):
-            both = {"": self.student, "teacher_": self.teacher}
-            both = {prefix: tokenizer for prefix, tokenizer in both.items() if tokenizer is not None}
-            dataset = check_tokenized(dataset, split, both, self.args.max_length)
-        elif dataset is not None:
-            written = self.args.method_row.text == "teacher" and split == "train"
-            dataset, report = tokenize_dataset(
-                dataset,
-                self.student,
-                self.teacher,
-                # A response that the teacher had no room to end doesn't end for the student either.
-                finished_column="finished" if written else None,
-                # The teacher writes the last answer; the released code has no other.
-                train_on="last" if written or self.args.as_published else self.args.train_on,
-                on_bad_row=self.args.on_bad_row,
-                max_length=self.args.max_length,
-                prompt_style=self.args.prompt_style,
-                chat_template_kwargs=options_of(self.args.chat_template_kwargs),
-                prompt_column=self.args.prompt_column,
-                response_column=self.args.response_column,
-                skip_long_prompts=self.args.skip_long_prompts,
-                num_proc=self.args.dataset_num_proc,
-                description=split,
-            )
-            if report is not None:
-                self.reports[split] = report
-                logger.log(logging.WARNING if report.remarkable else logging.INFO, "%s: %s", split, report)
-        check_columns(self.args, dataset, split)
-        columns = getattr(dataset, "column_names", None) or []
-        if dataset is not None and self.partners is not None and "partners" not in columns:
-            options = {"desc": f"Aligning {split}"} if hasattr(dataset, "__len__") else {}
-            dataset = dataset.map(self.partners, **options)
-        return dataset
-
-
-class _Partners:
-    """Finds the teacher's token for each of the student's by edit distance (`min_edit`), once per example."""
-
-    def __init__(self, student: Any, teacher: Any, vocabulary_map: Tensor):
-        self.student, self.teacher, self.vocabulary_map = student, teacher, vocabulary_map
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        found: list[int] = []
-        before = 0
-        for (start, stop), (first, last) in zip(answer_spans(row), answer_spans(row, "teacher_")):
-            ids, teacher_ids = row["input_ids"][start:stop], row["teacher_input_ids"][first:last]
-            places = partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)
-            found += [place + before if place >= 0 else -1 for place in places]
-            before += last - first
-        return {"partners": found}
 
 
 def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:

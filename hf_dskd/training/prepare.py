@@ -1,0 +1,132 @@
+"""Data before training: the teacher's own responses, and one tokenization for each of the two models."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..alignment.min_edit import partners
+from ..alignment.spans import answer_spans
+from ..checks import check_columns
+from ..data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
+from ..data.tokenized import check_tokenized
+from ..errors import UserError
+from ..pretrained import options_of
+from ..teacher.responses import write_responses
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .pair import Pair
+
+logger = logging.getLogger(__name__)
+
+
+def written_by_teacher(dataset: Any, pair: Pair) -> Any:
+    """Returns the same prompts with the teacher's responses, written once into the output folder (`seq_kd`)."""
+    if dataset is None:
+        return None
+    args, teacher = pair.args, pair.teacher
+    assert teacher is not None
+    if is_tokenized(dataset):
+        raise UserError(
+            f"method={args.method!r} needs prompts as text for the teacher to answer, and the train data is"
+            " already tokenized: pass the text"
+        )
+    if not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"method={args.method!r} needs all prompts before training for the teacher to answer, and"
+            f" train_dataset is a {type(dataset).__name__}: pass a datasets.Dataset"
+        )
+    with args.main_process_first(desc="teacher's responses"):
+        return write_responses(
+            dataset,
+            pair.load_teacher,
+            teacher.tokenizer,
+            Path(str(args.output_dir)) / "teacher_responses",
+            max_length=args.max_length,
+            prompt_style=args.prompt_style,
+            chat_template_kwargs=options_of(args.chat_template_kwargs),
+            prompt_column=args.prompt_column,
+            response_column=args.response_column,
+            on_bad_row=args.on_bad_row,
+            facts={
+                "teacher": teacher.short_name,
+                "dtype": args.training_dtype if args.teacher_dtype == "auto" else args.teacher_dtype,
+                "load_in_4bit": args.load_teacher_in_4bit,
+            },
+        )
+
+
+class Tokenize:
+    """
+    Tokenizes datasets for both models, unless that has been done.
+
+    Args:
+        pair ([`~hf_dskd.training.pair.Pair`]): Of the two tokenizers, with the settings.
+        aligned (`bool`, *optional*, defaults to `True`): Also find partners of tokens, where the method needs them.
+
+    Attributes:
+        reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
+    """
+
+    def __init__(self, pair: Pair, aligned: bool = True):
+        self.args, self.frames = pair.args, pair.frames
+        self.reports: dict[str, TokenizationReport] = {}
+        self.student, self.teacher = pair.tokenizers
+        found = pair.vocabulary_map if aligned else None
+        self.partners = None if found is None else _Partners(self.student, self.teacher, found)
+
+    def __call__(self, dataset: Any, split: str) -> Any:
+        if dataset is not None and is_tokenized(dataset):
+            both = {"": self.student, "teacher_": self.teacher}
+            both = {prefix: tokenizer for prefix, tokenizer in both.items() if tokenizer is not None}
+            dataset = check_tokenized(dataset, split, both, self.args.max_length)
+        elif dataset is not None:
+            written = self.args.method_row.text == "teacher" and split == "train"
+            dataset, report = tokenize_dataset(
+                dataset,
+                self.student,
+                self.teacher,
+                # A response that the teacher had no room to end doesn't end for the student either.
+                finished_column="finished" if written else None,
+                # The teacher writes the last answer; the released code has no other.
+                train_on="last" if written or self.args.as_published else self.args.train_on,
+                on_bad_row=self.args.on_bad_row,
+                max_length=self.args.max_length,
+                prompt_style=self.args.prompt_style,
+                chat_template_kwargs=options_of(self.args.chat_template_kwargs),
+                prompt_column=self.args.prompt_column,
+                response_column=self.args.response_column,
+                skip_long_prompts=self.args.skip_long_prompts,
+                num_proc=self.args.dataset_num_proc,
+                description=split,
+            )
+            if report is not None:
+                self.reports[split] = report
+                logger.log(logging.WARNING if report.remarkable else logging.INFO, "%s: %s", split, report)
+        check_columns(self.args, dataset, split)
+        columns = getattr(dataset, "column_names", None) or []
+        if dataset is not None and self.partners is not None and "partners" not in columns:
+            options = {"desc": f"Aligning {split}"} if hasattr(dataset, "__len__") else {}
+            dataset = dataset.map(self.partners, **options)
+        return dataset
+
+
+class _Partners:
+    """Finds the teacher's token for each of the student's by edit distance (`min_edit`), once per example."""
+
+    def __init__(self, student: Any, teacher: Any, vocabulary_map: Tensor):
+        self.student, self.teacher, self.vocabulary_map = student, teacher, vocabulary_map
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        found: list[int] = []
+        before = 0
+        for (start, stop), (first, last) in zip(answer_spans(row), answer_spans(row, "teacher_")):
+            ids, teacher_ids = row["input_ids"][start:stop], row["teacher_input_ids"][first:last]
+            places = partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)
+            found += [place + before if place >= 0 else -1 for place in places]
+            before += last - first
+        return {"partners": found}

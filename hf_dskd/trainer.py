@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
 
-from . import checkpoint as checkpoint_files
-from .adversary import Adversary, clip, reduce_over_ranks
+from .adversary import Adversary
 from .alignment.chunked import input_chunks
-from .alignment.spans import answer_spans
+from .analysis.callback import AnalysisCallback
 from .arguments import (
     check_adapter_config,
     check_args,
@@ -41,7 +33,6 @@ from .arguments import (
     check_optimized,
     check_optimizers,
     check_quantization,
-    making,
 )
 from .attention_capture import AttentionPairs
 from .checks import (
@@ -53,20 +44,13 @@ from .checks import (
 )
 from .config import DSKDConfig
 from .data.collator import DualCollator
-from .data.fillers import FilledStream, without_fillers
-from .data.fingerprint import fingerprint
 from .data.kinds import as_dataset, as_datasets
 from .data.vocabulary import same_vocabulary, shared_tokens
-from .errors import NonFiniteLossError, UserError
+from .errors import UserError
 from .evaluation.generation import (
     check_generation_config,
-    read_response,
-    response_text,
-    save_generation_config,
-    score_generation,
 )
-from .evaluation.likelihood import covers_text
-from .finite import largest_gradient, spoilt
+from .evaluation.in_training import Evaluations
 from .hub.card import identity
 from .hub.publishing import Publishing
 from .losses.attention import attention_kl, chunk_attention_kl
@@ -74,7 +58,6 @@ from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
 from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
-from .losses.terms import ratios
 from .models import (
     LastHiddenState,
     check_head,
@@ -89,20 +72,15 @@ from .objective import (
     distillation_terms,
     student_terms,
     total_loss,
-    weighted_loss,
 )
 from .projectors import Projectors
-from .redaction import without_secrets
-from .result import RESULT_NAME
-from .resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
-from .run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
-from .running_log import REMEDY, RunningLog, exact_dtype
-from .saving import saved_for_others
+from .running_log import RunningLog
 from .teacher.cache import TeacherCache
 from .teacher.source import TeacherSource, open_source
-from .training.batches import Batches
+from .training.checkpoint import Checkpoints
 from .training.pair import Pair
 from .training.prepare import Tokenize, written_by_teacher
+from .training.steps import StepCallback
 from .words import ARGUMENTS, understands
 
 
@@ -110,7 +88,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig
     from transformers import EvalPrediction
-    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
@@ -136,36 +113,7 @@ def bits_per_byte(metrics: dict[str, float]) -> float:
     return metrics["eval_bits_per_byte"]
 
 
-class _StepCallback(TrainerCallback):
-    """Trainer's hooks around its own optimizer step, where the projectors' gradients and the discriminator belong."""
-
-    def __init__(self, trainer: DSKDTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._before_optimizer_step()
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._after_optimizer_step()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Also where auto_find_batch_size begins once more, or an interrupted training does.
-        self.trainer._forget_step()
-        self.trainer._begin_analyses()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            args.analysis_steps
-            and state.global_step % args.analysis_steps == 0
-            and state.global_step < state.max_steps
-        ):
-            self.trainer._analyse(pictures=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._analyse(pictures=True)
-
-
-class DSKDTrainer(Publishing, Batches):
+class DSKDTrainer(Publishing, Evaluations, Checkpoints):
     """
     Distils a large language model into a small one whose tokenizer is different.
 
@@ -382,20 +330,14 @@ class DSKDTrainer(Publishing, Batches):
             "teacher_hidden_size": sizes[1],
             "adapter": hasattr(student, "peft_config"),
         }
-        self._running = RunningLog(self.accelerator.device)
+        self.running_log = RunningLog(self.accelerator.device)
         self._learning_rates: dict[str, float] = {}
-        self._update_hook: Any = None
-        self._updated = False  # whether the last step was, which a scaler or `on_nonfinite` may leave out
-        self.skipped_steps = self._skipped_in_a_row = 0
         self._begun: dict[str, str | None] = {}  # the runs of this trainer, by their folders
-        self._run_id: str | None = None
-        self._data: str | None = None  # fingerprint of the training data, made when it is needed
-        self._changed_settings = False
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
         self._trial: Any = None  # of a search
-        self._staging: Path | None = None
-        self.add_callback(_StepCallback(self))
+        self.add_callback(StepCallback(self))
+        self.add_callback(AnalysisCallback(self))
 
     def _prepare_pair(self, student: Any, sizes: tuple[int, int | None]) -> None:
         """What is made for one student, on its device: hooks, projectors, discriminator."""
@@ -459,18 +401,6 @@ class DSKDTrainer(Publishing, Batches):
 
     # ---- Loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in [`~transformers.Trainer`]; the projectors' gradients are averaged where data parallelism does it."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            # Before a gradient scaler looks for overflows: all ranks must find the same, to skip a step together.
-            reduce_over_ranks(self._projector_parameters(), self.accelerator, "mean")
-        if self.args.on_nonfinite == "skip":
-            # Trainer adds them up before it is known whether the step counts.
-            self._running.add(loss=loss)
-            loss = loss.nan_to_num(0.0, 0.0, 0.0)
-        return loss
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -505,16 +435,17 @@ class DSKDTrainer(Publishing, Batches):
             loss = loss * ranks
 
         if model.training:
-            self._running.watch(self.state.global_step, inputs.get("example_ids"), {**terms.student, **terms.teacher})
-            self._running.add(
+            named = terms.student | terms.teacher
+            self.running_log.watch(self.state.global_step, inputs.get("example_ids"), named)
+            self.running_log.add(
                 student_tokens=terms.student_tokens.sum(),
-                **{name: value.sum() for name, value in (terms.student | terms.teacher).items()},
+                **{name: value.sum() for name, value in named.items()},
             )
             if terms.teacher_tokens is not None:
-                self._running.add(teacher_tokens=terms.teacher_tokens.sum())
+                self.running_log.add(teacher_tokens=terms.teacher_tokens.sum())
             if terms.added is not None:
-                self._running.watch(self.state.global_step, None, {"aux": terms.added})
-                self._running.add(aux=terms.added * self.accelerator.num_processes)
+                self.running_log.watch(self.state.global_step, None, {"aux": terms.added})
+                self.running_log.add(aux=terms.added * self.accelerator.num_processes)
             if self.adversary is not None and terms.features is not None:
                 self.adversary.keep(terms.features)
         else:
@@ -603,141 +534,6 @@ class DSKDTrainer(Publishing, Batches):
             chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)
         return published_states(hidden[:, :-1], ids[:, :-1], labels[:, 1:], embedding, chunks)
 
-    def _dropout_seed(self) -> int:
-        """For the discriminator's dropout: another one in every step, the same one after a resume."""
-        return (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
-
-    # ---- Optimizers
-
-    def _projector_parameters(self) -> list[nn.Parameter]:
-        return [] if self.projectors is None else list(self.projectors.parameters())
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The student's optimizer, with the projectors as one more group at their own learning rate."""
-        with making(self.args, "optim", "optim_args"):
-            optimizer = super().create_optimizer(*args, **kwargs)
-        if self._update_hook is not None:
-            self._update_hook.remove()
-        # Accelerate's wrapper, of an earlier training, calls no hooks.
-        self._update_hook = getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(self._before_update)
-        projectors = self._projector_parameters()
-        present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if projectors and id(projectors[0]) not in present:
-            optimizer.add_param_group(
-                {
-                    "params": projectors,
-                    "lr": self.args.projector_learning_rate,
-                    "weight_decay": self.args.weight_decay,
-                }
-            )
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The student's schedule; the discriminator's optimizer and schedule are made at the same moment."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        # This is after the accelerator let go of its memory and before a checkpoint is loaded.
-        if self._trains_critic:
-            assert self.adversary is not None
-            self.adversary.create_optimizer(num_training_steps)
-        return scheduler
-
-    def _zero_projectors(self) -> None:
-        for parameter in self._projector_parameters():
-            parameter.grad = None
-
-    def _forget_step(self) -> None:
-        """What is left of a step that was begun and not ended."""
-        self._zero_projectors()
-        self._running = RunningLog(self.accelerator.device)
-        if self.adversary is not None:
-            self.adversary.forget()
-
-    def _before_optimizer_step(self) -> None:
-        projectors = self._projector_parameters()
-        # A scaler that has found an overflow doesn't come to `_before_update`.
-        self._updated = self.accelerator.scaler is None
-        # Also where such a step is left out: its losses are in the sums.
-        self._running.add(ranked_sums=1.0)
-        # As Trainer logs the student's: the rates of the step, not of the next one.
-        if projectors:
-            self._learning_rates["projector_learning_rate"] = float(self.optimizer.param_groups[-1]["lr"])  # type: ignore[union-attr]
-            self._projector_norm = clip(projectors, self.args.max_grad_norm)
-        if self._trains_critic:
-            assert self.adversary is not None
-            self._learning_rates["discriminator_learning_rate"] = self.adversary.learning_rate
-
-    def _before_update(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        """
-        Just before the optimizer moves student and projectors: the gradients are those that it will use.
-
-        A scaler of fp16 that has found an overflow doesn't come here, or with an optimizer that leaves the step out
-        by itself; the critic is to agree.
-        """
-        step, projectors, running = self.state.global_step, self._projector_parameters(), self._running
-        gradients = {"the student's gradient": largest_gradient(self.model.parameters())}
-        if projectors:
-            gradients["the projectors' gradient"] = largest_gradient(projectors)
-        if self.accelerator.scaler is not None and not all(map(torch.isfinite, gradients.values())):
-            return
-        skips = self.args.on_nonfinite == "skip"
-        if self._trains_critic:
-            assert self.adversary is not None and self._items is not None
-            before = self.adversary.copy() if skips else None
-            report = self.adversary.update(self._items[0], self._items[1], self.accelerator, self._dropout_seed())
-            # Of the steps that it is updated in, which a scaler may leave out.
-            query_tokens, key_tokens = self._items / self.accelerator.num_processes
-            report |= {"query_tokens": query_tokens, "key_tokens": key_tokens}
-            running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
-            gradients[f"the {self._critic_name.replace('_', ' ')}'s gradient"] = self.adversary.largest_gradient
-        running.watch(step, None, gradients)
-        if skips and (bad := running.found(self.accelerator)):
-            if self._trains_critic:
-                self.adversary.take_back(before)  # type: ignore[union-attr, arg-type]
-            self._leave_out(bad)
-            return
-        self._updated = True
-        running.add(ranked_steps=1.0)
-        if projectors:
-            if not self.args.max_grad_norm and self.accelerator.scaler is not None:
-                # Nobody has taken the scale away before; an optimizer that does so by itself is told it.
-                scale = getattr(optimizer, "grad_scale", None)
-                self._projector_norm = clip(projectors, None) / (1.0 if scale is None else scale)
-            running.add(projector_grad_norm=self._projector_norm)
-
-    def _leave_out(self, bad: str) -> None:
-        """Leaves the step out that is under way: no optimizer moves a parameter without a gradient."""
-        self._updated = False
-        self._running.discard()
-        for parameter in (*self.model.parameters(), *self._projector_parameters()):
-            parameter.grad = None
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == 10:
-            raise NonFiniteLossError(f"{bad}; 10 steps in a row were left out; {REMEDY}")
-        logger.warning("%s; the step is left out", bad)
-
-    def _after_optimizer_step(self) -> None:
-        # Trainer zeroes the gradients of the student only.
-        self._zero_projectors()
-        scaler = self.accelerator.scaler
-        if self._updated:
-            self._skipped_in_a_row = 0
-        elif scaler is not None and scaler.get_scale() < 1:
-            # Of a gradient that is too large without any scale, no lower one will ever make a step.
-            self._running.watch(
-                self.state.global_step, None, {"the gradient, at a loss scale of 1,": torch.tensor(torch.inf)}
-            )
-        # So that Trainer's schedule leaves out what the optimizer did.
-        self.optimizer._is_overflow = not self._updated  # type: ignore[union-attr]
-        if self.adversary is not None:
-            self.adversary.forget()
-            if self._trains_critic and self._updated:
-                self.adversary.scheduler.step()
-
-    @property
-    def _trains_critic(self) -> bool:
-        return self.adversary is not None and not self.args.as_published
-
     # ---- Search
 
     def hyperparameter_search(
@@ -799,7 +595,7 @@ class DSKDTrainer(Publishing, Batches):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds every loss term, norms, learning rates, accuracies and speed to what Trainer logs while training."""
         if "loss" in logs:
-            logs.update(self._running.drain(self.accelerator) | self._learning_rates)
+            logs.update(self.running_log.drain(self.accelerator) | self._learning_rates)
         if self.skipped_steps and ("loss" in logs or "train_loss" in logs):
             self._note_skipped(logs)
         super().log(logs, start_time)
@@ -808,134 +604,10 @@ class DSKDTrainer(Publishing, Batches):
         """Takes the steps that were left out from what Trainer counted."""
         logs["skipped_steps"] = self.skipped_steps
         if "train_loss" in logs:
-            self._running.drain(self.accelerator)
-            logs["train_loss"] = self._running.mean_loss if self._running.mean_loss is not None else math.nan
+            self.running_log.drain(self.accelerator)
+            logs["train_loss"] = self.running_log.mean_loss if self.running_log.mean_loss is not None else math.nan
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             del logs["grad_norm"]
-
-    # ---- Evaluation
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, and logits `[B, S, V_s]` with labels `[B, S]` where they are asked for."""
-        inputs = without_fillers(self._prepare_inputs(inputs))
-        with torch.no_grad():
-            result = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
-        if self.accelerator.num_processes > 1 and self._evaluated:
-            # Without the examples with which ranks fill their last batch, which were already seen.
-            self._evaluated[-1] = self.accelerator.gather_for_metrics(self._evaluated[-1])
-        if isinstance(result, tuple):
-            return result[0].detach(), result[1]["logits"].float(), inputs["labels"]
-        return result.detach(), None, None
-
-    def _note_evaluated(self, student: ResponseStates, terms: Terms, inputs: dict[str, Any]) -> None:
-        """One row of sums per example: exact means need neither equal batches nor equal ranks."""
-        if "example_ids" not in inputs:
-            return
-        assert terms.ce_rows is not None
-        text = student.per_example(terms.ce_rows * covers_text(inputs["byte_ends"])[inputs["labels"][:, 1:] != -100])
-        zeros = torch.zeros_like(text)
-        teacher_tokens = zeros if terms.teacher_tokens is None else terms.teacher_tokens
-        columns = [terms.student_tokens, teacher_tokens, inputs["response_bytes"], text]
-        values = {**terms.student, **terms.teacher}
-        if self.args.as_published:
-            # Its other terms depend on what else is in a batch, and none has an exact mean.
-            values = {name: value for name, value in values.items() if name in ("ce", "correct")}
-        elif terms.added is not None:
-            values["aux"] = terms.added.expand_as(text)
-        self._evaluated_names = sorted(values)
-        columns += [values[name] for name in self._evaluated_names]
-        exact = exact_dtype(self.accelerator.device)
-        self._evaluated.append(torch.stack([column.detach().to(exact) for column in columns], dim=1))
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """
-        As in [`~transformers.Trainer`], with exact means: each term per response token over the whole dataset.
-
-        Adds `{prefix}_ce_loss` and the other terms, and `{prefix}_bits_per_byte`: bits that the student spends on
-        the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers. With
-        `eval_generation_samples` also ROUGE-L and exact match of what it answers.
-        """
-        self._running.check(self.accelerator)
-        self._evaluated = []
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        metrics = self._exact_metrics()
-        if self.args.eval_generation_samples:
-            dataloader = args[0] if args else kwargs["dataloader"]
-            metrics |= self._answer(dataloader.dataset)
-        output = output._replace(
-            metrics={**(output.metrics or {}), **{f"{prefix}_{name}": value for name, value in metrics.items()}}
-        )
-        self._running.restart_clock()
-        return output
-
-    def _exact_metrics(self) -> dict[str, float]:
-        if not self._evaluated:
-            return {}
-        rows = torch.cat(self._evaluated)
-        sums = rows.sum(0).tolist()
-        self._evaluated = []
-        student_tokens, teacher_tokens, response_bytes, text, *values = sums
-        totals = dict(zip(self._evaluated_names, values))
-        metrics = {}
-        if not self.args.as_published:
-            metrics["loss"] = weighted_loss(self.args, totals, student_tokens, teacher_tokens)
-            # Of a batch, not of its tokens: a mean over examples, as of the loss in Trainer.
-            metrics["loss"] += totals.get("aux", 0.0) / len(rows)
-        counts = {"student_tokens": student_tokens, "teacher_tokens": teacher_tokens, "ranked_sums": len(rows)}
-        metrics |= ratios(totals | counts, evaluated=True)
-        metrics["bits_per_byte"] = text / math.log(2) / response_bytes
-        return metrics
-
-    def _answer(self, dataset: Any) -> dict[str, float]:
-        """Scores of greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
-        tokenizer, rank, ranks = self._tokenize.student, self.accelerator.process_index, self.accelerator.num_processes
-        count = self.args.eval_generation_samples
-        # As accelerate and the filling for several ranks wrap a stream.
-        while isinstance(dataset, (IterableDatasetShard, FilledStream)):
-            dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset.stream
-        if hasattr(dataset, "__len__"):
-            rows = [dataset[place] for place in range(min(count, len(dataset)))]
-        else:
-            rows = list(dataset.take(count))
-        rows = rows[rank::ranks]
-        frame = self._tokenize.frames["student"]
-        # Of a conversation the last answer.
-        last = [(list(row["input_ids"]), *answer_spans(row)[-1]) for row in rows]
-        prompts = [ids[:start] for ids, start, _ in last]
-        references = [read_response(tokenizer, ids[start:stop], frame.end[-1:], frame)[0] for ids, start, stop in last]
-        names = ("rouge_l", "exact_match", "unfinished")
-        sums = torch.zeros(len(names) + 1, dtype=torch.float32, device=self.accelerator.device)
-        self.samples = []
-        if rows:
-            with self._autocast():
-                scores = score_generation(
-                    self.accelerator.unwrap_model(self.model),
-                    tokenizer,
-                    [(prompt, [reference]) for prompt, reference in zip(prompts, references)],
-                    max_length=self.args.max_length,
-                    frame=frame,
-                    batch_size=self.args.per_device_eval_batch_size,
-                    description="answering" if rank == 0 and not self.args.disable_tqdm else None,
-                )
-            sums += torch.tensor([*(scores.metrics[name] * len(rows) for name in names), len(rows)]).to(sums)
-            self.samples = [
-                {
-                    "step": self.state.global_step,
-                    "prompt": response_text(tokenizer, prompt),
-                    "reference": reference,
-                    "response": text,
-                }
-                for prompt, reference, text in zip(prompts, references, scores.responses)
-            ]
-        *totals, answered = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return {name: total / answered for name, total in zip(names, totals)}
 
     # ---- Analysis
 
@@ -943,311 +615,6 @@ class DSKDTrainer(Publishing, Batches):
     def analysis_folder(self) -> Path:
         """Where the analyses of the run are written (see [`hf_dskd.analysis.record`])."""
         return Path(super()._get_output_dir(self._trial)) / "analysis"
-
-    def _begin_analyses(self) -> None:
-        if self.args.analysis_steps is None or not self.is_world_process_zero():
-            return
-        from .analysis.record import forget, read_numbers
-
-        forget(self.analysis_folder, self.state.global_step if self.state.global_step else -1)
-        if not read_numbers(self.analysis_folder):
-            self._analyse(pictures=True)
-
-    def _analyse(self, pictures: bool) -> None:
-        """On one process: the others wait for it at the next step."""
-        if self.args.analysis_steps is None or self.teacher is None or not self.is_world_process_zero():
-            return
-        from .analysis.record import probe_rows, record
-
-        dataset: Any = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, dict):
-            dataset = next(iter(dataset.values()))
-        numbers = record(self, probe_rows(dataset, self.args.analysis_examples), self.analysis_folder, pictures)
-        # All of them are in the file; a log of fifty numbers hides the rest.
-        shown = [name for name in numbers if name == "s2t_accuracy" or not name.startswith(("s2t_", "probe_"))]
-        should_log = self.control.should_log
-        self.log({f"analysis_{name}": numbers[name] for name in shown})
-        # A callback of transformers takes any log for that of the step, which would be left out.
-        self.control.should_log = should_log
-        self._running.restart_clock()
-
-    # ---- Checkpoints
-
-    def _auxiliary_modules(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {}
-        if self.projectors is not None:
-            modules["projectors"] = self.projectors
-        if self.adversary is not None:
-            modules[self._critic_name] = self.adversary.critic
-        return modules
-
-    @property
-    def _critic_name(self) -> str:
-        return "discriminator" if self.args.method_row.matching == "gan" else "transport_critics"
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in [`~transformers.Trainer`]; a checkpoint of another run is refused before anything is touched."""
-        if self.train_dataset is None:
-            raise UserError("train_dataset=None: pass the examples to train on")
-        # Both may have changed since the trainer was made.
-        check_steps(self.args, self.train_dataset)
-        self._data = None
-        if self.model is not None:  # as it is between the trials of a search
-            check_trainable(self.model)
-            # Which every checkpoint says: it must not fail only there.
-            self._trajectory()
-        trial = args[0] if args else kwargs.get("trial")
-        if resume_from_checkpoint is None and trial is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        if resume_from_checkpoint in ("last", "true", "True"):
-            resume_from_checkpoint = True
-        folder = Path(super()._get_output_dir(trial))
-        with ExitStack() as stack:
-            begun = self._on_main(lambda: self._begin(folder, resume_from_checkpoint, stack))
-            checkpoint, self._run_id, self.skipped_steps, self._changed_settings = begun
-            self._begun[str(folder)] = self._run_id
-            if checkpoint is not None:
-                finished = self._finished_at(checkpoint)
-                if finished is not None:
-                    return finished
-            if self.is_world_process_zero():
-                self._forget_earlier(checkpoint is not None)
-            result = super().train(checkpoint, *args, **kwargs)
-            if not self.state.global_step and not hasattr(self.train_dataset, "__len__"):
-                raise UserError(
-                    "no step was taken: train_dataset is a stream that gave no batch; pass one with examples"
-                )
-            self._check_finite()
-        # Of steps that were left out Trainer knows nothing.
-        return result._replace(training_loss=result.metrics["train_loss"])
-
-    def _on_main(self, work: Callable[[], Any]) -> Any:
-        """Runs `work` on the main process; what it returns or refuses is so on all of them."""
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = work()
-            except UserError as error:
-                answer[1] = str(error)
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise UserError(answer[1])
-        return answer[0]
-
-    def _begin(
-        self, folder: Path, resume: str | bool | None, stack: ExitStack
-    ) -> tuple[str | None, str | None, int, bool]:
-        """
-        Takes the folder until `stack` ends, and finds what to go on from.
-
-        Returns the checkpoint, the run's id, the steps that it has left out, and whether settings have changed.
-        """
-        stack.enter_context(held(folder))
-        recover(folder)
-        if not resume:
-            if getattr(self.args, "overwrite_output_dir", False):
-                forget_run(folder)
-            # Training again is this trainer's own affair.
-            if noted(folder).get("run_id") is None or noted(folder)["run_id"] != self._begun.get(str(folder)):
-                check_fresh(folder)
-            run = uuid.uuid4().hex
-            note(folder, run_id=run)
-            return None, run, 0, False
-        checkpoint = last_checkpoint(folder) if resume is True else Path(str(resume))
-        saved, changed = self._check_checkpoint(checkpoint)
-        if checkpoint.parent.resolve() != folder.resolve():
-            check_no_other(folder, saved.get("run_id"))
-        note(folder, run_id=saved.get("run_id"))
-        return str(checkpoint), saved.get("run_id"), saved.get("skipped_steps", 0), changed
-
-    def _check_checkpoint(self, checkpoint: Path) -> tuple[dict[str, Any], bool]:
-        """What is written in a checkpoint that this run can go on from, and whether with other settings."""
-        if getattr(self.model, "_hf_peft_config_loaded", False):
-            raise UserError(
-                f"resume_from_checkpoint={str(checkpoint)!r}: transformers loads no weights of an adapter made by"
-                " add_adapter; pass the model without its adapter, and peft_config"
-            )
-        shapes = {
-            name: {key: list(value.shape) for key, value in module.state_dict().items()}
-            for name, module in self._auxiliary_modules().items()
-        }
-        needed = [checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME] if self._trains_critic else []
-        needed += ["scaler.pt"] if self.accelerator.scaler is not None else []
-        # Where every node has files of its own, this one hasn't those of the others.
-        ranks = 0 if self.args.save_on_each_node else self.accelerator.num_processes
-        saved = check_checkpoint(checkpoint, self._facts, shapes, needed, ranks)
-        if "settings" in saved:
-            return saved, bool(check_settings(checkpoint, saved["settings"], self._trajectory(), self.args))
-        logger.warning("%s is of an earlier version, without settings that could be compared", checkpoint)
-        return saved, False
-
-    def _trajectory(self) -> dict[str, Any]:
-        """What a checkpoint says of the settings that decide what becomes of the student."""
-        self._data = self._data or fingerprint(self.train_dataset)
-        found = trajectory(self.args, self.accelerator.num_processes, self._data, active_adapter(self.model))
-        student_dtype = str(next(self.model.parameters()).dtype)
-        found |= {"student_dtype": student_dtype, "per_device_train_batch_size": self._train_batch_size}
-        return without_secrets(found)
-
-    def _forget_earlier(self, resumed: bool) -> None:
-        """Deletes what an earlier run left in the output folder and this one may not write again."""
-        from .analysis.record import forget
-
-        folder = Path(str(self.args.output_dir))
-        # A folder that has a result is complete, and this one now isn't.
-        for name in (RESULT_NAME, "alignment.png"):
-            (folder / name).unlink(missing_ok=True)
-        if not resumed:
-            forget(folder / "analysis", -1)
-            if os.path.realpath(getattr(self.model, "name_or_path", "")) != os.path.realpath(folder):
-                (folder / "chat_template.jinja").unlink(missing_ok=True)
-
-    def _finished_at(self, checkpoint: str) -> TrainOutput | None:
-        """
-        Loads a checkpoint that was saved after a run's last step, which may have been stopped before the final save.
-
-        Trainer would do one step more before it notices that there is none to do.
-        """
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        steps, epochs = self.args.max_steps, self.args.num_train_epochs
-        if state.global_step < steps if steps > 0 else (state.epoch or 0) < epochs:
-            return None
-        logger.warning(
-            "%s was saved after the last of %d steps: nothing is left to train", checkpoint, state.global_step
-        )
-        self.state = state
-        self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        return TrainOutput(state.global_step, 0.0, {})
-
-    def _check_finite(self) -> None:
-        """Raises a [`NonFiniteLossError`] on every rank for what was not finite on one: terms, gradients, weights."""
-        self._running.check(self.accelerator)
-        found = self.accelerator.gather(spoilt(self._trained(), self.accelerator.device).unsqueeze(0))
-        self._refuse_spoilt(found.any(0))
-
-    def _trained(self) -> dict[str, list[nn.Parameter]]:
-        """What a run trains, by its part."""
-        parts = {"the student": [weight for weight in self.model.parameters() if weight.requires_grad]}
-        named = self._auxiliary_modules().items()
-        return parts | {f"the {name.replace('_', ' ')}": list(module.parameters()) for name, module in named}
-
-    def _refuse_spoilt(self, found: Tensor) -> None:
-        names = [name for name, bad in zip(self._trained(), found.tolist()) if bad]
-        if names:
-            raise NonFiniteLossError(
-                f"weights of {', '.join(names)} are NaN or infinite after step {self.state.global_step}, and aren't"
-                f" saved; {REMEDY}"
-            )
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As in [`~transformers.Trainer`]; weights that are NaN or infinite aren't saved."""
-        # On this process alone: of several, one may be asked to save.
-        self._refuse_spoilt(spoilt(self._trained(), self.accelerator.device))
-        super().save_model(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with saved_for_others(self):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
-            if self._facts["adapter"]:
-                # PEFT saves none, and that of the base may stop at other tokens.
-                save_generation_config(self.model, str(folder))
-            facts = {**self._facts, "run_id": self._run_id, "skipped_steps": self.skipped_steps}
-            if self._staging is not None:
-                facts["settings"] = self._trajectory()
-            checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), facts)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.adversary is not None and self.adversary.optimizer is not None and self.args.should_save:
-            path = os.path.join(output_dir, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
-            torch.save(self.adversary.state_dict(), path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint_files.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer: Any = self.optimizer
-        kept = rates(optimizer, self.lr_scheduler)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._changed_settings:
-            set_rates(optimizer, self.lr_scheduler, kept)
-        if checkpoint is not None and self._trains_critic:
-            assert self.adversary is not None and self.adversary.optimizer is not None
-            kept = rates(self.adversary.optimizer, self.adversary.scheduler)
-            path = os.path.join(checkpoint, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-            self.adversary.load_state_dict(state)
-            if self._changed_settings:
-                set_rates(self.adversary.optimizer, self.adversary.scheduler, kept)
-
-    def load_trained(self, folder: str | Path) -> None:
-        """
-        Takes student, projectors and discriminator as a run saved them, to look at; to go on training, resume instead.
-
-        Args:
-            folder (`str` or `Path`): The output folder of a run with the same settings, or a checkpoint in it.
-        """
-        checkpoint_files.check_facts(folder, self._facts, "folder=")
-        self._load_from_checkpoint(str(folder))
-        state = Path(folder) / "trainer_state.json"
-        if state.is_file():
-            self.state = TrainerState.load_from_json(str(state))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        checkpoint_files.load_auxiliary(str(self.state.best_model_checkpoint), self._auxiliary_modules())
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes beside and renames, so that a full disk or a kill never leaves half a checkpoint under its name."""
-        self._check_finite()
-        run_dir = Path(super()._get_output_dir(trial))
-        staging = run_dir / checkpoint_files.STAGING_NAME
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = staging
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._finish_checkpoint(staging / name, run_dir / name)
-        except Exception as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            last = checkpoint_files.checkpoints(run_dir)
-            kept = f"the last good one is {last[-1]}" if last else "there is no earlier one"
-            raise UserError(
-                f"{name} could not be saved ({type(error).__name__}: {error}); {kept}: free space or choose another"
-                " output_dir, then go on with resume_from_checkpoint"
-            ) from error
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            checkpoint_files.rotate(run_dir, self.args.save_total_limit, best, self._run_id)
-        self._running.restart_clock()
-
-    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staged.parent:
-            # The state was written while the checkpoint still had its temporary place.
-            self.state.best_model_checkpoint = str(final.parent / Path(best).name)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        checkpoint_files.publish(staged, final)
-        shutil.rmtree(staged.parent)
 
 
 def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:

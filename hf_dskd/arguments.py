@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from .checks import check_launch, check_metric, check_output_dir
 from .errors import UserError, check_name, kind_of
 
 
@@ -20,6 +21,44 @@ if TYPE_CHECKING:
     from .config import DSKDConfig
 
 logger = logging.getLogger(__name__)
+
+
+def check_given(
+    args: DSKDConfig,
+    model: Any,
+    eval_dataset: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+    preprocess_logits_for_metrics: Any,
+    callbacks: Any,
+    optimizers: Any,
+    peft_config: Any,
+    quantization_config: Any,
+    teacher_quantization_config: Any,
+) -> None:
+    """Checks what [`~hf_dskd.DSKDTrainer`] is given as far as that takes neither models nor the rows of data."""
+    check_functions(
+        data_collator=data_collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    )
+    check_callbacks(callbacks)
+    check_evaluation(args, eval_dataset, compute_metrics)
+    check_backends(args)
+    check_optimizers(args, optimizers, model)
+    check_optimization(args, optimizers[0])
+    check_adapter_config(peft_config)
+    check_quantization(
+        quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
+    )
+    check_launch(args)
+    check_output_dir(str(args.output_dir))
+    check_metric(args, eval_dataset)
+    if args.teacher_cache is not None and args.method_row.needs_teacher and data_collator is not None:
+        raise UserError(
+            f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached states,"
+            " which DualCollator adds; leave one of them out"
+        )
 
 
 def check_args(args: Any) -> None:
@@ -57,7 +96,7 @@ def check_callbacks(callbacks: Any) -> None:
             raise UserError(f"callbacks has {kind_of(callback)}, which is no TrainerCallback: derive it from that")
 
 
-def check_optimizers(optimizers: Any, model: Any) -> None:
+def check_optimizers(args: DSKDConfig, optimizers: Any, model: Any) -> None:
     """An optimizer and a schedule, either of them `None`; the optimizer can't know a student that isn't loaded yet."""
     if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
         shown = f" of {len(optimizers)}" if isinstance(optimizers, (tuple, list)) else ""
@@ -69,6 +108,11 @@ def check_optimizers(optimizers: Any, model: Any) -> None:
         )
     if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "step")):
         raise UserError(f"optimizers has {kind_of(schedule)} as its second: make a schedule, or set lr_scheduler_type")
+    if args.method_row.dual_space and schedule is not None:
+        raise UserError(
+            "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
+            " pass (optimizer, None) and set lr_scheduler_type"
+        )
     if optimizer is not None and isinstance(model, str):
         raise UserError(
             f"optimizers=({type(optimizer).__name__}, ...): the student {model!r} is loaded by its name, and an"

@@ -500,7 +500,7 @@ def cache_teacher(run: Run) -> None:
 
     from .checks import check_launch
     from .training.pair import Pair
-    from .training.prepare import Tokenize
+    from .training.prepare import Preparation
     from .trl_settings import student_options, teacher_options, without_place
 
     config = run.config
@@ -515,10 +515,11 @@ def cache_teacher(run: Run) -> None:
     if run.options.sft_teacher:
         config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
     pair = Pair(config, student, teacher)
-    tokenize = Tokenize(pair, aligned=False)
+    tokenize = Preparation(pair, aligned=False).tokenize
     with config.main_process_first(desc="tokenization"):
         datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
     cache = pair.open_cache(config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache")
+    assert cache is not None
     filled = cache.fill(datasets, pair.load_teacher)
     if PartialState().is_main_process:
         print(cache.summary(filled))

@@ -22,28 +22,17 @@ from .adversary import Adversary
 from .alignment.chunked import input_chunks
 from .analysis.callback import AnalysisCallback
 from .arguments import (
-    check_adapter_config,
     check_args,
-    check_backends,
-    check_callbacks,
     check_collator,
-    check_evaluation,
-    check_functions,
-    check_optimization,
+    check_given,
     check_optimized,
-    check_optimizers,
-    check_quantization,
 )
 from .attention_capture import AttentionPairs
 from .checks import (
-    check_launch,
-    check_metric,
-    check_output_dir,
     check_steps,
     check_trainable,
 )
 from .config import DSKDConfig
-from .data.collator import DualCollator
 from .data.kinds import as_dataset, as_datasets
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
@@ -75,11 +64,10 @@ from .objective import (
 )
 from .projectors import Projectors
 from .running_log import RunningLog
-from .teacher.cache import TeacherCache
 from .teacher.source import TeacherSource, open_source
 from .training.checkpoint import Checkpoints
 from .training.pair import Pair
-from .training.prepare import Tokenize, written_by_teacher
+from .training.prepare import Preparation
 from .training.steps import StepCallback
 from .words import ARGUMENTS, understands
 
@@ -192,37 +180,26 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         quantization_config: Any = None,
         teacher_quantization_config: Any = None,
     ):
-        if args is None:
-            args = DSKDConfig("dskd_output")
+        args = DSKDConfig("dskd_output") if args is None else args
         check_args(args)
         row = args.method_row
-
         # What can be refused is refused first; models are loaded last.
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_datasets(eval_dataset, "eval_dataset")
-        check_functions(
-            data_collator=data_collator,
-            compute_metrics=compute_metrics,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        check_given(
+            args,
+            model,
+            eval_dataset,
+            data_collator,
+            compute_metrics,
+            preprocess_logits_for_metrics,
+            callbacks,
+            optimizers,
+            peft_config,
+            quantization_config,
+            teacher_quantization_config,
         )
-        check_callbacks(callbacks)
-        check_evaluation(args, eval_dataset, compute_metrics)
-        check_backends(args)
-        check_optimizers(optimizers, model)
-        check_optimization(args, optimizers[0])
-        check_adapter_config(peft_config)
-        check_quantization(
-            quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
-        )
-        check_launch(args)
-        check_output_dir(str(args.output_dir))
-        check_metric(args, eval_dataset)
-        if row.dual_space and optimizers[1] is not None:
-            raise UserError(
-                "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
-                " pass (optimizer, None) and set lr_scheduler_type"
-            )
-        pair = Pair(
+        self._pair = pair = Pair(
             args,
             model,
             teacher_model,
@@ -233,42 +210,19 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             teacher_quantization_config=teacher_quantization_config,
         )
         pair.check_student(trains=train_dataset is not None)
-        self._pair = pair
-        tokenizer, teacher_tokenizer = pair.tokenizers
         self._identity = identity(pair.student.name, bool(pair.adapters), args.method, pair.student.config.model_type)
         self._origins = {side.role: side.origin for side in (pair.student, pair.teacher) if side is not None}
         if args.push_to_hub:
             self._check_hub(args)
-
-        if args.teacher_cache is not None and row.needs_teacher and data_collator is not None:
-            raise UserError(
-                f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached"
-                " states, which DualCollator adds; leave one of them out"
-            )
-        self._cache: TeacherCache | None = None
-        if args.teacher_cache is not None and row.needs_teacher:
-            self._cache = pair.open_cache(args.teacher_cache)
-
-        if row.text == "teacher":
-            train_dataset = written_by_teacher(train_dataset, pair)
-        self._tokenize = Tokenize(pair)
-        self.tokenization_reports = self._tokenize.reports
-        with args.main_process_first(desc="tokenization"):
-            train_dataset = self._tokenize(train_dataset, "train")
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: self._tokenize(split, f"eval_{name}") for name, split in eval_dataset.items()}
-            else:
-                eval_dataset = self._tokenize(eval_dataset, "eval")
+        cache = pair.open_cache(args.teacher_cache)
+        self._preparation = Preparation(pair, cache)
+        self.tokenization_reports = self._preparation.reports
+        train_dataset, eval_dataset = self._preparation.begin(train_dataset, eval_dataset)
         if train_dataset is not None:
             check_steps(args, train_dataset)
         if data_collator is not None:
             check_collator(data_collator, train_dataset, row.needs_teacher)
-
-        if self._cache is not None:
-            splits: dict[str, Any] = {"eval": eval_dataset}
-            if isinstance(eval_dataset, dict):
-                splits = {f"eval_{name}": split for name, split in eval_dataset.items()}
-            self._cache.fill({"train": train_dataset, **splits}, pair.load_teacher)
+        self._preparation.fill(train_dataset, eval_dataset)
 
         student = pair.load_student()
         if train_dataset is not None:
@@ -276,33 +230,22 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             check_optimized(optimizers[0], student)
         if args.on_policy_fraction:
             check_generation_config(student, "the student")
+        self.teacher: TeacherSource | None = None
+        if row.needs_teacher:
+            self.teacher = open_source(cache, pair.load_teacher, args.device)
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
             # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-
-        self.teacher: TeacherSource | None = None
-        if row.needs_teacher:
-            self.teacher = open_source(self._cache, pair.load_teacher, args.device)
-
-        if data_collator is None:
-            data_collator = DualCollator(
-                student_pad_token_id=tokenizer.pad_token_id,
-                teacher_pad_token_id=None if teacher_tokenizer is None else teacher_tokenizer.pad_token_id,
-                # The released code pads every batch to the full length, and its losses depend on it. The last
-                # position has no next token, hence one more.
-                pad_to_length=args.max_length + 1 if args.as_published else None,
-                teacher_states=None if self._cache is None else self._cache.batch,
-            )
         if args.world_size > 1 and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
             # One rank would cut the batches of all out of its own, which are padded to lengths of their own.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         super().__init__(
             model=student,
             args=args,
-            data_collator=data_collator,
+            data_collator=self._preparation.collator() if data_collator is None else data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=pair.student.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -314,11 +257,10 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         # 5.19 on, the second before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.teacher_processing_class = teacher_tokenizer
+        self.teacher_processing_class = pair.tokenizers[1]
         teacher = pair.teacher if row.needs_teacher else None
         sizes = hidden_size(pair.student.config), None if teacher is None else hidden_size(teacher.config)
         self._prepare_pair(student, sizes)
-        # What must agree for a checkpoint to be resumed from.
         composition = {key: value for key, value in asdict(row).items() if key not in ("summary", "source")}
         self._facts = {
             "method": args.method,
@@ -332,7 +274,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         }
         self.running_log = RunningLog(self.accelerator.device)
         self._learning_rates: dict[str, float] = {}
-        self._begun: dict[str, str | None] = {}  # the runs of this trainer, by their folders
+        self._begun: dict[str, str | None] = {}
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
         self._trial: Any = None  # of a search
@@ -354,7 +296,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
                 self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         self._same_tokens = self._attention is not None and _reads_same_tokens(
-            self._tokenize.student, self._tokenize.teacher, dataset
+            self._pair.student.tokenizer, self._pair.tokenizers[1], dataset
         )
         self.projectors: Projectors | None = None
         self.adversary: Adversary | None = None
@@ -392,8 +334,8 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         if row.spaces == ("likelihood",) and self.args.alm_bias_threshold is not None:
             student_rows = lm_head(self.model).weight.shape[0]
             boundary = (
-                boundary_tokens(self._tokenize.student, student_rows).to(device),
-                boundary_tokens(self._tokenize.teacher, rows).to(device),
+                boundary_tokens(self._pair.student.tokenizer, student_rows).to(device),
+                boundary_tokens(self._pair.tokenizers[1], rows).to(device),
             )
         if vocabulary_map is not None:
             vocabulary_map = vocabulary_map.to(device)

@@ -462,7 +462,7 @@ def test_every_row_counts_whatever_its_number(tmp_path):
     """Two tokenized sets, both numbered from 0."""
     run = runs.trainer(tmp_path, method="sft")
     parts = [tiny.dataset(8).select(rows) for rows in (range(3), range(3, 8))]
-    tokenized = [run._tokenize(part, "eval") for part in parts]
+    tokenized = [run._preparation.tokenize(part, "eval") for part in parts]
     assert set(tokenized[0]["example_id"]) < set(tokenized[1]["example_id"])
     both = run.evaluate(concatenate_datasets(tokenized))["eval_bits_per_byte"]
     assert both == pytest.approx(run.evaluate(tiny.dataset(8))["eval_bits_per_byte"], rel=1e-9)

@@ -114,7 +114,8 @@ class Evaluations(Batches):
 
     def _answer(self, dataset: Any) -> dict[str, float]:
         """Scores of greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
-        tokenizer, rank, ranks = self._tokenize.student, self.accelerator.process_index, self.accelerator.num_processes
+        tokenizer, frame = self._pair.student.tokenizer, self._pair.frames["student"]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         count = self.args.eval_generation_samples
         # As accelerate and the filling for several ranks wrap a stream.
         while isinstance(dataset, (IterableDatasetShard, FilledStream)):
@@ -124,7 +125,6 @@ class Evaluations(Batches):
         else:
             rows = list(dataset.take(count))
         rows = rows[rank::ranks]
-        frame = self._tokenize.frames["student"]
         # Of a conversation the last answer.
         last = [(list(row["input_ids"]), *answer_spans(row)[-1]) for row in rows]
         prompts = [ids[:start] for ids, start, _ in last]

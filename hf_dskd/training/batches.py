@@ -13,17 +13,15 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from ..data.fillers import FilledStream, first_examples, without_fillers
-from ..data.kinds import as_dataset
 from ..data.on_policy import is_on_policy, on_policy_batch
 from ..data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
 
 
 if TYPE_CHECKING:
     from ..config import DSKDConfig
-    from ..teacher.cache import TeacherCache
     from ..teacher.source import TeacherSource
     from .pair import Pair
-    from .prepare import Tokenize
+    from .prepare import Preparation
 
 
 class Batches(Trainer):
@@ -32,8 +30,7 @@ class Batches(Trainer):
     args: DSKDConfig
     teacher: TeacherSource | None
     _pair: Pair
-    _tokenize: Tokenize
-    _cache: TeacherCache | None
+    _preparation: Preparation
     # Response tokens of the global batch: the student's, the teacher's.
     _items: Tensor | None = None
     _on_policy = False
@@ -45,9 +42,7 @@ class Batches(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize(as_dataset(eval_dataset, "eval_dataset"), "eval")
-            if self._cache is not None:
-                self._cache.fill({"eval": eval_dataset}, self._pair.load_teacher)
+            eval_dataset = self._preparation.later(eval_dataset, "eval_dataset", "eval")
         if eval_dataset is None or isinstance(eval_dataset, str):
             chosen: Any = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]  # type: ignore
             if chosen is not None and not hasattr(chosen, "__len__"):
@@ -72,10 +67,7 @@ class Batches(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As in [`~transformers.Trainer`]; a dataset that isn't tokenized yet is tokenized first."""
-        test_dataset = self._tokenize(as_dataset(test_dataset, "test_dataset"), "test")
-        if self._cache is not None:
-            self._cache.fill({"test": test_dataset}, self._pair.load_teacher)
-        return super().get_test_dataloader(test_dataset)
+        return super().get_test_dataloader(self._preparation.later(test_dataset, "test_dataset", "test"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -127,15 +119,14 @@ class Batches(Trainer):
         return on_policy_batch(
             batch,
             model,
-            self._tokenize.student,
-            self._tokenize.teacher,
+            *self._pair.tokenizers,
             self.data_collator,
             max_length=self.args.max_length,
             generation_config=model.generation_config,
             seed=(seed + place) * 64 + self.accelerator.process_index,
             autocast=self._autocast(),
-            align=self._tokenize.partners,
-            frames=self._tokenize.frames,
+            align=self._preparation.partners,
+            frames=self._pair.frames,
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:

@@ -266,10 +266,11 @@ class Pair:
         add_end_tokens(student, self.frames["student"].end[-1])
         return student if self.peft_config is None else _with_adapter(student, self.peft_config, self.args)
 
-    def open_cache(self, folder: str | Path) -> TeacherCache:
-        """Opens the cache of the teacher's states in `folder` (see [`~hf_dskd.teacher.cache.open_cache`])."""
-        assert self.teacher is not None
+    def open_cache(self, folder: str | Path | None) -> TeacherCache | None:
+        """Opens the cache of the teacher's states in `folder`, if there is one and the method runs a teacher."""
         side = self.teacher
+        if folder is None or side is None or not self.args.method_row.needs_teacher:
+            return None
         return open_cache(folder, self.args, side.model, side.config, side.tokenizer, self.teacher_quantization)
 
     def load_teacher(self) -> Any:

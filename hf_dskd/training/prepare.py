@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..alignment.min_edit import partners
 from ..alignment.spans import answer_spans
 from ..checks import check_columns
+from ..data.collator import DualCollator
+from ..data.kinds import as_dataset
 from ..data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
 from ..data.tokenized import check_tokenized
 from ..errors import UserError
@@ -19,6 +21,7 @@ from ..teacher.responses import write_responses
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..teacher.cache import TeacherCache
     from .pair import Pair
 
 logger = logging.getLogger(__name__)
@@ -60,26 +63,64 @@ def written_by_teacher(dataset: Any, pair: Pair) -> Any:
         )
 
 
-class Tokenize:
+class Preparation:
     """
-    Tokenizes datasets for both models, unless that has been done.
+    Makes of datasets what a run reads: tokens of both models and, where there is a cache, the teacher's states.
 
     Args:
         pair ([`~hf_dskd.training.pair.Pair`]): Of the two tokenizers, with the settings.
+        cache ([`~hf_dskd.teacher.cache.TeacherCache`], *optional*): For the states.
         aligned (`bool`, *optional*, defaults to `True`): Also find partners of tokens, where the method needs them.
 
     Attributes:
         reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
     """
 
-    def __init__(self, pair: Pair, aligned: bool = True):
-        self.args, self.frames = pair.args, pair.frames
+    def __init__(self, pair: Pair, cache: TeacherCache | None = None, aligned: bool = True):
+        self.pair, self.cache, self.args, self.frames = pair, cache, pair.args, pair.frames
         self.reports: dict[str, TokenizationReport] = {}
         self.student, self.teacher = pair.tokenizers
         found = pair.vocabulary_map if aligned else None
         self.partners = None if found is None else _Partners(self.student, self.teacher, found)
 
-    def __call__(self, dataset: Any, split: str) -> Any:
+    def begin(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Tokenizes the data of a run, whose training data the teacher writes first where the method says so."""
+        if self.args.method_row.text == "teacher":
+            train = written_by_teacher(train, self.pair)
+        with self.args.main_process_first(desc="tokenization"):
+            train = self.tokenize(train, "train")
+            if isinstance(evaluation, dict):
+                return train, {name: self.tokenize(split, f"eval_{name}") for name, split in evaluation.items()}
+            return train, self.tokenize(evaluation, "eval")
+
+    def fill(self, train: Any, evaluation: Any) -> None:
+        """Computes what the cache hasn't of the data of a run."""
+        if self.cache is not None:
+            splits = {"eval": evaluation}
+            if isinstance(evaluation, dict):
+                splits = {f"eval_{name}": split for name, split in evaluation.items()}
+            self.cache.fill({"train": train, **splits}, self.pair.load_teacher)
+
+    def later(self, dataset: Any, parameter: str, split: str) -> Any:
+        """Tokenizes data that a run is given to evaluate on later, as `parameter`, and fills the cache with them."""
+        dataset = self.tokenize(as_dataset(dataset, parameter), split)
+        if self.cache is not None:
+            self.cache.fill({split: dataset}, self.pair.load_teacher)
+        return dataset
+
+    def collator(self) -> DualCollator:
+        """Returns the collator of the tokens and states."""
+        return DualCollator(
+            student_pad_token_id=self.student.pad_token_id,
+            teacher_pad_token_id=None if self.teacher is None else self.teacher.pad_token_id,
+            # The released code pads every batch to the full length, and its losses depend on it. The last position
+            # has no next token, hence one more.
+            pad_to_length=self.args.max_length + 1 if self.args.as_published else None,
+            teacher_states=None if self.cache is None else self.cache.batch,
+        )
+
+    def tokenize(self, dataset: Any, split: str) -> Any:
+        """Tokenizes a dataset for both models unless that has been done, and keeps what was cut or skipped."""
         if dataset is not None and is_tokenized(dataset):
             both = {"": self.student, "teacher_": self.teacher}
             both = {prefix: tokenizer for prefix, tokenizer in both.items() if tokenizer is not None}

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -277,7 +276,6 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         self._begun: dict[str, str | None] = {}
         self._evaluated: list[Tensor] = []
         self.samples: list[dict[str, Any]] = []
-        self._trial: Any = None  # of a search
         self.add_callback(StepCallback(self))
         self.add_callback(AnalysisCallback(self))
 
@@ -550,13 +548,6 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             logs["train_loss"] = self.running_log.mean_loss if self.running_log.mean_loss is not None else math.nan
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             del logs["grad_norm"]
-
-    # ---- Analysis
-
-    @property
-    def analysis_folder(self) -> Path:
-        """Where the analyses of the run are written (see [`hf_dskd.analysis.record`])."""
-        return Path(super()._get_output_dir(self._trial)) / "analysis"
 
 
 def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
 from .record import forget, probe_rows, read_numbers, record
-
-
-if TYPE_CHECKING:
-    from ..trainer import DSKDTrainer
 
 
 class AnalysisCallback(TrainerCallback):
@@ -20,7 +16,7 @@ class AnalysisCallback(TrainerCallback):
     On one process: the others wait for it at the next step.
     """
 
-    def __init__(self, trainer: DSKDTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -47,6 +47,13 @@ class Checkpoints(Steps):
     _changed_settings = False
     # Where a checkpoint is written before it gets its name.
     _staging: Path | None = None
+    # Of a search.
+    _trial: Any = None
+
+    @property
+    def analysis_folder(self) -> Path:
+        """Where the analyses of the run are written (see [`hf_dskd.analysis.record`])."""
+        return Path(super()._get_output_dir(self._trial)) / "analysis"
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in [`~transformers.Trainer`]; a checkpoint of another run is refused before anything is touched."""

@@ -445,8 +445,8 @@ MACHINE: dict[str, Callable[[], Lines]] = {
 
 
 def _config(path: str | Path, parsed: list[Run]) -> Lines:
-    from .checks import check_launch
     from .run import parse
+    from .training.arguments import check_launch
 
     parsed.append(parse(None, None, ["--config", str(path)]))
     yield OK, f"{path} names settings that are known and go together"
@@ -455,8 +455,8 @@ def _config(path: str | Path, parsed: list[Run]) -> Lines:
 
 def method(run: Run) -> Lines:
     """What it is composed of, and whether the two models are named."""
-    from .checks import check_pair
     from .methods import METHODS
+    from .training.compatibility import check_pair
     from .trl_settings import student_options, teacher_options
 
     config = copy(run.config)
@@ -510,10 +510,10 @@ def models(run: Run, role: str) -> Lines:
 
 def tokenizers(run: Run) -> Lines:
     """Whether they load and fit their models, and have one vocabulary or two."""
-    from .checks import check_vocabularies
     from .data.prompts import answer_frame
     from .data.vocabulary import same_vocabulary
-    from .pretrained import options_of
+    from .models.pretrained import options_of
+    from .training.compatibility import check_vocabularies
 
     found = {}
     for role, side in _sides(run).items():
@@ -573,9 +573,8 @@ def data(run: Run) -> Lines:
 
 def output(run: Run) -> Lines:
     """Whether files can be written there, and whether a run is there already."""
-    from .checkpoint import checkpoints
-    from .checks import check_output_dir
     from .result import RESULT_NAME
+    from .training.run_folder import check_output_dir, checkpoints
 
     folder = Path(str(run.config.output_dir))
     check_output_dir(str(_existing(folder)))

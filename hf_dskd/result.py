@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .redaction import without_secrets
+from .training.run_folder import RESULT_NAME as RESULT_NAME
 from .utils.environment import command_line, hardware, versions
 from .utils.files import plain, write_json
 
 
-RESULT_NAME = "result.json"
 SETTINGS_NAME = "settings.yaml"
 # Settings that DSKDConfig makes itself, and one that must not be written down.
 UNWRITTEN = ("remove_unused_columns", "logging_nan_inf_filter", "hub_token")

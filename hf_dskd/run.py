@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .checkpoint import checkpoints
 from .data.source import PYTHON_FUNCTIONS, load_data
 from .errors import UserError
 from .field_checks import check_fields
 from .launch import command as command
 from .packaged import model_name
 from .result import RESULT_NAME, SETTINGS_NAME, differences, evaluations, write_result
-from .run_folder import check_fresh, forget_run, held
+from .training.run_folder import check_fresh, checkpoints, forget_run, held
 from .utils.files import read_yaml, write_json, write_json_lines, write_yaml
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
@@ -498,7 +497,7 @@ def cache_teacher(run: Run) -> None:
     """
     from accelerate import PartialState
 
-    from .checks import check_launch
+    from .training.arguments import check_launch
     from .training.pair import Pair
     from .training.prepare import Preparation
     from .trl_settings import student_options, teacher_options, without_place
@@ -634,7 +633,7 @@ def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> No
         output_dir (`Path`): For numbers and pictures (see [`hf_dskd.analysis.record`]).
     """
     from .analysis.record import probe_rows, record
-    from .checkpoint import check_analysed
+    from .training.run_folder import check_analysed
 
     check_analysed(folder)
     run = parse(None, None, ["--config", str(settings), "--output_dir", str(output_dir)])

@@ -20,24 +20,11 @@ from transformers import (
 from .adversary import Adversary
 from .alignment.chunked import input_chunks
 from .analysis.callback import AnalysisCallback
-from .arguments import (
-    check_args,
-    check_collator,
-    check_given,
-    check_optimized,
-)
 from .attention_capture import AttentionPairs
-from .checks import (
-    check_steps,
-    check_trainable,
-)
 from .config import DSKDConfig
 from .data.kinds import as_dataset, as_datasets
 from .data.vocabulary import same_vocabulary, shared_tokens
 from .errors import UserError
-from .evaluation.generation import (
-    check_generation_config,
-)
 from .evaluation.in_training import Evaluations
 from .hub.card import identity
 from .hub.publishing import Publishing
@@ -46,14 +33,9 @@ from .losses.conditional_transport import TransportCritics
 from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
 from .losses.key_query import Discriminator
 from .losses.likelihood import boundary_tokens
-from .models import (
-    LastHiddenState,
-    check_head,
-    check_student_head,
-    hidden_size,
-    input_embedding,
-    lm_head,
-)
+from .models.causal_lm import check_head, check_student_head, hidden_size, input_embedding, lm_head
+from .models.generation import check_generation_config
+from .models.hidden_states import LastHiddenState
 from .objective import (
     PairConstants,
     Terms,
@@ -64,9 +46,11 @@ from .objective import (
 from .projectors import Projectors
 from .running_log import RunningLog
 from .teacher.source import TeacherSource, open_source
+from .training.arguments import check_args, check_collator, check_given, check_optimized
 from .training.checkpoint import Checkpoints
+from .training.compatibility import check_trainable
 from .training.pair import Pair
-from .training.prepare import Preparation
+from .training.prepare import Preparation, check_steps
 from .training.steps import StepCallback
 from .words import ARGUMENTS, understands
 

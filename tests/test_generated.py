@@ -17,14 +17,14 @@ from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
 
 from hf_dskd.data import on_policy
-from hf_dskd.data.on_policy import is_on_policy
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation.generation import response_text
 from hf_dskd.losses.terms import TERMS
+from hf_dskd.models.generation import response_text
 from hf_dskd.objective import weights
 from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
+from hf_dskd.training.on_policy import is_on_policy
 
 
 STUDENT, TEACHER = runs._STUDENT_TOKENIZER, runs._TEACHER_TOKENIZER

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_dskd import UserError
-from hf_dskd.evaluation.generation import check_saved_generation
+from hf_dskd.models.generation import check_saved_generation
 
 
 def student(folder, **settings):

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from hf_dskd import UserError, doctor, run
 from hf_dskd.experiments.autoconfig import derive
 from hf_dskd.experiments.memory import Size
-from hf_dskd.pretrained import empty_model, read_config
+from hf_dskd.models.pretrained import empty_model, read_config
 from hf_dskd.teacher.load import teacher_quantization
 
 

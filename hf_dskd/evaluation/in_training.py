@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..alignment.spans import answer_spans
 from ..data.fillers import FilledStream, without_fillers
 from ..losses.terms import ratios
+from ..models.generation import read_response, response_text
 from ..objective import Terms, weighted_loss
 from ..running_log import RunningLog, exact_dtype
 from ..training.batches import Batches
-from .generation import read_response, response_text, score_generation
+from .generation import score_generation
 from .likelihood import covers_text
 
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..checkpoint import AUXILIARY_NAME, ROLES
 from ..data.files import format_of
 from ..errors import UserError
 from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
 from ..report.files import RunFiles, changed_settings, metrics_before, read_run, runs_in
 from ..report.words import duration, measured, measures_of, millions, setting, title_of, with_commit
+from ..training.run_folder import AUXILIARY_NAME, ROLES
 from ..utils.files import read_json, read_yaml, write_text
 from .names import page
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from ..alignment.cross_model import unit_std
 from ..alignment.weights import AlignmentWeights, TiledAttention
 from ..kernels.linear_divergence import RowFunction, linear_rows
-from ..models import answer_positions
+from ..models.causal_lm import answer_positions
 from .divergences import DivergenceFunction, precise
 
 
 if TYPE_CHECKING:
-    from ..models import LMHead
+    from ..models.causal_lm import LMHead
     from ..projectors import Projectors
 
 IGNORE = -100
@@ -300,7 +300,7 @@ def dual_space_terms(
         student, teacher ([`ResponseStates`]): The two views of the batch.
         alignment ([`~hf_dskd.alignment.weights.AlignmentWeights`]): Of their positions.
         projectors ([`~hf_dskd.projectors.Projectors`]): s2t and t2s.
-        student_head, teacher_head ([`~hf_dskd.models.LMHead`]): To logits.
+        student_head, teacher_head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits.
         student_space_divergence, teacher_space_divergence:
             Of raw `(student_logits, teacher_logits)`, per row, temperature inside. `None` leaves that space out.
         teacher_value (`str`, *optional*, defaults to `"state_and_target"`):

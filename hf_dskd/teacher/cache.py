@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
 from ..errors import UserError
-from ..models import LMHead, base_causal_lm, check_head, hidden_size
-from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
+from ..models.causal_lm import LMHead, base_causal_lm, check_head, hidden_size
+from ..models.pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
 from ..redaction import without_secrets
 from .load import Teacher, teacher_dtype
 

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import four_bit, quantization
 from ..errors import UserError
-from ..models import LMHead, answer_positions, backbone, input_embedding, lm_head
-from ..pretrained import ADAPTER_NAME, check_options, dtype_option, empty_model, reading, source, weight_options
+from ..models.causal_lm import LMHead, answer_positions, backbone, input_embedding, lm_head
+from ..models.pretrained import (
+    ADAPTER_NAME,
+    check_options,
+    dtype_option,
+    empty_model,
+    four_bit,
+    quantization,
+    reading,
+    source,
+    weight_options,
+)
 
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ class Teacher:
             Where the losses run, which may be another device than the model's; `None` is the model's.
 
     Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits, dequantised, on `device`.
+        head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits, dequantised, on `device`.
         embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding, on `device`.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..models import check_head
+from ..models.causal_lm import check_head
 from .cache import CachedTeacher, TeacherCache
 from .load import Teacher
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..models import LMHead
+    from ..models.causal_lm import LMHead
 
 
 class TeacherSource(Protocol):
@@ -22,7 +22,7 @@ class TeacherSource(Protocol):
     What losses read of a teacher.
 
     Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits.
+        head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits.
         embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
         model ([`~transformers.PreTrainedModel`], *optional*): That runs, if one does.
     """
@@ -35,7 +35,7 @@ class TeacherSource(Protocol):
     def model(self) -> Any: ...
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Last hidden states `[B, R, d_t]` at the positions of [`~hf_dskd.models.answer_positions`]."""
+        """Last hidden states `[B, R, d_t]` at the positions of [`~hf_dskd.models.causal_lm.answer_positions`]."""
 
 
 def open_source(cache: TeacherCache | None, load_teacher: Callable[[], Any], device: torch.device) -> TeacherSource:

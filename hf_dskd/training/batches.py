@@ -13,8 +13,8 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer
 
 from ..data.fillers import FilledStream, first_examples, without_fillers
-from ..data.on_policy import is_on_policy, on_policy_batch
 from ..data.sampler import EpochSampler, LengthGroupedEpochSampler, example_lengths
+from .on_policy import is_on_policy, on_policy_batch
 
 
 if TYPE_CHECKING:

@@ -17,17 +17,27 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from .. import checkpoint as checkpoint_files
-from ..checks import check_steps, check_trainable
 from ..data.fingerprint import fingerprint
 from ..errors import NonFiniteLossError, UserError
-from ..evaluation.generation import save_generation_config
-from ..finite import spoilt
+from ..models.generation import save_generation_config
 from ..redaction import without_secrets
-from ..result import RESULT_NAME
-from ..resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
-from ..run_folder import check_fresh, check_no_other, forget_run, held, last_checkpoint, note, noted, recover
 from ..running_log import REMEDY
+from . import run_folder
+from .compatibility import check_trainable
+from .finite import spoilt
+from .prepare import check_steps
+from .resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
+from .run_folder import (
+    RESULT_NAME,
+    check_fresh,
+    check_no_other,
+    forget_run,
+    held,
+    last_checkpoint,
+    note,
+    noted,
+    recover,
+)
 from .steps import Steps
 
 
@@ -142,7 +152,7 @@ class Checkpoints(Steps):
             name: {key: list(value.shape) for key, value in module.state_dict().items()}
             for name, module in self._auxiliary_modules().items()
         }
-        needed = [checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME] if self._trains_critic else []
+        needed = [run_folder.DISCRIMINATOR_OPTIMIZER_NAME] if self._trains_critic else []
         needed += ["scaler.pt"] if self.accelerator.scaler is not None else []
         # Where every node has files of its own, this one hasn't those of the others.
         ranks = 0 if self.args.save_on_each_node else self.accelerator.num_processes
@@ -226,17 +236,17 @@ class Checkpoints(Steps):
             facts = {**self._facts, "run_id": self._run_id, "skipped_steps": self.skipped_steps}
             if self._staging is not None:
                 facts["settings"] = self._trajectory()
-            checkpoint_files.save_auxiliary(str(folder), self._auxiliary_modules(), facts)
+            run_folder.save_auxiliary(str(folder), self._auxiliary_modules(), facts)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.adversary is not None and self.adversary.optimizer is not None and self.args.should_save:
-            path = os.path.join(output_dir, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
+            path = os.path.join(output_dir, run_folder.DISCRIMINATOR_OPTIMIZER_NAME)
             torch.save(self.adversary.state_dict(), path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        checkpoint_files.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
+        run_folder.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer: Any = self.optimizer
@@ -247,7 +257,7 @@ class Checkpoints(Steps):
         if checkpoint is not None and self._trains_critic:
             assert self.adversary is not None and self.adversary.optimizer is not None
             kept = rates(self.adversary.optimizer, self.adversary.scheduler)
-            path = os.path.join(checkpoint, checkpoint_files.DISCRIMINATOR_OPTIMIZER_NAME)
+            path = os.path.join(checkpoint, run_folder.DISCRIMINATOR_OPTIMIZER_NAME)
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self.adversary.load_state_dict(state)
             if self._changed_settings:
@@ -260,7 +270,7 @@ class Checkpoints(Steps):
         Args:
             folder (`str` or `Path`): The output folder of a run with the same settings, or a checkpoint in it.
         """
-        checkpoint_files.check_facts(folder, self._facts, "folder=")
+        run_folder.check_facts(folder, self._facts, "folder=")
         self._load_from_checkpoint(str(folder))
         state = Path(folder) / "trainer_state.json"
         if state.is_file():
@@ -268,7 +278,7 @@ class Checkpoints(Steps):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        checkpoint_files.load_auxiliary(str(self.state.best_model_checkpoint), self._auxiliary_modules())
+        run_folder.load_auxiliary(str(self.state.best_model_checkpoint), self._auxiliary_modules())
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -277,7 +287,7 @@ class Checkpoints(Steps):
         """Writes beside and renames, so that a full disk or a kill never leaves half a checkpoint under its name."""
         self._check_finite()
         run_dir = Path(super()._get_output_dir(trial))
-        staging = run_dir / checkpoint_files.STAGING_NAME
+        staging = run_dir / run_folder.STAGING_NAME
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -290,7 +300,7 @@ class Checkpoints(Steps):
                 self._finish_checkpoint(staging / name, run_dir / name)
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
-            last = checkpoint_files.checkpoints(run_dir)
+            last = run_folder.checkpoints(run_dir)
             kept = f"the last good one is {last[-1]}" if last else "there is no earlier one"
             raise UserError(
                 f"{name} could not be saved ({type(error).__name__}: {error}); {kept}: free space or choose another"
@@ -304,7 +314,7 @@ class Checkpoints(Steps):
             self.state.best_model_checkpoint = str(run_dir / Path(best).name)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            checkpoint_files.rotate(run_dir, self.args.save_total_limit, best, self._run_id)
+            run_folder.rotate(run_dir, self.args.save_total_limit, best, self._run_id)
         self.running_log.restart_clock()
 
     def _finish_checkpoint(self, staged: Path, final: Path) -> None:
@@ -313,7 +323,7 @@ class Checkpoints(Steps):
             # The state was written while the checkpoint still had its temporary place.
             self.state.best_model_checkpoint = str(final.parent / Path(best).name)
             self.state.save_to_json(str(staged / "trainer_state.json"))
-        checkpoint_files.publish(staged, final)
+        run_folder.publish(staged, final)
         shutil.rmtree(staged.parent)
 
 

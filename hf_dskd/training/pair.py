@@ -13,24 +13,13 @@ import torch
 from transformers import set_seed
 
 from ..alignment.min_edit import vocabulary_map
-from ..arguments import as_model, check_not_exchanged, check_own_tokenizer
-from ..checks import (
-    check_eos,
-    check_pair,
-    check_peft,
-    check_positions,
-    check_quantized_student,
-    check_trainable,
-    check_vocabularies,
-    quantization,
-)
 from ..data.kinds import as_tokenizer
-from ..data.prompts import Frame, answer_frame, depends_on_the_day, set_pad_token
+from ..data.prompts import Frame, answer_frame, check_eos, depends_on_the_day, set_pad_token
 from ..errors import UserError
-from ..evaluation.generation import add_end_tokens, check_saved_generation
 from ..kernels.linear_divergence import chunk_sizes
-from ..models import base_causal_lm, check_config, check_vocabulary, lm_head
-from ..pretrained import (
+from ..models.causal_lm import base_causal_lm, check_config, check_vocabulary, lm_head
+from ..models.generation import add_end_tokens, check_saved_generation
+from ..models.pretrained import (
     check_options,
     dtype_option,
     empty_model,
@@ -38,12 +27,24 @@ from ..pretrained import (
     load_tokenizer,
     options_of,
     origin,
+    quantization,
     read_config,
     reading,
     weight_options,
 )
 from ..teacher.cache import TeacherCache, open_cache
 from ..teacher.load import check_teacher_options, load_causal_lm, load_teacher_model, teacher_quantization
+from .compatibility import (
+    as_model,
+    check_not_exchanged,
+    check_own_tokenizer,
+    check_pair,
+    check_peft,
+    check_positions,
+    check_quantized_student,
+    check_trainable,
+    check_vocabularies,
+)
 
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Side:
 
     @property
     def origin(self) -> dict[str, str | None]:
-        """The commits that the model's files are of (see [`~hf_dskd.pretrained.origin`])."""
+        """The commits that the model's files are of (see [`~hf_dskd.models.pretrained.origin`])."""
         return origin(self.model, self.init_kwargs)
 
     def check_positions(self, args: DSKDConfig) -> None:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..alignment.min_edit import partners
 from ..alignment.spans import answer_spans
-from ..checks import check_columns
 from ..data.collator import DualCollator
 from ..data.kinds import as_dataset
 from ..data.tokenization import TokenizationReport, is_tokenized, tokenize_dataset
 from ..data.tokenized import check_tokenized
 from ..errors import UserError
-from ..pretrained import options_of
+from ..models.pretrained import options_of
 from ..teacher.responses import write_responses
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..config import DSKDConfig
     from ..teacher.cache import TeacherCache
     from .pair import Pair
 
@@ -171,3 +171,55 @@ class _Partners:
             found += [place + before if place >= 0 else -1 for place in places]
             before += last - first
         return {"partners": found}
+
+
+def check_columns(config: DSKDConfig, dataset: Any, split: str) -> None:
+    """An alignment through the text needs the text: a dataset tokenized elsewhere may not say what tokens cover."""
+    columns = getattr(dataset, "column_names", None) or []
+    row = config.method_row
+    if row.needs_chunks and columns and "chunk_ids" not in columns:
+        raise UserError(
+            f"method={config.method!r} aligns tokens by the bytes of the text that they cover, and the {split} data"
+            " has no column chunk_ids: pass the text (prompt and response) instead of tokens, or tokenize it with"
+            " hf_dskd.tokenize_dataset"
+        )
+    if config.attention_kd_rate and columns and "chunk_ids" not in columns:
+        raise UserError(
+            f"attention_kd_rate={config.attention_kd_rate} compares attention over the bytes of the text, and the"
+            f" {split} data has no column chunk_ids: pass the text instead of tokens, or tokenize it with"
+            " hf_dskd.tokenize_dataset"
+        )
+
+
+def check_steps(config: DSKDConfig, train_dataset: Any) -> None:
+    """
+    Refuses a run in which no optimizer step would be taken.
+
+    Of too few micro-batches for `gradient_accumulation_steps` Trainer makes a step all the same. A stream's length
+    isn't known before it ends.
+    """
+    if config.max_steps < -1 or config.max_steps == 0:
+        raise UserError(
+            f"max_steps={config.max_steps} takes no step: set it to 1 or more, or to -1 for num_train_epochs; pass no"
+            " train_dataset to evaluate only"
+        )
+    if config.max_steps < 0 and not config.num_train_epochs > 0:
+        raise UserError(
+            f"num_train_epochs={config.num_train_epochs} takes no step: set it above 0, or max_steps to 1 or more;"
+            " pass no train_dataset to evaluate only"
+        )
+    if not hasattr(train_dataset, "__len__"):
+        return
+    rows = len(train_dataset)
+    if not rows:
+        raise UserError("train_dataset has no examples: nothing would be trained; pass some")
+    shared = getattr(config.accelerator_config, "split_batches", False)
+    processes = 1 if shared else config.world_size
+    if config.dataloader_drop_last and rows < config.train_batch_size * processes:
+        batch = f"per_device_train_batch_size={config.per_device_train_batch_size}"
+        if processes > 1:
+            batch += f" on {processes} processes"
+        raise UserError(
+            f"dataloader_drop_last=True drops all of {rows} examples, fewer than {batch}: set it to False, or smaller"
+            " batches"
+        )

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..adversary import Adversary, clip, reduce_over_ranks
-from ..arguments import making
 from ..errors import NonFiniteLossError
-from ..finite import largest_gradient
 from ..running_log import REMEDY, RunningLog
+from .arguments import making
+from .finite import largest_gradient
 
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
-"""Every recipe: its YAML, and a smoke run as CI and a new user start it."""
+"""Every recipe: its YAML, its twin in Python, and a smoke run as CI and a new user start it."""
 
 import ast
+import importlib.util
 import json
 import math
 import os
@@ -9,8 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import runs
+import tiny
 import yaml
+from benchmark_step import MODELS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import get_peft_config
 from warm import WarmPython
 
 from hf_dskd import run
@@ -94,31 +99,19 @@ def test_the_papers_values():
 
 
 # Sizes of the real models; a T4 has 14.56 GiB for programs.
-LLAMA32 = {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192}
-LLAMA32 |= {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}
-QWEN25 = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944}
-QWEN25 |= {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False}
-TINYLLAMA = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632}
-TINYLLAMA |= {
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
-MISTRAL = {"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336}
-MISTRAL |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128}
 QWEN3 |= {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True}
 LARGE_QWEN3 = {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
 LARGE_QWEN3 |= {"num_attention_heads": 32, "tie_word_embeddings": False}
+MISTRAL = "mistralai/Mistral-7B-v0.1"
 
 
 @pytest.mark.parametrize(
     "name, student, teacher",
     [
-        ("tinyllama_mistral", TINYLLAMA, MISTRAL),
+        ("tinyllama_mistral", *map(MODELS.get, ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", MISTRAL))),
         ("qwen3_small_from_large", QWEN3, LARGE_QWEN3),
-        ("llama32_1b_qwen25_7b", LLAMA32, QWEN25),
+        ("llama32_1b_qwen25_7b", *map(MODELS.get, ("meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-7B"))),
     ],
 )
 def test_a_16_gb_card_is_enough(name, student, teacher):
@@ -143,15 +136,75 @@ def test_a_16_gb_card_is_enough(name, student, teacher):
     assert 5e9 < needed.total < 14.56 * 2**30
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if settings(name).get("load_teacher_in_4bit")])
-def test_the_smoke_runs_teacher_is_in_4_bits(name, tmp_path):
-    args = run.parse(None, FOLDER / f"{name}.yaml", ["--smoke", "--output_dir", str(tmp_path)])
+def test_the_smoke_runs_teacher_is_in_4_bits(tmp_path):
+    args = run.parse(None, FOLDER / "tinyllama_mistral.yaml", ["--smoke", "--output_dir", str(tmp_path)])
     student, teacher = args.model.model_name_or_path, args.options.teacher_model_name_or_path
     assert {Path(student).parent, Path(teacher).parent} == {tmp_path / "tiny_models"}
     trainer = run.make_trainer(args, student, teacher, *run.load_data(args))
     kinds = [type(module).__name__ for module in trainer.teacher.model.modules()]
     # Seven linear layers in each of the two; the head stays as it is.
     assert kinds.count("Linear4bit") == 14
+
+
+# ---- The same in Python
+
+
+def in_python(name):
+    """The Python file as a module, whose data are rows of Dolly's kind."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / "python" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = tiny.dataset(508).rename_columns({"prompt": "instruction", "completion": "response"})
+    module.load_dataset = lambda *args, **kwargs: rows.add_column("context", list(map(str, range(len(rows)))))
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "python").glob("*.py")))
+def test_the_run_in_python_is_that_of_the_yaml(name, tmp_path):
+    recipe, made = in_python(name), {}
+    recipe.DSKDTrainer = lambda student, teacher, args, **options: made.update(
+        student=student, teacher=teacher, args=args, **options
+    )
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'train'"):
+        recipe.main()
+    parsed = run.parse(None, FOLDER / f"{name}.yaml", ["--output_dir", str(tmp_path)])
+    assert made["student"] == parsed.model.model_name_or_path
+    assert made["teacher"] == parsed.options.teacher_model_name_or_path
+    adapter = get_peft_config(parsed.model)
+    assert (made.get("peft_config") and made["peft_config"].to_dict()) == (adapter and adapter.to_dict())
+    assert (made["args"].model_init_kwargs or {}).get("dtype") == (parsed.model.dtype if adapter else None)
+    own = ("output_dir", "hub_model_id", "model_init_kwargs", "bf16", "fp16")
+    for field in fields(parsed.config):
+        if field.name not in own:
+            assert getattr(made["args"], field.name) == getattr(parsed.config, field.name), field.name
+    recipe.load_dataset().to_json(tmp_path / "dolly.jsonl")
+    parsed.script.dataset_name = str(tmp_path / "dolly.jsonl")
+    for found, expected in zip((made["train_dataset"], made["eval_dataset"]), run.load_data(parsed)):
+        assert found["input"] == expected["input"] and found["output"] == expected["output"]
+    assert len((FOLDER / "python" / f"{name}.py").read_text().splitlines()) <= 60
+
+
+def test_the_run_in_python_trains(monkeypatch, tmp_path, capsys):
+    recipe = in_python("gpt2_qwen")
+    monkeypatch.chdir(tmp_path)
+
+    def small(student, teacher, args, **options):
+        changes = {"max_steps": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+        options["eval_dataset"] = options["eval_dataset"].select(range(4))
+        config = run.variant(args, **changes, load_best_model_at_end=False, use_cpu=True)
+        return runs.DSKDTrainer(
+            tiny.gpt2(),
+            tiny.qwen2(450),
+            config,
+            **options,
+            processing_class=tiny.byte_level_tokenizer(),
+            teacher_processing_class=tiny.sentencepiece_tokenizer(),
+        )
+
+    recipe.DSKDTrainer = small
+    recipe.main()
+    assert "eval_bits_per_byte" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "gpt2_qwen_python" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")

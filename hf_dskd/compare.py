@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import checkpoints
 from .errors import UserError, check_name
 from .methods import METHODS
 from .redaction import redact, secret_names
-from .result import RESULT_NAME
-from .training.run_folder import checkpoints
+from .report.record import RunRecord
+from .run_folder import RESULT_NAME
 from .utils.figures import drawable, new_figure, plain_axes, save_figure
 from .utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
 from .utils.tables import markdown_table, spread
@@ -339,8 +340,9 @@ def result(cell: Cell) -> dict[str, Any]:
         "seconds": noted.get("seconds"),
     }
     if line["status"] == "ok":
-        written = json.loads((cell.folder / RESULT_NAME).read_text(encoding="utf-8"))
-        line |= {name: written[name] for name in ("metrics", "evaluations", "steps", "best_checkpoint")}
+        run = RunRecord.read(cell.folder / RESULT_NAME)
+        line |= {"metrics": run.metrics, "steps": run.steps, "best_checkpoint": run.best_checkpoint}
+        line["evaluations"] = {str(step): metrics for step, metrics in run.evaluations.items()}
     elif line["status"] == "failed":
         line["error"] = noted["error"]
     return line

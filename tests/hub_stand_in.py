@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from hf_dskd.hub.card import LICENCES
+from hf_dskd.hub.licences import LICENCES
 
 
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}

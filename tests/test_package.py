@@ -51,7 +51,7 @@ def test_they_hold_the_package_and_nothing_else(built):
         for path in (ROOT / "hf_dskd").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"hf_dskd/py.typed", "hf_dskd/hub/card.md"} <= expected
+    assert {"hf_dskd/py.typed", "hf_dskd/hub/card.md", "hf_dskd/report/page.html"} <= expected
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in names if ".dist-info/" not in name} == expected
     with tarfile.open(sdist) as archive:

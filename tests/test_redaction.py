@@ -12,7 +12,7 @@ import tiny
 import yaml
 
 from hf_dskd import DSKDConfig, UserError, cli, compare, run
-from hf_dskd.hub.card import write_model_folder
+from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.redaction import is_secret, redact, redact_words, secret_names, without_secrets, without_values
 from hf_dskd.utils import environment
 

@@ -135,6 +135,11 @@ def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     return steps, [values[step] for step in steps]
 
 
+def has_curves(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Tells whether anything was logged that has a panel."""
+    return any(_panel_lines({"": history}, keys) for keys in panels().values())
+
+
 def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
     """
     Writes a PNG with one small panel per logged quantity, over optimizer steps; panels without data are left out.
@@ -146,7 +151,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     Raises:
         UserError: If nothing that has a panel was logged.
     """
-    drawn = {title: lines for title, keys in panels().items() if (lines := panel_lines(runs, keys))}
+    drawn = {title: lines for title, keys in panels().items() if (lines := _panel_lines(runs, keys))}
     if not drawn:
         raise UserError(
             f"the {len(runs)} runs given have logged nothing to draw: pass trainer.state.log_history after training,"
@@ -173,10 +178,10 @@ def plot_analysis(
         UserError: If no entry has a number and a step.
     """
     runs = history if isinstance(history, Mapping) else {"": history}
-    lines_of = {title: panel_lines(runs, keys) for title, keys in ANALYSIS_PANELS.items()}
+    lines_of = {title: _panel_lines(runs, keys) for title, keys in ANALYSIS_PANELS.items()}
     drawn = {key for keys in ANALYSIS_PANELS.values() for key in _expanded(runs, keys).values()}
     others = sorted({key for entries in runs.values() for entry in entries for key in entry} - drawn - {"step"})
-    lines_of |= {key: panel_lines(runs, {"": key}) for key in others}
+    lines_of |= {key: _panel_lines(runs, {"": key}) for key in others}
     panels = {title: lines for title, lines in lines_of.items() if lines}
     if not panels:
         raise UserError("the analyses given have no numbers to draw: pass at least one entry with its step")
@@ -229,7 +234,7 @@ class _Line:
         self.run, self.style, self.name, self.steps, self.values = run, style, name, steps, values
 
 
-def panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: dict[str, str]) -> list[_Line]:
+def _panel_lines(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: dict[str, str]) -> list[_Line]:
     lines = []
     for run, history in enumerate(runs.values()):
         for style, (name, key) in enumerate(_expanded(runs, keys).items()):

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(list(arguments))
     contents = {"auxiliary": given.auxiliary, "alignment": not given.no_alignment}
     if given.dry_run is not None:
-        from .card import write_model_folder
+        from .folder import write_model_folder
         from .names import check_repo_id
         from .push import full_name
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 from ..config import DSKDConfig
-from ..result import RESULT_NAME, evaluations, write_result
-from ..utils.files import write_json
+from ..data.fingerprint import fingerprint
+from ..redaction import without_secrets
+from ..report.one import write_report
+from ..report.record import Card, Data, Hardware, Models, RunRecord, differences, evaluations, note_card
+from ..run_folder import RESULT_NAME
+from ..settings import DistillationSettings
+from ..utils.environment import command_line, hardware, versions
 from .card import write_card, write_own_card
 from .push import TRAINING, check_training, push_run
 
@@ -25,7 +31,13 @@ class Publishing(Trainer):
 
     args: DSKDConfig
     # Set by the trainer while it is made.
+    teacher: Any
+    tokenization_reports: dict[str, Any]
+    skipped_steps: int
     _identity: dict[str, str | None]
+    _origins: dict[str, dict[str, Any]]
+    _facts: dict[str, Any]
+    _run_id: str | None
     # `namespace/name`, once the hub has said that it can be pushed to.
     _repository: str | None = None
     _dataset_name: str | None = None
@@ -148,8 +160,6 @@ class Publishing(Trainer):
         Returns:
             `Path`: `report/report.html` in the output folder; `None` on other processes.
         """
-        from ..report.one import write_report
-
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -159,16 +169,76 @@ class Publishing(Trainer):
         return write_report(folder)
 
     def _write_result(self, dataset_name: str | None) -> None:
-        """`result.json` of a run that `hf-dskd` didn't start; its own is more exact, and stays but for the card."""
+        """Writes `result.json` of a run that `hf-dskd` didn't start; its own is more exact: only the card is added."""
         path = Path(str(self.args.output_dir)) / RESULT_NAME
         if path.is_file() and not self._wrote_result:
             if self._card:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                write_json(path, {**kept, "card": self._card})
+                note_card(path, self._card)
             return
         history = evaluations(self.state.log_history)
         runtime = next((log["train_runtime"] for log in self.state.log_history[::-1] if "train_runtime" in log), None)
         last = history[max(history)] if history else {}
+        self._dataset_name = dataset_name or self._dataset_name
         self.save_state()
-        write_result(path, self, last, history, runtime, dataset_name or self._dataset_name, self._card)
-        self._wrote_result, self._dataset_name = True, dataset_name or self._dataset_name
+        self.run_record(last, history, runtime, self._dataset_name).write(path)
+        self._wrote_result = True
+
+    def run_record(
+        self,
+        metrics: dict[str, float],
+        evaluations: dict[int, dict[str, float]],
+        train_runtime: float | None,
+        dataset_name: str | None = None,
+    ) -> RunRecord:
+        """
+        Records what the run came to and what it was made of.
+
+        Args:
+            metrics (`dict[str, float]`): Of the final model.
+            evaluations (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
+            train_runtime (`float`, *optional*): Seconds; `None` if there was nothing left to train.
+            dataset_name (`str`, *optional*): Of the training data.
+        """
+        config, state = self.args, self.state
+        best = state.best_model_checkpoint if config.load_best_model_at_end else None
+        splits = {name: asdict(part) for name, part in self.tokenization_reports.items()}
+        settings = {setting.name: getattr(config, setting.name) for setting in fields(DistillationSettings)}
+        return RunRecord(
+            method=config.method,
+            seed=config.seed,
+            data_seed=config.data_seed,
+            run_id=self._run_id,
+            steps=state.global_step,
+            skipped_steps=self.skipped_steps,
+            best_checkpoint=Path(best).name if best else None,
+            metrics=metrics,
+            evaluations=evaluations,
+            train_runtime=train_runtime,
+            command=command_line(),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            hardware=Hardware(**hardware(self.accelerator.num_processes)),
+            models=self._recorded_models(),
+            data=Data(dataset_name, fingerprint(self.train_dataset), splits),
+            settings=without_secrets(settings),
+            changed_settings=differences(config),
+            card=Card(**self._card),
+        )
+
+    def _recorded_models(self) -> Models:
+        student: Any = self.model
+        teacher = getattr(self.teacher, "model", None)
+        origins = {f"{role}_{name}": value for role, found in self._origins.items() for name, value in found.items()}
+        return Models(
+            student=self._facts["student"],
+            teacher=self._facts["teacher"],
+            base_model=self._identity["base_model"],
+            student_type=self._identity["model_type"],
+            student_bits=next((bits for bits in (4, 8) if getattr(student, f"is_loaded_in_{bits}bit", False)), None),
+            # Not the sum over parameters: two of four bits are packed into one byte.
+            student_parameters=student.num_parameters(),
+            trained_parameters=sum(weight.numel() for weight in student.parameters() if weight.requires_grad),
+            teacher_parameters=None if teacher is None else teacher.num_parameters(),
+            adapter=self._facts["adapter"],
+            **origins,
+        )

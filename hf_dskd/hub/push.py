@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UserError
 from ..methods import METHODS
 from ..redaction import without_values
-from .card import PUSHED, TAG, read_finished, run_identity, write_model_folder
+from .folder import PUSHED, write_model_folder
+from .identity import TAG, FinishedRun
 from .names import check_repo_id
 
 
@@ -75,7 +76,7 @@ def check_access(
         revision (`str`, *optional*): Branch; the main one by default.
         replace (`bool`, *optional*, defaults to `False`): Another model that is there may go.
         folder_facts (`Mapping[str, Any]`, *optional*):
-            What the model is (see [`~hf_dskd.hub.card.identity`]); a repository whose card says otherwise holds
+            What the model is (see [`~hf_dskd.hub.identity.identity`]); a repository whose card says otherwise holds
             another model.
         create_pr (`bool`, *optional*, defaults to `False`):
             Only a pull request will be opened, in a repository that is there, of whomever.
@@ -158,14 +159,14 @@ def push_run(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    run = read_finished(folder)
+    run = FinishedRun(folder)
     full = check_access(
         repo_id,
         token=token,
         private=private,
         revision=revision,
         replace=replace,
-        folder_facts=run_identity(folder),
+        folder_facts=run.identity,
         create_pr=create_pr,
         words=words,
     )
@@ -192,7 +193,9 @@ def push_run(
                     *(CommitOperationAdd(name, path) for name, path in paths.items()),
                     *(CommitOperationDelete(name) for name in sorted(left)),
                 ],
-                commit_message=without_values(commit_message or f"A student trained by {run.method} with hf_dskd"),
+                commit_message=without_values(
+                    commit_message or f"A student trained by {run.record.method} with hf_dskd"
+                ),
                 revision=revision,
                 create_pr=create_pr,
             )

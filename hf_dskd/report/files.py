@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..analysis.curves import series
 from ..errors import UserError
-from ..result import RESULT_NAME
-from ..settings import DistillationSettings
+from ..run_folder import RESULT_NAME
 from ..utils.files import read_json
+from .record import RunRecord
 
 
 # The folders in a run's own that a report, a card or a push reads or writes.
@@ -26,7 +26,7 @@ class RunFiles:
     What a run's folder says.
 
     Attributes:
-        result: `result.json`.
+        record: `result.json`.
         history: `log_history` of `trainer_state.json`.
         analyses: Lines of `analysis/numbers.jsonl` by step.
         samples: Lines of `analysis/samples.jsonl`.
@@ -34,7 +34,7 @@ class RunFiles:
     """
 
     folder: Path
-    result: dict[str, Any]
+    record: RunRecord
     history: list[dict[str, Any]] = field(default_factory=list)
     analyses: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -42,12 +42,33 @@ class RunFiles:
 
     @property
     def method(self) -> str:
-        return str(self.result["method"])
+        return self.record.method
+
+    @property
+    def metrics_before(self) -> dict[str, float]:
+        """Metrics before training, where they were taken."""
+        entries = [entry for entry in self.history if entry.get("step") == 0]
+        logged = {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
+        return {**logged, **self.record.evaluations.get(0, {})}
+
+    @property
+    def gradient_norms(self) -> dict[int, dict[str, float]]:
+        """Norm of each loss term's gradient by step and term."""
+        prefix = "gradient_norm_"
+        return {
+            entry["step"]: norms
+            for entry in self.analyses
+            if (norms := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)})
+        }
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """Finds step and value of everything that was logged as `key`, by step."""
+        return list(zip(*series(self.history, key)))
 
 
 def read_run(folder: str | Path) -> RunFiles:
     """
-    What the folder of a run says.
+    Reads the folder of a run.
 
     Raises:
         UserError: If it is no folder of a finished run, or a file in it can't be read.
@@ -64,18 +85,14 @@ def read_run(folder: str | Path) -> RunFiles:
         )
         raise UserError(f"{str(folder)!r} has no {RESULT_NAME}: {remedy}")
     check_links(folder)
-    result = read_json(folder / RESULT_NAME)
-    if not isinstance(result, dict) or "method" not in result:
-        raise UserError(f"{str(folder / RESULT_NAME)!r} names no method: it isn't what `hf-dskd train` writes")
-    state, cell = read_json(folder / "trainer_state.json"), read_json(folder / "cell.json")
     by_step = {line["step"]: line for line in _lines(folder / "analysis" / "numbers.jsonl")}
     return RunFiles(
         folder,
-        result,
-        (state or {}).get("log_history", []),
+        RunRecord.read(folder / RESULT_NAME),
+        read_json(folder / "trainer_state.json", {}).get("log_history", []),
         [by_step[step] for step in sorted(by_step)],
         _lines(folder / "analysis" / "samples.jsonl"),
-        (cell or {}).get("label"),
+        read_json(folder / "cell.json", {}).get("label"),
     )
 
 
@@ -94,7 +111,7 @@ def check_links(folder: Path) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; none if there is no file."""
+    """Reads the objects of a JSONL file; none if there is no file."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], start=1):
         if line.strip():
@@ -106,7 +123,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def runs_in(folders: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The folders with those of comparisons replaced by their cells: what is finished, and cells that aren't."""
+    """Replaces the folders of comparisons by their cells, and finds what is finished, and cells that aren't."""
     finished, unfinished = [], []
     for folder in map(Path, folders):
         cells = sorted(path for path in folder.glob("cells/*") if path.is_dir())
@@ -116,43 +133,3 @@ def runs_in(folders: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
         finished += done if cells else [folder]
         unfinished += [path for path in cells if path not in done]
     return finished, unfinished
-
-
-def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are known of a run: those of distillation, and others that differ from their defaults."""
-    changed = {name: value for name, (_, value) in (result.get("changed_settings") or {}).items()}
-    return {**result.get("settings", {}), **changed}
-
-
-def changed_settings(result: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Default and value of the settings that differ from their defaults."""
-    if result.get("changed_settings") is not None:
-        return {name: (default, value) for name, (default, value) in result["changed_settings"].items()}
-    defaults = {setting.name: setting.default for setting in fields(DistillationSettings)}
-    return {
-        name: (defaults[name], value)
-        for name, value in result.get("settings", {}).items()
-        if name in defaults and value != defaults[name]
-    }
-
-
-def metrics_before(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Metrics before training, where they were taken."""
-    entries = [entry for entry in history if entry.get("step") == 0]
-    logged = {key: value for entry in entries for key, value in entry.items() if key.startswith("eval_")}
-    return {**logged, **result.get("evaluations", {}).get("0", {})}
-
-
-def gradient_norms(analyses: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Norm of each loss term's gradient by step and term."""
-    prefix = "gradient_norm_"
-    return {
-        entry["step"]: norms
-        for entry in analyses
-        if (norms := {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)})
-    }
-
-
-def points_of(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Step and value of everything that was logged as `key`, by step."""
-    return list(zip(*series(history, key)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..analysis.curves import plot_analysis
 from ..methods import METHODS
-from ..result import RESULT_NAME
-from .document import Block, Code, Heading, Listing, Paragraph, Pictures, Span, Table, Text, Verbatim, write_pages
-from .files import RunFiles, changed_settings, gradient_norms, metrics_before, points_of, read_run
+from ..run_folder import RESULT_NAME
+from ..utils.markup import Markdown, code, link, pictures, render, strong, table
+from .document import write_pages
+from .files import RunFiles, read_run
 from .plots import curves, plot_gradient_shares
 from .warnings import checks_of
 from .words import (
@@ -21,13 +23,11 @@ from .words import (
     measured,
     measures_of,
     millions,
-    models_of,
     number,
     numbers_of,
     percent,
     setting,
     title_of,
-    with_commit,
 )
 
 
@@ -43,6 +43,14 @@ FILES = {
 }
 EXAMPLES_SHOWN = 5
 CHARACTERS_SHOWN = 1500
+# What becomes of the rows of a data set → what it is called.
+ROWS = {
+    "rows": "examples",
+    "kept": "kept",
+    "cut": "of these with the response cut",
+    "empty_responses": "skipped: empty response",
+    "long_prompts": "skipped: long prompt",
+}
 
 
 def write_report(folder: str | Path, output_dir: str | Path | None = None) -> Path:
@@ -61,158 +69,127 @@ def write_report(folder: str | Path, output_dir: str | Path | None = None) -> Pa
     """
     run = read_run(folder)
     target = Path(output_dir) if output_dir is not None else run.folder / "report"
-    models = models_of(run.result)
-    blocks: list[Block] = [
-        Heading(1, f"{run.method}: {models}" if models else run.method),
-        *_summary(run),
-        *_how(run),
-        *_data(run),
-        *_settings(run),
-        Heading(2, "Curves"),
-        *curves({run.method: run.history}, target / "curves.png"),
-        *_gradients(run, target),
-        *_alignment(run, target),
-        *_scores(run),
-        *_examples(run),
-        *_files(run),
-    ]
-    return write_pages(blocks, target)
+    checked = checks_of(run)
+    scores = run.folder / "evaluation" / "table.md"
+    shown = run.samples[:EXAMPLES_SHOWN]
+    markdown = render(
+        "report/one.md",
+        run=run,
+        summary=_summary(run),
+        measures=_measures(run),
+        notes=_notes(run),
+        warnings=[text for texts in checked.values() for text in texts],
+        quiet=[name for name, texts in checked.items() if not texts],
+        machine=_machine(run),
+        data=_data(run),
+        settings=_settings(run),
+        curves=curves({run.method: run.history}, target / "curves.png"),
+        **_gradients(run, target),
+        **_alignment(run, target),
+        scores=Markdown(scores.read_text(encoding="utf-8").strip()) if scores.is_file() else None,
+        evaluate=code(f"hf-dskd evaluate --model {run.folder} --output_dir {run.folder / 'evaluation'}"),
+        samples=[{name: _sample(sample[name]) for name in ("prompt", "reference", "response")} for sample in shown],
+        sample_steps=", ".join(f"{step:,}" for step in dict.fromkeys(sample["step"] for sample in shown)),
+        characters=f"{CHARACTERS_SHOWN:,}",
+        files=_files(run, target),
+    )
+    return write_pages(markdown, target, [run.folder])
 
 
-def _summary(run: RunFiles) -> list[Block]:
-    result, models = run.result, run.result.get("models") or {}
+def _summary(run: RunFiles) -> str:
+    record, models = run.record, run.record.models
     method = METHODS.get(run.method)
-    parts = [f"{result.get('steps', 0):,} optimizer steps"]
-    if result.get("train_runtime") is not None:
-        parts.append(f"{duration(result['train_runtime'])} of training since the start or the last resume")
-    if models.get("student_parameters"):
-        trained = models.get("trained_parameters") or 0
-        of_it = f" ({millions(trained)} trained{', as an adapter' if models.get('adapter') else ''})"
-        parts.append(f"student of {millions(models['student_parameters'])} parameters{of_it if trained else ''}")
-    if models.get("teacher_parameters"):
-        parts.append(f"teacher of {millions(models['teacher_parameters'])}")
-    blocks: list[Block] = [Paragraph("; ".join(parts) + (f". Method: {method.summary}." if method else "."))]
-    metrics, before = result.get("metrics", {}), metrics_before(run.result, run.history)
+    parts = [f"{record.steps:,} optimizer steps"]
+    if record.train_runtime is not None:
+        parts.append(f"{duration(record.train_runtime)} of training since the start or the last resume")
+    if models.student_parameters:
+        adapter = ", as an adapter" if models.adapter else ""
+        of_it = f" ({millions(models.trained_parameters)} trained{adapter})" if models.trained_parameters else ""
+        parts.append(f"student of {millions(models.student_parameters)} parameters{of_it}")
+    if models.teacher_parameters:
+        parts.append(f"teacher of {millions(models.teacher_parameters)}")
+    return "; ".join(parts) + (f". Method: {method.summary}." if method else ".")
+
+
+def _measures(run: RunFiles) -> Markdown | None:
+    """Every measure before and after training, and its best on the way, as far as they are known."""
+    metrics, before = run.record.metrics, run.metrics_before
     keys = measures_of(metrics)
-    if keys:
-        blocks.append(_measures_table(run, keys, before))
-    else:
-        blocks.append(
-            Paragraph(("Nothing was evaluated: give held-out examples with ", Span("--held_out_size", "code"), "."))
-        )
-    notes = []
-    if result.get("best_checkpoint"):
-        notes.append(
-            f"The model evaluated and kept is {result['best_checkpoint']}, the best of the run, not the last."
-        )
-    if keys and not before:
-        notes.append("It wasn't evaluated before training (eval_on_start does that).")
-    if keys:
-        rows = ((result.get("data") or {}).get("eval") or {}).get("kept")
-        on = f"{rows:,} held-out examples" if rows else "held-out examples"
-        notes.append(f"Measured on {on}, one training seed: small differences to another run may be chance.")
-        blocks.append(Paragraph(" ".join(notes)))
-    return [*blocks, *_warnings(run)]
-
-
-def _measures_table(run: RunFiles, keys: Sequence[str], before: Mapping[str, float]) -> Table:
-    metrics = run.result["metrics"]
+    if not keys:
+        return None
     best = {}
     for key in keys:
         better = better_end(key)
-        points = [point for point in points_of(run.history, key) if point[0] > 0]
+        points = [point for point in run.points(key) if point[0] > 0]
         if better is not None and len(points) > 1:
             value, step = (min if better == "lower" else max)((value, step) for step, value in points)
             best[key] = f"{measured(value)} (step {step:,})"
     columns = ["held out", *(["before"] if before else []), "after", *(["change"] if before else [])]
     columns += ["best on the way"] if best else []
-    rows: list[list[Text]] = []
+    rows = []
     for index, key in enumerate(keys):
         after = measured(metrics[key])
-        row: list[Text] = [title_of(key), Span(after, "strong") if index == 0 else after]
+        row = [title_of(key), strong(after) if index == 0 else after]
         if before:
             row.insert(1, measured(before.get(key)))
             change = metrics[key] - before[key] if key in before else None
             row.append(f"{'+' if change is not None and change > 0 else ''}{measured(change)}")
         rows.append([*row, *([best.get(key, "–")] if best else [])])
-    return Table(columns, rows)
+    return table(columns, rows)
 
 
-def _warnings(run: RunFiles) -> list[Block]:
-    checked = checks_of(run.result, run.history, run.analyses)
-    found = [text for texts in checked.values() for text in texts]
-    said = run.result.get("warnings") or []
-    blocks: list[Block] = [Heading(2, "Warnings")]
-    if found:
-        blocks.append(Listing(found, warning=True))
-    quiet = [name for name, texts in checked.items() if not texts]
-    if quiet:
-        blocks.append(Paragraph(f"Checked and found in order: {', '.join(quiet)}."))
-    if not checked:
-        blocks.append(Paragraph("Too little was logged to check anything: lower logging_steps."))
-    if said:
-        blocks += [Paragraph("Said by the run itself:"), Listing(said)]
-    return blocks
+def _notes(run: RunFiles) -> str:
+    """What the measures are of."""
+    best, rows = run.record.best_checkpoint, run.record.data.rows("eval")
+    notes = [f"The model evaluated and kept is {best}, the best of the run, not the last."] if best else []
+    if not run.metrics_before:
+        notes.append("It wasn't evaluated before training (eval_on_start does that).")
+    on = f"{rows:,} held-out examples" if rows else "held-out examples"
+    notes.append(f"Measured on {on}, one training seed: small differences to another run may be chance.")
+    return " ".join(notes)
 
 
-def _how(run: RunFiles) -> list[Block]:
-    result = run.result
-    hardware, models = result.get("hardware") or {}, result.get("models") or {}
-    seeds = result.get("seeds") or {name: result.get(name) for name in ("seed", "data_seed")}
+def _machine(run: RunFiles) -> Markdown:
+    record, hardware, models = run.record, run.record.hardware, run.record.models
+    seeds = {"seed": record.seed, "data_seed": record.data_seed}
     rows = [["method", run.method]]
-    rows += [[role, with_commit(models, role)] for role in ("student", "teacher") if models.get(role)]
-    if hardware:
-        machine = [*hardware.get("gpus", []), hardware.get("cpu"), f"{number(hardware.get('cores'))} cores"]
-        machine += [f"{number(hardware['memory_gb'])} GB of memory"] if hardware.get("memory_gb") else []
-        rows.append(["hardware", ", ".join(part for part in machine if part)])
-        rows.append(["processes", number(hardware.get("processes"))])
-    rows.append(["seeds", ", ".join(f"{name} {setting(seed)}" for name, seed in seeds.items() if seed is not None)])
-    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())])
-    rows += [["finished", result["finished"]]] if result.get("finished") else []
-    blocks: list[Block] = [Heading(2, "How it was run")]
-    if result.get("command"):
-        blocks.append(Code(result["command"]))
-    return [*blocks, Table(["", ""], [row for row in rows if row[1]], align="l")]
+    rows += [[role, models.with_commit(role)] for role in ("student", "teacher") if getattr(models, role)]
+    if hardware is not None:
+        parts = [*hardware.gpus, hardware.cpu, f"{number(hardware.cores)} cores"]
+        parts += [f"{number(hardware.memory_gb)} GB of memory"] if hardware.memory_gb else []
+        rows.append(["hardware", ", ".join(part for part in parts if part)])
+        rows.append(["processes", number(hardware.processes)])
+    rows.append(["seeds", ", ".join(f"{name} {seed}" for name, seed in seeds.items() if seed is not None)])
+    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())])
+    rows.append(["finished", record.finished or ""])
+    return table(["", ""], [row for row in rows if row[1]], align="l")
 
 
-def _data(run: RunFiles) -> list[Block]:
-    data = run.result.get("data") or {}
-    if not data:
-        return []
-    titles = {
-        "rows": "examples",
-        "kept": "kept",
-        "cut": "of these with the response cut",
-        "empty_responses": "skipped: empty response",
-        "long_prompts": "skipped: long prompt",
+def _data(run: RunFiles) -> Markdown | None:
+    """What became of the rows; `None` where nothing at all is known of the data."""
+    data = run.record.data
+    parts = {
+        name: data.splits[key] for name, key in (("training", "train"), ("held out", "eval")) if key in data.splits
     }
-    parts = {name: data[key] for name, key in (("training", "train"), ("held out", "eval")) if data.get(key)}
-    names = [*titles, *dict.fromkeys(name for part in parts.values() for name in part if name not in titles)]
+    if not parts:
+        return Markdown("") if data.source or data.fingerprint else None
+    names = [*ROWS, *dict.fromkeys(name for part in parts.values() for name in part if name not in ROWS)]
     columns = [name for name in names if any(name in part for part in parts.values())]
     rows = [[name, *(number(part.get(column)) for column in columns)] for name, part in parts.items()]
-    blocks: list[Block] = [Heading(2, "Data")]
-    if data.get("source"):
-        blocks.append(Paragraph(f"From {data['source']}."))
-    if data.get("fingerprint"):
-        blocks.append(Paragraph(f"Fingerprint of the tokenized training examples: {data['fingerprint']}."))
-    return [*blocks, Table(["", *(titles.get(column, column) for column in columns)], rows)] if rows else blocks
+    return table(["", *(ROWS.get(column, column) for column in columns)], rows)
 
 
-def _settings(run: RunFiles) -> list[Block]:
-    changed = changed_settings(run.result)
-    rows = [[name, setting(value), setting(default)] for name, (default, value) in sorted(changed.items())]
-    blocks: list[Block] = [Heading(2, "Settings that differ from the defaults")]
-    return [*blocks, Table(["setting", "value", "default"], rows, align="l") if rows else Paragraph("None.")]
+def _settings(run: RunFiles) -> Markdown | None:
+    rows = [[name, setting(value), setting(default)] for name, (default, value) in sorted(run.record.changes.items())]
+    return table(["setting", "value", "default"], rows, align="l") if rows else None
 
 
-def _gradients(run: RunFiles, folder: Path) -> list[Block]:
-    method = METHODS.get(run.method)
+def _gradients(run: RunFiles, folder: Path) -> dict[str, Markdown | None]:
+    method, norms = METHODS.get(run.method), run.gradient_norms
     if method is not None and not method.needs_teacher:
-        return []
-    norms = gradient_norms(run.analyses)
-    heading = Heading(2, "What each term contributes")
+        return {"gradients": None}
     if not norms:
-        return [heading, Paragraph(("Not measured: train with ", Span("--analysis_steps N", "code"), "."))]
+        return {"gradients": Markdown("")}
     terms = list(dict.fromkeys(term for part in norms.values() for term in part))
     path = folder / "gradient_shares.png"
     plot_gradient_shares(norms, path)
@@ -221,107 +198,79 @@ def _gradients(run: RunFiles, folder: Path) -> list[Block]:
         total = sum(part.values()) or math.nan
         cells = [f"{number(part[term])} ({percent(part[term] / total)})" if term in part else "–" for term in terms]
         rows.append([f"{step:,}", *cells])
-    return [
-        heading,
-        Paragraph(
-            "Norm of the gradient of each loss term, with its weight, in the student and the projectors, on probe"
-            " examples; and its share of the sum of the norms."
-        ),
-        Pictures({"Share of each term in the sum of the gradients' norms": path}),
-        Table(["step", *terms], rows),
-    ]
+    picture = pictures({"Share of each term in the sum of the gradients' norms": path}, folder)
+    return {"gradients": table(["step", *terms], rows), "gradients_picture": picture}
 
 
-def _alignment(run: RunFiles, folder: Path) -> list[Block]:
+def _alignment(run: RunFiles, folder: Path) -> dict[str, Any]:
     method = METHODS.get(run.method)
     if method is not None and method.alignment is None:
-        return []
-    blocks: list[Block] = [Heading(2, "Alignment, before and after")]
+        return {"alignment": None}
     numbers = [(entry["step"], found) for entry in run.analyses if (found := numbers_of(entry))]
-    if not numbers:
-        blocks.append(Paragraph(("No analysis: train with ", Span("--analysis_steps N", "code"), ".")))
-    else:
-        (first, before), (last, after) = numbers[0], numbers[-1]
-        names = list(numbers_of({**before, **after}))
-        rows = []
-        for name in names:
-            cells = [number(after.get(name))]
-            if first != last:
-                both = name in before and name in after
-                cells = [number(before.get(name)), *cells, difference(before[name], after[name]) if both else "–"]
-            rows.append([name, *cells, meaning_of(name)])
-        steps = [f"step {last:,}"] if first == last else [f"step {first:,}", f"step {last:,}", "change"]
-        blocks.append(Table(["number", *steps, "meaning"], rows, align="l" + "r" * len(steps) + "l"))
+    shown = []
     if len(numbers) > 1:
         path = folder / "analysis.png"
         plot_analysis([{"step": step, **found} for step, found in numbers], path)
-        blocks.append(Pictures({"Every number of the analyses, over optimizer steps": path}))
-    return [*blocks, *_analysis_pictures(run)]
+        shown.append(pictures({"Every number of the analyses, over optimizer steps": path}, folder))
+    steps = _step_folders(run)
+    pages = [path / "alignment.html" for path in steps.values() if (path / "alignment.html").is_file()]
+    return {
+        "alignment": _alignment_table(*numbers[0], *numbers[-1]) if numbers else Markdown(""),
+        "no_analysis": Markdown("No analysis: train with `--analysis_steps N`."),
+        "alignment_pictures": [*shown, *_analysis_pictures(run, steps, folder)],
+        "pages": [link(path.parent.name, path, folder) for path in pages],
+    }
 
 
-def _analysis_pictures(run: RunFiles) -> list[Block]:
+def _alignment_table(first: int, before: Mapping[str, Any], last: int, after: Mapping[str, Any]) -> Markdown:
+    rows = []
+    for name in numbers_of({**before, **after}):
+        cells = [number(after.get(name))]
+        if first != last:
+            both = name in before and name in after
+            cells = [number(before.get(name)), *cells, difference(before[name], after[name]) if both else "–"]
+        rows.append([name, *cells, meaning_of(name)])
+    steps = [f"step {last:,}"] if first == last else [f"step {first:,}", f"step {last:,}", "change"]
+    return table(["number", *steps, "meaning"], rows, align="l" + "r" * len(steps) + "l")
+
+
+def _step_folders(run: RunFiles) -> dict[int, Path]:
+    """The folders of the analyses with pictures, by step."""
     folders = {int(path.name.removeprefix("step-")): path for path in run.folder.glob("analysis/step-*")}
-    steps = sorted(folders)
-    blocks: list[Block] = []
+    return dict(sorted(folders.items()))
+
+
+def _analysis_pictures(run: RunFiles, folders: Mapping[int, Path], target: Path) -> list[Markdown]:
+    """The pictures of the first and the last analysis; without one, that of a held-out example."""
+    shown = []
     together = run.folder / "analysis" / "projection.png"
     if together.is_file():
-        blocks.append(Pictures({"queries and keys on their two principal axes": together}))
+        shown.append({"queries and keys on their two principal axes": together})
     for pattern, title in (
         ("contact_sheet.png", "attention on the probe examples"),
         ("alignment-*.png", "attention on one of them"),
     ):
-        found = {step: min(files) for step in steps if (files := list(folders[step].glob(pattern)))}
+        found = {step: min(files) for step, path in folders.items() if (files := list(path.glob(pattern)))}
         if found:
-            shown = dict.fromkeys((min(found), max(found)))
-            blocks.append(Pictures({f"{title}, step {step:,}": found[step] for step in shown}))
-    if not blocks and (run.folder / "alignment.png").is_file():
-        blocks.append(Pictures({"attention on a held-out example, after training": run.folder / "alignment.png"}))
-    pages = [folders[step] / "alignment.html" for step in steps if (folders[step] / "alignment.html").is_file()]
-    if pages:
-        links = [part for path in pages for part in (", ", Span(path.parent.name, "link", path))][1:]
-        blocks.append(Paragraph(("Token by token, in pages of their own: ", *links, ".")))
-    return blocks
+            ends = dict.fromkeys((min(found), max(found)))
+            shown.append({f"{title}, step {step:,}": found[step] for step in ends})
+    if not shown and (run.folder / "alignment.png").is_file():
+        shown.append({"attention on a held-out example, after training": run.folder / "alignment.png"})
+    return [pictures(files, target) for files in shown]
 
 
-def _scores(run: RunFiles) -> list[Block]:
-    table = run.folder / "evaluation" / "table.md"
-    if table.is_file():
-        return [Heading(2, "Scores"), Verbatim(table.read_text(encoding="utf-8"))]
-    command = f"hf-dskd evaluate --model {run.folder} --output_dir {run.folder / 'evaluation'}"
-    return [
-        Heading(2, "Scores"),
-        Paragraph(("The papers' sets were not evaluated: ", Span(command, "code"), ", then this report again.")),
-    ]
+def _sample(text: str | list[str]) -> str:
+    """A prompt or an answer, or several, as far as they are shown."""
+    text = text if isinstance(text, str) else "\n\n".join(text)
+    return text.rstrip("\n")[:CHARACTERS_SHOWN] + (" …" if len(text) > CHARACTERS_SHOWN else "")
 
 
-def _examples(run: RunFiles) -> list[Block]:
-    if not run.samples:
-        return []
-    shown = run.samples[:EXAMPLES_SHOWN]
-    steps = ", ".join(f"{step:,}" for step in dict.fromkeys(sample["step"] for sample in shown))
-    blocks: list[Block] = [
-        Heading(2, "Examples"),
-        Paragraph(
-            f"Written by the student after step {steps}; the first {len(shown)} of {len(run.samples)},"
-            f" up to {CHARACTERS_SHOWN:,} characters each."
-        ),
-    ]
-    for index, sample in enumerate(shown, start=1):
-        blocks.append(Heading(3, f"Example {index}"))
-        for name in ("prompt", "reference", "response"):
-            text = sample[name]
-            text = text if isinstance(text, str) else "\n\n".join(text)
-            more = " …" if len(text) > CHARACTERS_SHOWN else ""
-            blocks += [Paragraph(Span(name, "strong")), Code(text.rstrip("\n")[:CHARACTERS_SHOWN] + more)]
-    return blocks
-
-
-def _files(run: RunFiles) -> list[Block]:
-    rows: list[list[Text]] = [
-        [Span(name, "link", run.folder / name), what] for name, what in FILES.items() if (run.folder / name).is_file()
+def _files(run: RunFiles, target: Path) -> Markdown:
+    rows = [
+        [link(name, run.folder / name, target), what] for name, what in FILES.items() if (run.folder / name).is_file()
     ]
     rows += [
-        [Span(f"analysis/{path.name}", "link", path), "pictures of that analysis"]
-        for path in sorted(run.folder.glob("analysis/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        [link(f"analysis/{path.name}", path, target), "pictures of that analysis"]
+        for path in _step_folders(run).values()
     ]
-    return [Heading(2, "Files"), Table(["file", "what it has"], rows, align="l")]
+    return table(["file", "what it has"], rows, align="l")

@@ -9,19 +9,19 @@ from typing import Any
 
 from ..analysis.curves import COLOURS, plot_curves
 from ..errors import UserError
-from .document import Block, Paragraph, Pictures
+from ..utils.markup import Markdown, pictures
 
 
 Histories = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def curves(histories: Histories, path: Path) -> list[Block]:
-    """Draws the logs of runs, by their name, into `path`, and shows it."""
+def curves(histories: Histories, path: Path) -> Markdown | None:
+    """Draws the logs of runs, by their name, for a page beside the picture; `None` if nothing was logged."""
     try:
         plot_curves(histories, path)
     except UserError:  # nothing to draw
-        return [Paragraph("Nothing was logged: lower logging_steps.")]
-    return [Pictures({"Every loss term and what else was logged, over optimizer steps": path})]
+        return None
+    return pictures({"Every loss term and what else was logged, over optimizer steps": path}, path.parent)
 
 
 def plot_gradient_shares(norms: Mapping[int, Mapping[str, float]], path: str | Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.curves import COLOURS, plot_analysis, series
+from ..utils.markup import Markdown, link, pictures, render, strong, table
 from ..utils.tables import spread
-from .document import Block, Heading, Listing, Paragraph, Pictures, Span, Table, Text, write_pages
-from .files import RunFiles, changed_settings, read_run, runs_in, settings_of
+from .document import write_pages
+from .files import RunFiles, read_run, runs_in
 from .plots import Histories, curves
 from .warnings import warnings_of
-from .words import better_end, meaning_of, measured, measures_of, models_of, number, numbers_of, setting, title_of
+from .words import better_end, meaning_of, measured, measures_of, number, numbers_of, setting, title_of
 
 
 # Settings that say where a run writes or which of several equal ones it is, not what it does.
@@ -50,29 +51,35 @@ def compare_runs(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
     """
     target = Path(output_dir)
     finished, unfinished = runs_in(folders)
-    runs = [read_run(folder) for folder in finished]
-    groups = grouped(runs)
+    groups = grouped([read_run(folder) for folder in finished])
     names = run_names(groups)
-    methods = ", ".join(dict.fromkeys(group.name for group in groups))
-    blocks: list[Block] = [
-        Heading(1, f"{len(runs)} runs: {methods}"),
-        *_results(groups, names),
-        *(
-            [Paragraph(f"Not finished and left out: {', '.join(path.name for path in unfinished)}.")]
-            * bool(unfinished)
-        ),
-        *_warnings_by_run(names),
-        *_differences(groups),
-        *_all_curves(groups, names, target),
-        *_alignment_after(groups, names, target),
-        Heading(2, "Runs"),
-        Table(
-            ["run", "folder", "models"],
-            [[name, Span(str(run.folder), "link", run.folder), models_of(run.result)] for name, run in names.items()],
-            align="l",
-        ),
+    warned = {name: warnings_of(run) for name, run in names.items()}
+    histories = drawn_together(groups, {name: run.history for name, run in names.items()})
+    folder_rows = [
+        [name, link(str(run.folder), run.folder, target), run.record.models.pair] for name, run in names.items()
     ]
-    return write_pages(blocks, target)
+    markdown = render(
+        "report/several.md",
+        groups=groups,
+        names=names,
+        **_results(groups, names),
+        few_seeds=max(len(group.runs) for group in groups) < 3,
+        unfinished=unfinished,
+        warned=warned,
+        quiet=[name for name, found in warned.items() if not found],
+        differences=_differences(groups),
+        means=any(name not in names for picture in histories for name in picture),
+        curves=[curves(part, target / numbered("curves", index)) for index, part in enumerate(histories, start=1)],
+        alignment=_alignment_after(names),
+        alignment_pictures=_analysis_pictures(groups, names, target),
+        runs=table(["run", "folder", "models"], folder_rows, align="l"),
+    )
+    return write_pages(markdown, target)
+
+
+def numbered(name: str, index: int) -> str:
+    """Names the picture that is the `index`-th of its kind."""
+    return f"{name}.png" if index == 1 else f"{name}-{index}.png"
 
 
 def comparable(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
@@ -83,15 +90,18 @@ def comparable(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """
     own = []
     for run in runs:
-        data, models = run.result.get("data") or {}, run.result.get("models") or {}
-        facts = {"student": models.get("student"), "teacher": models.get("teacher"), "data": data.get("source")}
-        facts["training examples"] = (data.get("train") or {}).get("kept")
-        settings = {name: value for name, value in settings_of(run.result).items() if name not in NOT_COMPARED}
+        data, models = run.record.data, run.record.models
+        facts: dict[str, Any] = {"student": models.student, "teacher": models.teacher, "data": data.source}
+        facts["training examples"] = data.rows("train")
+        settings = {name: value for name, value in run.record.all_settings.items() if name not in NOT_COMPARED}
         own.append({**settings, "method": run.method, **facts})
-    defaults = {name: default for run in runs for name, (default, _) in changed_settings(run.result).items()}
+    defaults = {name: default for run in runs for name, (default, _) in run.record.changes.items()}
     names = dict.fromkeys(name for part in own for name in part)
     return [
-        {name: part.get(name, defaults.get(name) if "changed_settings" in run.result else None) for name in names}
+        {
+            name: part.get(name, defaults.get(name) if run.record.changed_settings is not None else None)
+            for name in names
+        }
         for run, part in zip(runs, own)
     ]
 
@@ -122,81 +132,51 @@ def run_names(groups: Sequence[Group]) -> dict[str, RunFiles]:
     names: dict[str, RunFiles] = {}
     for group in groups:
         for run in group.runs:
-            name = group.name if len(group.runs) == 1 else f"{group.name}, seed {run.result.get('seed')}"
+            name = group.name if len(group.runs) == 1 else f"{group.name}, seed {run.record.seed}"
             # The same seed twice, or the same settings under another data seed.
             names[name if name not in names else f"{name}, {run.folder}"] = run
     return names
 
 
-def _results(groups: Sequence[Group], names: Mapping[str, RunFiles]) -> list[Block]:
-    every = measures_of(*(run.result.get("metrics", {}) for run in names.values()))
+def _results(groups: Sequence[Group], names: Mapping[str, RunFiles]) -> dict[str, Markdown | None]:
+    """The measures of each group, and of each run where a group has several."""
+    every = measures_of(*(run.record.metrics for run in names.values()))
     # Methods have losses of their own, which can't be compared.
     keys = [key for key in every if better_end(key) is not None]
     if not keys:
-        return [Paragraph("Nothing was evaluated in any of them.")]
-    columns: list[list[Text]] = []
-    for key in keys:
-        better = better_end(key)
-        values = [[v for run in group.runs if (v := run.result["metrics"].get(key)) is not None] for group in groups]
-        means = [round(statistics.fmean(found), 4) if found else math.nan for found in values]
-        finite = [mean for mean in means if math.isfinite(mean)]
-        best = (min if better == "lower" else max)(finite) if len(finite) > 1 else None
-        cells: list[Text] = []
-        for mean, found in zip(means, values):
-            deviation = spread(found)
-            text = measured(mean if found else None) + ("" if deviation is None else f" ± {measured(deviation)}")
-            cells.append(Span(text, "strong") if found and mean == best else text)
-        columns.append(cells)
-    counts = [str(len(group.runs)) for group in groups]
-    rows = [[group.name, *(column[i] for column in columns), counts[i]] for i, group in enumerate(groups)]
+        return {"results": None, "each_run": None}
+    columns = [_result_column(key, groups) for key in keys]
+    rows = [[group.name, *(column[i] for column in columns), str(len(group.runs))] for i, group in enumerate(groups)]
     titles = [title_of(key) for key in keys]
-    blocks: list[Block] = [
-        Paragraph(
-            "Held-out examples, after training. Mean ± sample standard deviation over seeds; best mean in bold."
-        ),
-        Table(["", *titles, "seeds"], rows),
-    ]
-    if max(len(group.runs) for group in groups) < 3:
-        blocks.append(Paragraph("With fewer than three seeds a row, small differences may be chance."))
-    if len(names) == len(groups):
-        return blocks
     single = [
-        [name, *(measured(run.result.get("metrics", {}).get(key)) for key in keys), number(run.result.get("steps"))]
+        [name, *(measured(run.record.metrics.get(key)) for key in keys), number(run.record.steps)]
         for name, run in names.items()
     ]
-    return [*blocks, Heading(2, "Each run"), Table(["run", *titles, "steps"], single)]
+    return {
+        "results": table(["", *titles, "seeds"], rows),
+        "each_run": table(["run", *titles, "steps"], single) if len(names) > len(groups) else None,
+    }
 
 
-def _warnings_by_run(names: Mapping[str, RunFiles]) -> list[Block]:
-    blocks: list[Block] = [Heading(2, "Warnings")]
-    quiet = []
-    for name, run in names.items():
-        found = warnings_of(run.result, run.history, run.analyses)
-        if found:
-            blocks += [Heading(3, name), Listing(found, warning=True)]
-        else:
-            quiet.append(name)
-    return [*blocks, Paragraph(f"Without a warning: {'; '.join(quiet)}.")] if quiet else blocks
+def _result_column(key: str, groups: Sequence[Group]) -> list[str]:
+    """Mean and deviation of a measure over the seeds of each group, the best in bold."""
+    values = [[v for run in group.runs if (v := run.record.metrics.get(key)) is not None] for group in groups]
+    means = [round(statistics.fmean(found), 4) if found else math.nan for found in values]
+    finite = [mean for mean in means if math.isfinite(mean)]
+    best = (min if better_end(key) == "lower" else max)(finite) if len(finite) > 1 else None
+    cells: list[str] = []
+    for mean, found in zip(means, values):
+        deviation = spread(found)
+        text = measured(mean if found else None) + ("" if deviation is None else f" ± {measured(deviation)}")
+        cells.append(strong(text) if found and mean == best else text)
+    return cells
 
 
-def _differences(groups: Sequence[Group]) -> list[Block]:
+def _differences(groups: Sequence[Group]) -> Markdown | None:
     parts = comparable([group.runs[0] for group in groups])
     shown = {name: ["–" if part[name] is None else setting(part[name]) for part in parts] for name in parts[0]}
     rows = [[name, *values] for name, values in shown.items() if len(set(values)) > 1]
-    heading = Heading(2, "Settings that differ")
-    if not rows:
-        return [heading, Paragraph("None but the seeds.")]
-    return [heading, Table(["setting", *(group.name for group in groups)], rows, align="l")]
-
-
-def _all_curves(groups: Sequence[Group], names: Mapping[str, RunFiles], folder: Path) -> list[Block]:
-    blocks: list[Block] = [Heading(2, "Curves")]
-    pictures = drawn_together(groups, {name: run.history for name, run in names.items()})
-    if any(name not in names for picture in pictures for name in picture):
-        blocks.append(Paragraph("Means over seeds."))
-    for index, histories in enumerate(pictures, start=1):
-        blocks += curves(histories, folder / ("curves.png" if index == 1 else f"curves-{index}.png"))
-    return blocks
+    return table(["setting", *(group.name for group in groups)], rows, align="l") if rows else None
 
 
 def drawn_together(groups: Sequence[Group], histories: Histories) -> list[Histories]:
@@ -221,20 +201,23 @@ def mean_history(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[
     return mean
 
 
-def _alignment_after(groups: Sequence[Group], names: Mapping[str, RunFiles], folder: Path) -> list[Block]:
+def _alignment_after(names: Mapping[str, RunFiles]) -> Markdown | None:
     last = {name: run.analyses[-1] for name, run in names.items() if run.analyses}
     if not last:
-        return []
+        return None
     numbers = list(numbers_of({key: None for entry in last.values() for key in entry}))
     rows = [[key, *(number(entry.get(key)) for entry in last.values()), meaning_of(key)] for key in numbers]
     columns = [f"{name} (step {entry['step']:,})" for name, entry in last.items()]
-    blocks: list[Block] = [Heading(2, "Alignment, after training")]
-    blocks.append(Table(["number", *columns, "meaning"], rows, align="l" + "r" * len(columns) + "l"))
+    return table(["number", *columns, "meaning"], rows, align="l" + "r" * len(columns) + "l")
+
+
+def _analysis_pictures(groups: Sequence[Group], names: Mapping[str, RunFiles], target: Path) -> list[Markdown]:
     every = {name: [{"step": e["step"], **numbers_of(e)} for e in run.analyses] for name, run in names.items()}
-    pictures = drawn_together(groups, every)
-    for index, histories in enumerate(pictures, start=1):
-        if any(histories.values()):
-            path = folder / ("analysis.png" if index == 1 else f"analysis-{index}.png")
-            plot_analysis({name: analyses for name, analyses in histories.items() if analyses}, path)
-            blocks.append(Pictures({"Every number of the analyses, over optimizer steps": path}))
-    return blocks
+    shown = []
+    for index, histories in enumerate(drawn_together(groups, every), start=1):
+        drawn = {name: analyses for name, analyses in histories.items() if analyses}
+        if drawn:
+            path = target / numbered("analysis", index)
+            plot_analysis(drawn, path)
+            shown.append(pictures({"Every number of the analyses, over optimizer steps": path}, target))
+    return shown

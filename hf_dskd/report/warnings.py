@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..losses.terms import TERMS
-from .files import gradient_norms, metrics_before, points_of, settings_of
+from .files import RunFiles
 from .words import number, percent, title_of
 
 
@@ -19,35 +18,23 @@ DIVERGED = 1.25
 UNIFORM = 1.1
 
 
-def warnings_of(
-    result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], analyses: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """
-    What the numbers of a run should make its reader doubt; each names the number, the step and what to do.
-
-    Args:
-        result (`Mapping[str, Any]`): `result.json`.
-        history (`Sequence[Mapping[str, Any]]`): `trainer.state.log_history`.
-        analyses (`Sequence[Mapping[str, Any]]`): Lines of `analysis/numbers.jsonl`, by step.
-    """
-    return [text for found in checks_of(result, history, analyses).values() for text in found]
+def warnings_of(run: RunFiles) -> list[str]:
+    """Says what the numbers of a run should make its reader doubt: the number, the step and what to do."""
+    return [text for found in checks_of(run).values() for text in found]
 
 
-def checks_of(
-    result: Mapping[str, Any], history: Sequence[Mapping[str, Any]], analyses: Sequence[Mapping[str, Any]]
-) -> dict[str, list[str]]:
-    """Warnings by the check that they come from, with an empty list for one that found nothing."""
-    settings = settings_of(result)
-    checks: dict[str, list[str] | None] = {
-        "loss spikes": _spikes(history),
-        "divergence of the training": _divergence(history),
-        "gain over the student before": _no_gain(result, history),
-        "overfitting": _overfitting(result, history),
-        "the discriminator": _discriminator(settings, history),
-        "the gradient of matching": _matching_gradient(analyses),
-        "the correctness mask": _mask(settings, history),
-        "the attention": _attention(analyses),
-        "examples cut or skipped": _cut(result),
+def checks_of(run: RunFiles) -> dict[str, list[str]]:
+    """Finds warnings by the check that they come from, with an empty list for one that found nothing."""
+    checks = {
+        "loss spikes": _spikes(run),
+        "divergence of the training": _divergence(run),
+        "gain over the student before": _no_gain(run),
+        "overfitting": _overfitting(run),
+        "the discriminator": _discriminator(run),
+        "the gradient of matching": _matching_gradient(run),
+        "the correctness mask": _mask(run),
+        "the attention": _attention(run),
+        "examples cut or skipped": _cut(run),
     }
     return {name: found for name, found in checks.items() if found is not None}
 
@@ -57,14 +44,14 @@ def _last_quarter(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]
     return [point for point in points if point[0] > 0.75 * points[-1][0]]
 
 
-def _spikes(history: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def _spikes(run: RunFiles) -> list[str] | None:
     """
     A logged loss more than 3 times the median of the 5 logs before it and of the 5 after it, and more than 4 mean
     absolute deviations above the median of them all, so that neither a fast start nor losses that always jump count.
     """
     found, known = [], False
     for key in ("loss", *(term.log for term in TERMS.values() if term.spikes)):
-        points = points_of(history, key)
+        points = run.points(key)
         known |= len(points) > 3
         spikes = []
         for index in range(3, len(points)):
@@ -89,8 +76,8 @@ def _spikes(history: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return found if known else None
 
 
-def _divergence(history: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    points = points_of(history, "ce_loss")
+def _divergence(run: RunFiles) -> list[str] | None:
+    points = run.points("ce_loss")
     if len(points) < 8:
         return None
     size = len(points) // 4
@@ -107,30 +94,30 @@ def _divergence(history: Sequence[Mapping[str, Any]]) -> list[str] | None:
     ]
 
 
-def _evaluation_keys(history: Sequence[Mapping[str, Any]], suffix: str) -> list[str]:
-    return sorted({key for entry in history for key in entry if key.startswith("eval_") and key.endswith(suffix)})
+def _evaluation_keys(run: RunFiles, suffix: str) -> list[str]:
+    return sorted({key for entry in run.history for key in entry if key.startswith("eval_") and key.endswith(suffix)})
 
 
-def _no_gain(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    before, after = metrics_before(result, history), result.get("metrics", {})
+def _no_gain(run: RunFiles) -> list[str] | None:
+    before, after = run.metrics_before, run.record.metrics
     keys = [key for key in before if key.endswith("bits_per_byte") and key in after]
     if not keys:
         return None
     return [
-        f"{title_of(key)} is {after[key]:.4f} after {result.get('steps', 0):,} steps and was {before[key]:.4f} at step"
+        f"{title_of(key)} is {after[key]:.4f} after {run.record.steps:,} steps and was {before[key]:.4f} at step"
         " 0: training didn't help; look at the learning rate, the data and whether the prompt style fits the model"
         for key in keys
         if after[key] >= before[key]
     ]
 
 
-def _overfitting(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    keys = _evaluation_keys(history, "bits_per_byte") or _evaluation_keys(history, "eval_loss")
-    every = {key: points for key in keys if len(points := points_of(history, key)) > 2}
+def _overfitting(run: RunFiles) -> list[str] | None:
+    keys = _evaluation_keys(run, "bits_per_byte") or _evaluation_keys(run, "eval_loss")
+    every = {key: points for key in keys if len(points := run.points(key)) > 2}
     if not every:
         return None
     # The model that is kept is then one from before it got worse.
-    if result.get("best_checkpoint"):
+    if run.record.best_checkpoint:
         return []
     found = []
     for key, points in every.items():
@@ -144,9 +131,9 @@ def _overfitting(result: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     return found
 
 
-def _discriminator(settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def _discriminator(run: RunFiles) -> list[str] | None:
     names = ("discriminator_accuracy_real", "discriminator_accuracy_fake")
-    real, fake = (dict(points_of(history, name)) for name in names)
+    real, fake = (dict(run.points(name)) for name in names)
     steps = sorted(set(real) & set(fake))
     if not steps:
         return None
@@ -158,7 +145,7 @@ def _discriminator(settings: Mapping[str, Any], history: Sequence[Mapping[str, A
             if all(min(real[later], fake[later]) >= WON for later in steps[index:])
         )
         remedies = ["a lower discriminator_learning_rate", "scale_queries", "a higher discriminator_dropout"]
-        if settings.get("adversarial_loss", "minimax") == "minimax":
+        if run.record.all_settings.get("adversarial_loss", "minimax") == "minimax":
             remedies.insert(0, "adversarial_loss=non_saturating")
         return [
             f"the discriminator tells {percent(real[steps[-1]])} of the keys and {percent(fake[steps[-1]])} of the"
@@ -170,7 +157,7 @@ def _discriminator(settings: Mapping[str, Any], history: Sequence[Mapping[str, A
         step = max(balanced, key=lambda step: balanced[step])
         remedy = (
             "as_published=True never trains it"
-            if settings.get("as_published")
+            if run.record.all_settings.get("as_published")
             else "raise discriminator_learning_rate or discriminator_steps"
         )
         return [
@@ -181,10 +168,10 @@ def _discriminator(settings: Mapping[str, Any], history: Sequence[Mapping[str, A
     return []
 
 
-def _matching_gradient(analyses: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def _matching_gradient(run: RunFiles) -> list[str] | None:
     divergences = {term.name for term in TERMS.values() if term.from_teacher}
     measured = {
-        step: norms for step, norms in gradient_norms(analyses).items() if "kq" in norms and divergences & norms.keys()
+        step: norms for step, norms in run.gradient_norms.items() if "kq" in norms and divergences & norms.keys()
     }
     if not measured:
         return None
@@ -201,9 +188,9 @@ def _matching_gradient(analyses: Sequence[Mapping[str, Any]]) -> list[str] | Non
     ]
 
 
-def _mask(settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    points = points_of(history, "correctness_mask_rate")
-    if not points or settings.get("correctness_mask") is False:
+def _mask(run: RunFiles) -> list[str] | None:
+    points = run.points("correctness_mask_rate")
+    if not points or run.record.all_settings.get("correctness_mask") is False:
         return None
     late = _last_quarter(points)
     rate = statistics.fmean(value for _, value in late)
@@ -216,8 +203,8 @@ def _mask(settings: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> 
     ]
 
 
-def _attention(analyses: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    measured = [entry for entry in analyses if "chunk_mass" in entry and "chunk_mass_uniform" in entry]
+def _attention(run: RunFiles) -> list[str] | None:
+    measured = [entry for entry in run.analyses if "chunk_mass" in entry and "chunk_mass_uniform" in entry]
     if not measured:
         return None
     step, mass, uniform = (measured[-1][name] for name in ("step", "chunk_mass", "chunk_mass_uniform"))
@@ -230,8 +217,8 @@ def _attention(analyses: Sequence[Mapping[str, Any]]) -> list[str] | None:
     ]
 
 
-def _cut(result: Mapping[str, Any]) -> list[str] | None:
-    parts = {name: part for name in ("train", "eval") if (part := (result.get("data") or {}).get(name))}
+def _cut(run: RunFiles) -> list[str] | None:
+    parts = {name: part for name in ("train", "eval") if (part := run.record.data.splits.get(name))}
     if not parts:
         return None
     found = []

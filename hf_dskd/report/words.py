@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..losses.terms import TERMS
@@ -97,18 +96,6 @@ def millions(count: float) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-def _short(model: str) -> str:
-    """A model's name, without the folders where it lies on a disk."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
-def models_of(result: Mapping[str, Any]) -> str:
-    """Student and teacher of a `result.json`."""
-    models = result.get("models") or {}
-    names = [_short(models[role]) for role in ("student", "teacher") if models.get(role)]
-    return " ← ".join(names)
-
-
 def _measures() -> dict[str, tuple[str, str | None]]:
     """End of a key among the metrics → title and which end is better."""
     terms = {term.evaluated: (term.title, term.better) for term in TERMS.values() if term.better is not None}
@@ -161,13 +148,3 @@ def meaning_of(name: str) -> str:
         if name.startswith(prefix) and (meaning := meaning_of(name.removeprefix(prefix))):
             return f"{meaning} ({words})"
     return ""
-
-
-def with_commit(models: Mapping[str, Any], role: str) -> str:
-    """A model of `result.json` by its name, with the commit of what was loaded where it came from the hub."""
-    name = str(models[role])
-    name += f" at {models[f'{role}_commit']}" if models.get(f"{role}_commit") else ""
-    if models.get(f"{role}_adapts"):
-        name += f", an adapter of {models[f'{role}_adapts']}"
-        name += f" at {models[f'{role}_adapts_commit']}" if models.get(f"{role}_adapts_commit") else ""
-    return name

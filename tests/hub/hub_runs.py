@@ -9,7 +9,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate
-from hf_dskd.result import RESULT_NAME, SETTINGS_NAME, evaluations, write_result
+from hf_dskd.report.record import evaluations
+from hf_dskd.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
 
@@ -54,7 +55,8 @@ def finished(folder: Path, student: Path, teacher: Path, adapter: bool = False, 
     history = evaluations(trainer.state.log_history)
     metrics = trainer.evaluate()
     trainer.save_state()
-    write_result(folder / RESULT_NAME, trainer, metrics, history, 3.5, str(folder / "data" / "rows.jsonl"))
+    record = trainer.run_record(metrics, history, 3.5, str(folder / "data" / "rows.jsonl"))
+    record.write(folder / RESULT_NAME)
     write_yaml(
         folder / SETTINGS_NAME,
         {

@@ -10,11 +10,13 @@ from hub_runs import SECRET, changed, evaluated, finished, of_pair, saved_studen
 from huggingface_hub import EvalResult, ModelCard, constants
 
 from hf_dskd.errors import UserError
-from hf_dskd.hub.card import identity, model_card, write_model_folder
+from hf_dskd.hub.card import model_card
 from hf_dskd.hub.command import main
+from hf_dskd.hub.folder import write_model_folder
+from hf_dskd.hub.identity import identity
 from hf_dskd.hub.push import TRAINING, push_run
 from hf_dskd.packaged import MARKER, PACKAGED_MODELS
-from hf_dskd.result import RESULT_NAME, SETTINGS_NAME
+from hf_dskd.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
 

@@ -14,8 +14,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_dskd import DSKDConfig, UserError
-from hf_dskd.hub.card import model_card, write_model_folder, write_own_card
+from hf_dskd.hub.card import model_card, write_own_card
 from hf_dskd.hub.command import main
+from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.report.one import write_report
 
 

@@ -38,7 +38,8 @@ USERS = {
 # Runs expressions, and prints what each gave or which error it raised.
 DRIVER = """
 import json, sys
-from hf_dskd.hub.card import model_card, write_model_folder
+from hf_dskd.hub.card import model_card
+from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.hub.command import main
 from hf_dskd.hub.push import TRAINING, check_access, push_run
 found = []

@@ -39,8 +39,8 @@ FULL = {
         "eval": {"rows": 40, "kept": 40, "cut": 0, "empty_responses": 0, "long_prompts": 0},
     },
     "changed_settings": {"learning_rate": [5e-5, 2e-4], "prompt_style": ["chat", "plain"]},
-    "seeds": {"seed": 7, "data_seed": 3},
-    "warnings": ["attention is <slow> here"],
+    "seed": 7,
+    "data_seed": 3,
 }
 ANALYSES = [
     {"step": 0, "chunk_mass": 0.25, "chunk_mass_uniform": 0.2, "mmd": 0.5, "gradient_norm_ce": 3.0}

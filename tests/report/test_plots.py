@@ -1,13 +1,13 @@
 """The pictures that a report draws itself."""
 
-from run_folders import ANALYSES
+from run_folders import ANALYSES, folder
 
-from hf_dskd.report.files import gradient_norms
+from hf_dskd.report.files import read_run
 from hf_dskd.report.plots import plot_gradient_shares
 
 
 def test_gradient_shares_are_stacked(tmp_path, figures):
-    norms = gradient_norms([*ANALYSES, {"step": 120, "mmd": 0.5}])
+    norms = read_run(folder(tmp_path / "run", analyses=[*ANALYSES, {"step": 120, "mmd": 0.5}])).gradient_norms
     assert norms == {
         0: {"ce": 3.0, "t2s_kd": 0.75, "kq": 0.25},
         100: {"ce": 1.0, "t2s_kd": 0.5, "kq": 0.5},

@@ -1,12 +1,18 @@
 """A report warns where it should, and nowhere else."""
 
+import tempfile
+from pathlib import Path
+
 from run_folders import ANALYSES, FULL, LEARNING, RESULT, folder, logs, written
 
+from hf_dskd.report.files import read_run
 from hf_dskd.report.warnings import warnings_of
 
 
 def warned(history=(), analyses=(), **result):
-    return warnings_of({**RESULT, **result}, history, analyses)
+    with tempfile.TemporaryDirectory() as path:
+        run = read_run(folder(Path(path), {**RESULT, **result}, list(history), analyses))
+    return warnings_of(run)
 
 
 def test_a_good_run_has_no_warning(tmp_path):

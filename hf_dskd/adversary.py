@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .finite import largest_gradient
 from .losses.conditional_transport import TransportCritics, published_transport_loss, transport_cost
 from .losses.key_query import (
     Discriminator,
@@ -22,6 +21,7 @@ from .losses.key_query import (
     published_key_query_loss,
     row_noise,
 )
+from .training.finite import largest_gradient
 
 
 if TYPE_CHECKING:

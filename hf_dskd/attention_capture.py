@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .losses.attention import AttentionInputs, common_heads, head_shape
-from .models import backbone, base_causal_lm
+from .models.causal_lm import backbone, base_causal_lm
 
 
 # The name under which transformers finds `_recorded_attention`.

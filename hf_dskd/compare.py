@@ -27,12 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import checkpoints
 from .errors import UserError, check_name
 from .methods import METHODS
 from .redaction import redact, secret_names
 from .report.record import RunRecord
-from .run_folder import RESULT_NAME
+from .training.run_folder import RESULT_NAME, checkpoints
 from .utils.figures import drawable, new_figure, plain_axes, save_figure
 from .utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
 from .utils.tables import markdown_table, spread

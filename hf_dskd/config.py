@@ -12,11 +12,10 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 
-from .checks import check_sharding
 from .errors import UserError
 from .field_checks import TRAINING, check_fields
 from .hub.names import check_repo_id
-from .launch import check_processes, must_use_cpu
+from .launch import check_processes, check_sharding, must_use_cpu
 from .methods import METHODS, Method
 from .precision import choose_precision, told
 from .redaction import is_secret, redact, without_secrets

@@ -30,6 +30,7 @@ from .redaction import without_values
 
 if TYPE_CHECKING:
     from .run import Run
+    from .training.pair import Side
 
 HELP = """\
 hf-dskd doctor [--config FILE.yaml] [--json]
@@ -444,8 +445,8 @@ MACHINE: dict[str, Callable[[], Lines]] = {
 
 
 def _config(path: str | Path, parsed: list[Run]) -> Lines:
-    from .checks import check_launch
     from .run import parse
+    from .training.arguments import check_launch
 
     parsed.append(parse(None, None, ["--config", str(path)]))
     yield OK, f"{path} names settings that are known and go together"
@@ -454,8 +455,8 @@ def _config(path: str | Path, parsed: list[Run]) -> Lines:
 
 def method(run: Run) -> Lines:
     """What it is composed of, and whether the two models are named."""
-    from .checks import check_pair
     from .methods import METHODS
+    from .training.compatibility import check_pair
     from .trl_settings import student_options, teacher_options
 
     config = copy(run.config)
@@ -464,67 +465,61 @@ def method(run: Run) -> Lines:
     yield OK, f"{run.config.method}: {METHODS[run.config.method].summary}"
 
 
-def _models(run: Run) -> dict[str, tuple[str | None, Any]]:
-    """Names and arguments of the models that are to be loaded; a name is None where it must be fetched first."""
+def _sides(run: Run) -> dict[str, Side | None]:
+    """The models that are to be loaded, by role; `None` for one that must be fetched first."""
     from .packaged import PACKAGED_MODELS, ready_folder
+    from .training.pair import Side
     from .trl_settings import student_options, teacher_options
 
-    found = {}
+    found: dict[str, Side | None] = {}
     for role, name, options in (
         ("student", run.model.model_name_or_path, student_options(run)),
         ("teacher", run.options.teacher_model_name_or_path, teacher_options(run)),
     ):
         if name is not None:
             folder = ready_folder(name) if name in PACKAGED_MODELS and not Path(name).is_dir() else name
-            found[role] = (None if folder is None else str(folder), options)
+            found[role] = None if folder is None else Side(role, str(folder), options)
     return found
 
 
-def models(run: Run, wanted: str) -> Lines:
-    """That of the role `wanted`: whether it is there, of the right kind, and long enough."""
-    from .checks import check_positions
+def models(run: Run, role: str) -> Lines:
+    """Looks whether the model of a role is there, of the right kind, and long enough."""
     from .experiments.memory import Size
-    from .models import check_config
-    from .pretrained import check_options, name_and_config
 
-    for role, (name, options) in _models(run).items():
-        if role != wanted:
-            continue
-        if name is None:
-            yield NOTE, "is packaged and not fetched yet (see above): its config, tokenizer and memory can't be told"
-            continue
-        check_options(name, options, "model_init_kwargs" if role == "student" else "teacher_model_init_kwargs")
-        _, config = name_and_config(name, options, f"the {role}")
-        check_config(config, name, f"the {role}")
-        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("*.bin")):
-            raise UserError(
-                f"the {role} {name!r} has no weights (*.safetensors): name another folder, or save it anew"
-            )
-        check_positions(run.config, config, name, f"the {role}")
-        text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        parameters = Size.of(config, options).parameters / 1e6
-        yield (
-            OK,
-            f"{name}: {config.model_type}, {parameters:,.0f} M parameters, vocabulary of"
-            f" {text.vocab_size:,}, {positions or 'any number of'} positions (max_length {run.config.max_length})",
+    sides = _sides(run)
+    if role not in sides:
+        return
+    side = sides[role]
+    if side is None:
+        yield NOTE, "is packaged and not fetched yet (see above): its config, tokenizer and memory can't be told"
+        return
+    text, folder = side.config.get_text_config(), Path(side.name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise UserError(
+            f"the {role} {side.name!r} has no weights (*.safetensors): name another folder, or save it anew"
         )
+    side.check_positions(run.config)
+    positions = getattr(text, "max_position_embeddings", None)
+    parameters = Size.of(side.config, side.init_kwargs).parameters / 1e6
+    yield (
+        OK,
+        f"{side.name}: {side.config.model_type}, {parameters:,.0f} M parameters, vocabulary of"
+        f" {text.vocab_size:,}, {positions or 'any number of'} positions (max_length {run.config.max_length})",
+    )
 
 
 def tokenizers(run: Run) -> Lines:
     """Whether they load and fit their models, and have one vocabulary or two."""
-    from .checks import check_vocabularies
     from .data.prompts import answer_frame
     from .data.vocabulary import same_vocabulary
-    from .pretrained import load_tokenizer, name_and_config, options_of
-    from .trainer import DSKDTrainer
+    from .models.pretrained import options_of
+    from .training.compatibility import check_vocabularies
 
     found = {}
-    for role, (name, options) in _models(run).items():
-        if name is not None:
-            found[role] = load_tokenizer(name, options, f"the {role}'s tokenizer", "another model")
-            _, config = name_and_config(name, options, f"the {role}")
-            DSKDTrainer._check_tokenizer(found[role], name, config, role, run.config)
+    for role, side in _sides(run).items():
+        if side is not None:
+            found[role] = side.tokenizer
+            side.check_tokenizer(run.config)
             template = "a chat template" if found[role].chat_template else "no chat template"
             frame = answer_frame(found[role], run.config.prompt_style, options_of(run.config.chat_template_kwargs))
             end = " ".join(map(repr, found[role].convert_ids_to_tokens(frame.end)))
@@ -578,9 +573,7 @@ def data(run: Run) -> Lines:
 
 def output(run: Run) -> Lines:
     """Whether files can be written there, and whether a run is there already."""
-    from .checkpoint import checkpoints
-    from .checks import check_output_dir
-    from .run_folder import RESULT_NAME
+    from .training.run_folder import RESULT_NAME, check_output_dir, checkpoints
 
     folder = Path(str(run.config.output_dir))
     check_output_dir(str(_existing(folder)))
@@ -597,22 +590,21 @@ def step_memory(run: Run) -> Lines:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     from .experiments.memory import Size, estimate, free_memory, room
-    from .pretrained import name_and_config
     from .teacher.load import teacher_quantization
 
-    found = _models(run)
-    if any(name is None for name, _ in found.values()):
+    sides = _sides(run)
+    found = {role: side for role, side in sides.items() if side is not None}
+    if len(found) < len(sides):
         yield NOTE, "can't be told before the packaged models are there"
         return
-    configs = {role: name_and_config(str(name), options, f"the {role}")[1] for role, (name, options) in found.items()}
-    sizes = {role: Size.of(config, found[role][1]) for role, config in configs.items()}
+    sizes = {role: Size.of(side.config, side.init_kwargs) for role, side in found.items()}
     config, device = run.config, run.config.device
-    if "teacher" in configs:
-        teacher_quantization(config, None, configs["teacher"], str(found["teacher"][0]))
+    if "teacher" in found:
+        teacher_quantization(config, None, found["teacher"].config, found["teacher"].name)
     adapter: dict[str, Any] = {}
     if run.model.use_peft:
         # Without a choice PEFT makes one, by the kind of model.
-        own = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(configs["student"].model_type)
+        own = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(found["student"].config.model_type)
         targets = run.model.lora_target_modules or own
         adapter = {"adapter_rank": run.model.lora_r, "adapter_targets": targets}
     needed = estimate(

@@ -32,6 +32,16 @@ def launched_processes() -> int:
     return max(int(os.environ.get(name) or 1) for name in VARIABLES)
 
 
+def check_sharding(config: Any) -> None:
+    """Refuses to spread a model over ranks. TrainingArguments would ask for deepspeed to be installed first."""
+    for name, set_in_config in (("FSDP", bool(config.fsdp)), ("DEEPSPEED", bool(config.deepspeed))):
+        if set_in_config or os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"{name} shards the language-model heads that both spaces share and is not supported: use plain"
+                " data parallelism (accelerate launch --multi_gpu), with LoRA and load_teacher_in_4bit to save memory"
+            )
+
+
 def must_use_cpu() -> bool:
     """
     Whether Accelerate is to be told that the processes of a launcher run on the CPU.

@@ -24,7 +24,7 @@ from .losses.terms import TERMS
 
 if TYPE_CHECKING:
     from .config import DSKDConfig
-    from .models import LMHead
+    from .models.causal_lm import LMHead
     from .projectors import Projectors
 
 # Scores of a batch, of which a matrix and its copies take about 1.5 GB: one response of 8,192 tokens on both sides.
@@ -44,8 +44,8 @@ class Terms:
             gradient. What the terms above carry is of no account.
         ce_rows: The student's cross entropy at each response token, packed `[N_s]`.
         features: Detached queries and keys of the response tokens for the critic; `None` without one.
-        added: What the student's model adds to its own loss (see [`hf_dskd.model_loss`]), a scalar with its gradient;
-            `None` where it adds nothing.
+        added: What the student's model adds to its own loss (see [`hf_dskd.models.hidden_states`]), a scalar with its
+            gradient; `None` where it adds nothing.
     """
 
     student: dict[str, Tensor]

@@ -11,7 +11,7 @@ from .utils.random import cpu_seed
 
 
 if TYPE_CHECKING:
-    from .models import LMHead
+    from .models.causal_lm import LMHead
 
 
 class Projectors(nn.Module):
@@ -52,7 +52,7 @@ class Projectors(nn.Module):
         multiplies from the other side). A narrower space can't hold all logits of a wider one.
 
         Args:
-            student_head, teacher_head ([`~hf_dskd.models.LMHead`]): The two heads.
+            student_head, teacher_head ([`~hf_dskd.models.causal_lm.LMHead`]): The two heads.
             student_ids, teacher_ids (`torch.Tensor` of shape `[n]`): Tokens for the same bytes.
 
         Returns:

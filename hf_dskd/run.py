@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .checkpoint import checkpoints
 from .data.source import PYTHON_FUNCTIONS, load_data
 from .errors import UserError
 from .field_checks import check_fields
 from .launch import command as command
 from .packaged import model_name
 from .report.record import differences, evaluations
-from .run_folder import RESULT_NAME, SETTINGS_NAME, check_fresh, forget_run, held
+from .training.run_folder import RESULT_NAME, SETTINGS_NAME, check_fresh, checkpoints, forget_run, held
 from .utils.files import read_yaml, write_json, write_json_lines, write_yaml
 from .words import FLAGS, INSTEAD, SETTINGS, instead_of, translated
 
@@ -498,12 +497,9 @@ def cache_teacher(run: Run) -> None:
     """
     from accelerate import PartialState
 
-    from .checks import check_launch, check_pair, check_positions
-    from .models import check_config
-    from .pretrained import check_options, load_tokenizer, name_and_config
-    from .teacher.cache import open_cache
-    from .teacher.load import check_teacher_options, load_teacher_model, teacher_quantization
-    from .trainer import DSKDTrainer, _Tokenize
+    from .training.arguments import check_launch
+    from .training.pair import Pair
+    from .training.prepare import Preparation
     from .trl_settings import student_options, teacher_options, without_place
 
     config = run.config
@@ -515,29 +511,15 @@ def cache_teacher(run: Run) -> None:
     student, teacher = model_name(run.model.model_name_or_path), chosen_teacher(run, examples)
     check_launch(config)
     config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
-    check_pair(config, student, teacher)
     if run.options.sft_teacher:
         config.teacher_model_init_kwargs = without_place(config.teacher_model_init_kwargs)
-    check_options(student, config.model_init_kwargs, "model_init_kwargs")
-    check_teacher_options(config, teacher)
-    configs: dict[str, Any] = {}
-    tokenizers: dict[str, Any] = {}
-    for role, name, kwargs, parameter in (
-        ("student", str(student), config.model_init_kwargs, "processing_class"),
-        ("teacher", str(teacher), config.teacher_model_init_kwargs, "teacher_processing_class"),
-    ):
-        _, configs[role] = name_and_config(name, kwargs, f"the {role}")
-        check_config(configs[role], name, f"the {role}")
-        check_positions(config, configs[role], name, f"the {role}")
-        tokenizers[role] = load_tokenizer(name, kwargs, f"the {role}'s tokenizer", parameter)
-        DSKDTrainer._check_tokenizer(tokenizers[role], name, configs[role], role, config)
-    quantization = teacher_quantization(config, None, configs["teacher"], str(teacher))
-    tokenize = _Tokenize(tokenizers["student"], tokenizers["teacher"], config, {})
+    pair = Pair(config, student, teacher)
+    tokenize = Preparation(pair, aligned=False).tokenize
     with config.main_process_first(desc="tokenization"):
         datasets = {"train": tokenize(examples, "train"), "eval": tokenize(held_out, "eval")}
-    folder = config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache"
-    cache = open_cache(folder, config, str(teacher), configs["teacher"], tokenizers["teacher"], quantization)
-    filled = cache.fill(datasets, lambda: load_teacher_model(str(teacher), config, quantization))
+    cache = pair.open_cache(config.teacher_cache or Path(str(config.output_dir)) / "teacher_cache")
+    assert cache is not None
+    filled = cache.fill(datasets, pair.load_teacher)
     if PartialState().is_main_process:
         print(cache.summary(filled))
 
@@ -652,7 +634,7 @@ def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> No
         output_dir (`Path`): For numbers and pictures (see [`hf_dskd.analysis.record`]).
     """
     from .analysis.record import probe_rows, record
-    from .checkpoint import check_analysed
+    from .training.run_folder import check_analysed
 
     check_analysed(folder)
     run = parse(None, None, ["--config", str(settings), "--output_dir", str(output_dir)])

@@ -63,7 +63,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     from hf_dskd.losses.dual_space import token_cross_entropy
     from hf_dskd.losses.logits import rows_at_places, shared_prefix_kd, uld
     from hf_dskd.losses.temperature import Temperatures, with_temperature
-    from hf_dskd.models import LMHead
+    from hf_dskd.models.causal_lm import LMHead
 
     hidden = tensors["student_hidden"].clone().requires_grad_()
     student, teacher = states(tensors, "student", hidden), states(tensors, "teacher")

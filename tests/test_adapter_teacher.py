@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from hf_dskd import UserError
-from hf_dskd.pretrained import source
+from hf_dskd.models.pretrained import source
 from hf_dskd.teacher.cache import cache_facts, files_digest
 
 
@@ -107,7 +107,7 @@ def test_in_four_bits(folders, tmp_path):
 
 
 def test_its_own_tokenizer_goes_before_that_of_its_base(folders, tmp_path):
-    from hf_dskd.pretrained import load_tokenizer
+    from hf_dskd.models.pretrained import load_tokenizer
 
     adapter = folders()
     assert len(load_tokenizer(adapter, None, "the teacher's tokenizer", "x")) == TEACHER

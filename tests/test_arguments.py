@@ -12,10 +12,11 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
 from hf_dskd import tokenize_dataset
-from hf_dskd.arguments import as_model, check_optimization, check_optimized, check_trackers
 from hf_dskd.data.collator import DualCollator
 from hf_dskd.data.kinds import as_dataset, as_datasets, as_tokenizer
 from hf_dskd.errors import UserError
+from hf_dskd.training.arguments import check_optimization, check_optimized, check_trackers
+from hf_dskd.training.compatibility import as_model
 
 
 ROWS = [dict(row) for row in tiny.dataset(4)]

@@ -10,7 +10,7 @@ import transformers
 from hf_dskd.attention_capture import AttentionCapture, AttentionPairs, layer_pairs, parse_layers
 from hf_dskd.errors import UserError
 from hf_dskd.losses.attention import AttentionInputs, attention_kl, chunk_attention_kl
-from hf_dskd.models import LastHiddenState
+from hf_dskd.models.hidden_states import LastHiddenState
 from hf_dskd.teacher.load import Teacher
 
 

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from hf_dskd import DSKDConfig, DSKDTrainer
-from hf_dskd.checks import check_pair, check_peft
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.data.tokens import answer_tokens
 from hf_dskd.errors import UserError
+from hf_dskd.training.compatibility import check_pair, check_peft
 
 
 class Loaded(Exception):
@@ -71,7 +71,7 @@ def nothing_loads(monkeypatch):
     def load(name, **options):
         raise Loaded(name)
 
-    for module in ("hf_dskd.trainer", "hf_dskd.teacher.load"):
+    for module in ("hf_dskd.training.pair", "hf_dskd.teacher.load"):
         monkeypatch.setattr(f"{module}.load_causal_lm", load)
 
 

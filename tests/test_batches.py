@@ -7,9 +7,9 @@ import tiny
 import torch
 import transformers
 
-from hf_dskd.checks import check_launch
 from hf_dskd.data.sampler import LengthGroupedEpochSampler
 from hf_dskd.errors import UserError
+from hf_dskd.training.arguments import check_launch
 
 
 GROUPED = (

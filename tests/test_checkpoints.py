@@ -17,10 +17,10 @@ from peft import AdaLoraConfig, LoraConfig
 from safetensors import safe_open
 from transformers import GPT2LMHeadModel
 
-from hf_dskd import checkpoint as checkpoint_files
 from hf_dskd.errors import UserError
-from hf_dskd.resume import damage, differences, rates, set_rates, trajectory
-from hf_dskd.run_folder import recover
+from hf_dskd.training import run_folder as checkpoint_files
+from hf_dskd.training.resume import damage, differences, rates, set_rates, trajectory
+from hf_dskd.training.run_folder import recover
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], task_type="CAUSAL_LM")
@@ -283,7 +283,7 @@ def test_a_kill_while_a_checkpoint_is_written(moment, tmp_path):
         "import sys, os, signal\n"
         f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
         "import test_checkpoints\n"
-        "from hf_dskd import checkpoint\n"
+        "from hf_dskd.training import run_folder as checkpoint\n"
         "from pathlib import Path\n"
         "import torch\n"
         "run = test_checkpoints.make(sys.argv[1], max_steps=3)\n"

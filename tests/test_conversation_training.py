@@ -10,9 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hf_dskd.evaluation.generation import end_token_ids
 from hf_dskd.evaluation.likelihood import bits_per_byte
 from hf_dskd.evaluation.protocol import EvaluationSettings, load_model
+from hf_dskd.models.generation import end_token_ids
 
 
 # What a control token is for each: the closing of an answer is one of them, and in the teacher's case not its EOS.

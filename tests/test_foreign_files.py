@@ -10,8 +10,8 @@ from trl import ScriptArguments
 from hf_dskd import UserError, compare, packaged, run
 from hf_dskd.analysis.record import draw_projections
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
-from hf_dskd.run_folder import check_fresh
 from hf_dskd.teacher.responses import write_responses
+from hf_dskd.training.run_folder import check_fresh
 from hf_dskd.utils.files import write_text
 
 

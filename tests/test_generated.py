@@ -16,16 +16,15 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
 
-from hf_dskd import trainer as trainer_module
 from hf_dskd.data import on_policy
-from hf_dskd.data.on_policy import is_on_policy
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation.generation import response_text
 from hf_dskd.losses.terms import TERMS
+from hf_dskd.models.generation import response_text
 from hf_dskd.objective import weights
 from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
+from hf_dskd.training.on_policy import is_on_policy
 
 
 STUDENT, TEACHER = runs._STUDENT_TOKENIZER, runs._TEACHER_TOKENIZER
@@ -427,7 +426,7 @@ def test_the_teacher_writes_once(tmp_path, monkeypatch):
     first.train()
     before = (tmp_path / "teacher_responses" / "responses.jsonl").read_bytes()
     monkeypatch.setattr(responses, "sample", no_writing)
-    monkeypatch.setattr(trainer_module, "load_teacher_model", no_writing)
+    monkeypatch.setattr("hf_dskd.training.pair.load_teacher_model", no_writing)
     again = seq_kd(tmp_path, **options)
     assert again.train_dataset.to_list() == first.train_dataset.to_list()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

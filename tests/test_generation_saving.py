@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_dskd import UserError
-from hf_dskd.evaluation.generation import check_saved_generation
+from hf_dskd.models.generation import check_saved_generation
 
 
 def student(folder, **settings):
@@ -34,7 +34,7 @@ def student(folder, **settings):
 )
 def test_by_name_before_it_is_loaded(settings, words, tmp_path, monkeypatch):
     name = student(tmp_path / "student", **settings)
-    monkeypatch.setattr("hf_dskd.trainer.load_causal_lm", lambda *args, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr("hf_dskd.training.pair.load_causal_lm", lambda *args, **options: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=words):
         runs.trainer(tmp_path / "run", student=name, method="sft")
 

@@ -13,16 +13,16 @@ LAYERS = [
     "errors redaction words",
     "launch utils methods settings field_checks losses.terms",
     "offline packaged tiny_models data.python_functions",
-    "config checks arguments precision trl_settings",
+    "config precision",
     "data alignment.spans",
-    "alignment kernels teacher models pretrained model_loss projectors finite saving",
+    "alignment kernels teacher models projectors",
     "losses attention_capture",
-    "adversary objective running_log training checkpoint resume run_folder",
+    "adversary objective running_log training",
     "evaluation analysis",
     "report",
     "hub",
     "trainer",
-    "run",
+    "run trl_settings",
     "experiments compare doctor",
     "cli completion evaluation.command report.command hub.command",
 ]
@@ -43,23 +43,12 @@ EXCEPTIONS = {
     "analysis.record: trainer._projector_parameters",
     "analysis.record: trainer._run_both",
     "analysis.record: trainer._terms",
-    "arguments -> pretrained",
-    "checks -> data.vocabulary",
-    "checks -> teacher.load",
     "config -> attention_capture",
     "config -> hub.names",
-    "data.on_policy -> evaluation.generation",
     "data.source -> run",
-    "doctor: DSKDTrainer._check_tokenizer",
-    "experiments.memory: _lists_module",
-    "run: DSKDTrainer._check_tokenizer",
-    "run: _Tokenize",
-    "teacher.responses -> evaluation.generation",
-    "trl_settings -> pretrained",
-    "trl_settings -> run",
 }
 # Arrows of one line without which there would be no circle. This one may only shrink, too.
-CIRCLES = {"cli -> completion", "config -> checks", "models -> model_loss"}
+CIRCLES = {"cli -> completion"}
 # Methods of named tuples, which begin so in order not to look like fields.
 PUBLIC = {"_replace", "_asdict", "_fields"}
 

@@ -11,7 +11,7 @@ from hf_dskd.kernels.linear_divergence import chunk_sizes, linear_rows
 from hf_dskd.losses.divergences import DIVERGENCES
 from hf_dskd.losses.dual_space import student_space_rows, teacher_space_rows
 from hf_dskd.losses.logits import uld
-from hf_dskd.models import LMHead
+from hf_dskd.models.causal_lm import LMHead
 
 
 N, D, V = 13, 6, 41

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_dskd import DSKDTrainer
-from hf_dskd.model_loss import adds_to_loss, no_cross_entropy
+from hf_dskd.models.hidden_states import adds_to_loss, no_cross_entropy
 
 
 SIZES = {

@@ -21,7 +21,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_dskd.errors import UserError
-from hf_dskd.models import LastHiddenState, check_head, lm_head
+from hf_dskd.models.causal_lm import check_head, lm_head
+from hf_dskd.models.hidden_states import LastHiddenState
 
 
 MODELS = {"gpt2": tiny.gpt2, "llama": tiny.llama, "qwen2": tiny.qwen2}

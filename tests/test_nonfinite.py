@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_dskd import adversary
 from hf_dskd.errors import NonFiniteLossError
-from hf_dskd.finite import largest
+from hf_dskd.training.finite import largest
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn"], task_type="CAUSAL_LM")

@@ -11,7 +11,7 @@ from hf_dskd.losses.dual_space import response_states
 from hf_dskd.losses.likelihood import likelihood_matching
 from hf_dskd.losses.logits import mapped_kd
 from hf_dskd.methods import METHODS
-from hf_dskd.models import LMHead
+from hf_dskd.models.causal_lm import LMHead
 from hf_dskd.objective import (
     PairConstants,
     Terms,

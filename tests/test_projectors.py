@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 from hf_dskd.analysis.distributions import pca
 from hf_dskd.losses.conditional_transport import TransportCritics
 from hf_dskd.losses.key_query import Discriminator
-from hf_dskd.models import LMHead
+from hf_dskd.models.causal_lm import LMHead
 from hf_dskd.projectors import Projectors, least_squares
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from hf_dskd import UserError, doctor, run
 from hf_dskd.experiments.autoconfig import derive
 from hf_dskd.experiments.memory import Size
-from hf_dskd.pretrained import empty_model, name_and_config
+from hf_dskd.models.pretrained import empty_model, read_config
 from hf_dskd.teacher.load import teacher_quantization
 
 
@@ -85,11 +85,11 @@ def test_the_option_of_one_is_not_that_of_the_other(side, pair, tmp_path):
 def test_shapes_for_four_bits(pair, own, tmp_path):
     settings = {"teacher_model_init_kwargs": TRUST, "load_teacher_in_4bit": True}
     config = runs.config(tmp_path, **settings)
-    name, found = name_and_config(pair[1], TRUST, "the teacher")
-    assert teacher_quantization(config, None, found, name).load_in_4bit
+    found = read_config(pair[1], TRUST, "the teacher")
+    assert teacher_quantization(config, None, found, pair[1]).load_in_4bit
     odd = own("odd", runs._TEACHER_TOKENIZER, width=96)
     with pytest.raises(UserError, match=r"can't run in 4 bits on a CPU: .* 96"):
-        teacher_quantization(config, None, name_and_config(odd, TRUST, "the teacher")[1], odd)
+        teacher_quantization(config, None, read_config(odd, TRUST, "the teacher"), odd)
 
 
 def test_an_adapter_on_a_loaded_model(pair, tmp_path):
@@ -104,7 +104,7 @@ def test_an_adapter_on_a_loaded_model(pair, tmp_path):
 def test_memory_doctor_and_the_derived_settings(pair, tmp_path):
     student, teacher = pair
     plain = tiny.llama(len(runs._STUDENT_TOKENIZER))
-    assert Size.of(name_and_config(student, TRUST, "the student")[1], TRUST).parameters == plain.num_parameters()
+    assert Size.of(read_config(student, TRUST, "the student"), TRUST).parameters == plain.num_parameters()
     given = {"model_init_kwargs": TRUST, "teacher_model_init_kwargs": TRUST}
     derived = derive(student, teacher, memory=None, device="cpu", given=given)
     assert derived.settings["model_name_or_path"] == student

@@ -15,7 +15,7 @@ from trl import ModelConfig, ScriptArguments
 
 from hf_dskd import UserError, run
 from hf_dskd.report.record import evaluations
-from hf_dskd.run_folder import check_fresh, forget_run
+from hf_dskd.training.run_folder import check_fresh, forget_run
 from hf_dskd.utils import files
 
 

@@ -13,10 +13,10 @@ import tiny
 import torch
 from transformers import TrainerCallback
 
-from hf_dskd import run_folder
 from hf_dskd.errors import UserError
 from hf_dskd.run import parse
-from hf_dskd.run_folder import held, last_checkpoint, noted
+from hf_dskd.training import run_folder
+from hf_dskd.training.run_folder import held, last_checkpoint, noted
 
 
 ROOT = str(runs.Path(__file__).parents[1])
@@ -151,7 +151,7 @@ HOLD = (
     "import sys, time\n"
     f"sys.path.insert(0, {ROOT!r})\n"
     "from pathlib import Path\n"
-    "from hf_dskd.run_folder import held\n"
+    "from hf_dskd.training.run_folder import held\n"
     "with held(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(600)\n"
@@ -161,7 +161,7 @@ HOLD_WITH_WORKER = (
     "import fcntl, os, socket, sys, time\n"
     f"sys.path.insert(0, {ROOT!r})\n"
     "from pathlib import Path\n"
-    "from hf_dskd.run_folder import LOCK_NAME, note\n"
+    "from hf_dskd.training.run_folder import LOCK_NAME, note\n"
     "folder = Path(sys.argv[1])\n"
     "fcntl.flock(os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)\n"
     "note(folder, host=socket.gethostname(), pid=os.getpid(), since='2026')\n"

@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_dskd import DSKDConfig, UserError
-from hf_dskd.checks import check_steps
-from hf_dskd.models import backbone, input_embedding, lm_head
+from hf_dskd.models.causal_lm import backbone, input_embedding, lm_head
+from hf_dskd.training.prepare import check_steps
 
 
 LORA = {"r": 2, "target_modules": ["c_attn"], "task_type": "CAUSAL_LM"}

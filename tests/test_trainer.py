@@ -65,7 +65,7 @@ def test_projectors_are_averaged_before_a_scaler_looks(tmp_path, monkeypatch):
     """Another rank's overflow must reach this one's search for overflows, so that both skip the step."""
     events = []
     monkeypatch.setattr(
-        "hf_dskd.trainer.reduce_over_ranks", lambda parameters, *_: events.append(("averaged", len(parameters)))
+        "hf_dskd.training.steps.reduce_over_ranks", lambda parameters, *_: events.append(("averaged", len(parameters)))
     )
     run = runs.trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2)
     unscale = run.accelerator.clip_grad_norm_
@@ -405,13 +405,13 @@ def test_logs_name_everything_a_run_shows(tmp_path):
 def test_logging_reads_the_device_once(tmp_path, monkeypatch):
     run = runs.trainer(tmp_path, max_steps=2, logging_steps=2)
     reads = []
-    read = type(run._running)._read
+    read = type(run.running_log)._read
 
     def counted(self, *args, **kwargs):
         reads.append(kwargs)
         return read(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(run._running), "_read", counted)
+    monkeypatch.setattr(type(run.running_log), "_read", counted)
     run.train()
     assert sum(kwargs.get("with_sums", False) for kwargs in reads) == 1
 
@@ -462,7 +462,7 @@ def test_every_row_counts_whatever_its_number(tmp_path):
     """Two tokenized sets, both numbered from 0."""
     run = runs.trainer(tmp_path, method="sft")
     parts = [tiny.dataset(8).select(rows) for rows in (range(3), range(3, 8))]
-    tokenized = [run._tokenize(part, "eval") for part in parts]
+    tokenized = [run._preparation.tokenize(part, "eval") for part in parts]
     assert set(tokenized[0]["example_id"]) < set(tokenized[1]["example_id"])
     both = run.evaluate(concatenate_datasets(tokenized))["eval_bits_per_byte"]
     assert both == pytest.approx(run.evaluate(tiny.dataset(8))["eval_bits_per_byte"], rel=1e-9)

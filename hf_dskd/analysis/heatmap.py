@@ -22,7 +22,7 @@ from torch import Tensor
 from ..alignment.spans import answer_spans, chunk_ids, silent_mask
 from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
-from ..models import input_embedding
+from ..models.causal_lm import input_embedding
 from ..objective import alignment_weights
 from ..utils.figures import FONT, drawable
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..kernels.linear_divergence import linear_rows
 from ..losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, response_rows
 from ..losses.key_query import Discriminator
-from ..models import lm_head
+from ..models.causal_lm import lm_head
 from ..objective import aligned, chunk_options, space_divergence
 from .distributions import distribution_metrics
 from .heatmap import AlignmentExample, chunks_of, cross_attention

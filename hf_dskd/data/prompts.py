@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import UserError
 from .formats import Example
 from .templates import Template, Turn, control_pattern, special_ids
 from .tokens import answer_tokens, encode, response_tokens, traits_of
@@ -223,6 +224,13 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Example):
         return Example(*(_mapped(item, change) for item in value))
     return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
+def check_eos(tokenizer: Any, role: str) -> None:
+    """A response must be able to end."""
+    if tokenizer.eos_token_id is None:
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise UserError(f"the {role}'s tokenizer {name!r} has no EOS token: set tokenizer.eos_token first")
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:

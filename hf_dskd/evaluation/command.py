@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
 
 def _as_trained(folder: Path) -> dict[str, Any]:
     """The chat template and what it was told, for the output folder of a run whose student saw it in training."""
-    from ..run_folder import RESULT_NAME
+    from ..training.run_folder import RESULT_NAME
 
     template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if not (folder / RESULT_NAME).is_file() or not (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.collator import DualCollator
-from ..models import backbone, lm_head
+from ..models.causal_lm import backbone, lm_head
 
 
 # Logits that are there at a time, in bytes of float32.

@@ -26,17 +26,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..checks import check_eos, loading
-from ..data.prompts import Frame, answer_frame
+from ..data.prompts import Frame, answer_frame, check_eos
 from ..data.tokenization import encode_response
 from ..errors import UserError
 from ..launch import check_processes
-from ..models import base_causal_lm
+from ..models.causal_lm import base_causal_lm
+from ..models.generation import end_token_ids, padding_token_id, read_response, sample
+from ..models.pretrained import commit, loading
 from ..packaged import model_name
-from ..pretrained import commit
 from ..utils.environment import hardware, versions
 from ..utils.files import write_text
-from .generation import end_token_ids, padding_token_id, read_response, sample
 from .likelihood import row_likelihoods
 from .scores import answer_scores, average, reference_scores
 from .sets import PROMPT_STYLES, QuestionSet, load_set, question_tokens
@@ -459,7 +458,7 @@ def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
     """The model on its device, in eval mode."""
     from transformers import AutoConfig, GenerationConfig
 
-    from ..models import check_config
+    from ..models.causal_lm import check_config
     from ..teacher.load import check_four_bit_shapes, four_bit_config, load_causal_lm
 
     name, base = model_and_base(settings)

@@ -106,15 +106,20 @@ def derive(
             to choose fits into the memory.
     """
     check_two(student, teacher)
+    from ..packaged import model_name
+    from ..training.pair import Side
     from ..trl_settings import STUDENT, TEACHER, merged_options
 
     options = {
         "student": merged_options(given, STUDENT, "model_init_kwargs"),
         "teacher": merged_options(given, TEACHER, "teacher_model_init_kwargs"),
     }
-    configs, tokenizers = {}, {}
-    for role, name in (("student", student), ("teacher", teacher)):
-        configs[role], tokenizers[role] = _read(name, options[role], role)
+    sides = {
+        role: Side(role, model_name(name), options[role])
+        for role, name in (("student", student), ("teacher", teacher))
+    }
+    configs = {role: side.config for role, side in sides.items()}
+    tokenizers = {role: side.tokenizer for role, side in sides.items()}
     found: dict[str, tuple[Any, str]] = {
         "model_name_or_path": (student, "the student"),
         "teacher_model_name_or_path": (teacher, "the teacher"),
@@ -148,18 +153,6 @@ def output_dir(student: str, teacher: str) -> str:
 
 def _short(name: str) -> str:
     return Path(name).resolve().name
-
-
-def _read(name: str, kwargs: Any, role: str) -> tuple[Any, Any]:
-    """Configuration and tokenizer of a model."""
-    from ..models import check_config
-    from ..packaged import model_name
-    from ..pretrained import load_tokenizer, name_and_config
-
-    folder = str(model_name(name))
-    _, config = name_and_config(folder, kwargs, f"the {role}")
-    check_config(config, name, f"the {role}")
-    return config, load_tokenizer(folder, kwargs, f"the {role}'s tokenizer", "another model")
 
 
 def _max_length(configs: dict[str, Any], student: str, teacher: str) -> tuple[int, str]:

@@ -89,7 +89,7 @@ class Size:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        from ..pretrained import empty_model
+        from ..models.pretrained import empty_model
 
         if not getattr(config.get_text_config(), "num_attention_heads", None):
             raise UserError(
@@ -152,11 +152,11 @@ class Size:
         The linear layers that LoRA with these `target_modules` adapts, as PEFT reads them: ends of names, a regular
         expression of a whole name, or `"all-linear"`, which `None` is here too.
         """
-        from ..checks import _lists_module
+        from ..training.compatibility import lists_module
 
         if targets is None or targets == "all-linear":
             return list(self.linear)
-        return [layer for layer in self.linear if _lists_module(targets, layer.name)]
+        return [layer for layer in self.linear if lists_module(targets, layer.name)]
 
     def adapter(self, rank: int, targets: str | Sequence[str] | None = None) -> int:
         """Parameters of LoRA on the layers of [`Size.adapted`]."""

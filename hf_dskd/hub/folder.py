@@ -15,8 +15,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import AUXILIARY_NAME, ROLES
 from ..errors import UserError
+from ..training.run_folder import AUXILIARY_NAME, ROLES
 from ..utils.files import read_json, write_text
 from .card import WEIGHTS, put, write_card
 from .identity import FinishedRun, Model

@@ -16,7 +16,7 @@ from ..methods import METHODS
 from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
 from ..report.files import read_run, runs_in
 from ..report.words import millions
-from ..run_folder import SETTINGS_NAME
+from ..training.run_folder import SETTINGS_NAME
 from ..utils.files import read_json, read_yaml
 from .names import page
 

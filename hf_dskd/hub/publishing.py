@@ -15,8 +15,8 @@ from ..data.fingerprint import fingerprint
 from ..redaction import without_secrets
 from ..report.one import write_report
 from ..report.record import Card, Data, Hardware, Models, RunRecord, differences, evaluations, note_card
-from ..run_folder import RESULT_NAME
 from ..settings import DistillationSettings
+from ..training.run_folder import RESULT_NAME
 from ..utils.environment import command_line, hardware, versions
 from .card import write_card, write_own_card
 from .push import TRAINING, check_training, push_run

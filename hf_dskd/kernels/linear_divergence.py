@@ -26,7 +26,7 @@ from ..errors import UserError
 
 
 if TYPE_CHECKING:
-    from ..models import LMHead
+    from ..models.causal_lm import LMHead
 
 # Takes float32 logits `[n, V_k]` and then rows `[n, ...]` of what else it needs; gives terms of shape `[n]`.
 RowFunction = Callable[..., dict[str, Tensor]]
@@ -56,7 +56,7 @@ def linear_rows(
             From logits `[n, V_k]` in float32, one of each head, and the `[n, ...]` slices of `rows`, to terms `[n]`.
             It must treat rows independently, and follow the restrictions of [`torch.func.grad`].
         hidden (sequence of `torch.Tensor` of shape `[N, d_k]`): What each head is applied to.
-        heads (sequence of [`~hf_dskd.models.LMHead`]): To logits; one that is trainable gets its gradient.
+        heads (sequence of [`~hf_dskd.models.causal_lm.LMHead`]): To logits; one that is trainable gets its gradient.
         rows (sequence of `torch.Tensor` of shape `[N, ...]`, *optional*): Passed on to `function`; constants.
         weights (`dict[str, float]`, *optional*):
             Weight of each term in the loss; those left out have none. With it the gradient is computed in the forward

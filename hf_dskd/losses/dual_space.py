@@ -18,11 +18,12 @@ from torch import Tensor
 from ..alignment.cross_model import unit_std
 from ..alignment.weights import AlignmentWeights, TiledAttention
 from ..kernels.linear_divergence import RowFunction, linear_rows
+from ..models.causal_lm import answer_positions
 from .divergences import DivergenceFunction, precise
 
 
 if TYPE_CHECKING:
-    from ..models import LMHead
+    from ..models.causal_lm import LMHead
     from ..projectors import Projectors
 
 IGNORE = -100
@@ -113,7 +114,7 @@ def response_states(
         embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
         chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
         gathered (`bool`, *optional*, defaults to `False`):
-            `hidden` has only the rows that predict a response token, as those of a teacher cache.
+            `hidden` has only the rows that predict a response token, as a teacher's.
         places (`torch.Tensor` of shape `[B, S]`, *optional*), silent (`[B, S]`, bool, *optional*):
             Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
     """
@@ -121,14 +122,9 @@ def response_states(
     def of_targets(values: Tensor | None, nothing: int = -1) -> Tensor | None:
         return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, nothing)
 
-    targets = labels[:, 1:]
-    valid = targets != IGNORE
-    longest = max(int(valid.sum(1).max()), 1)
-    # A stable sort of "is not a response" brings the response rows to the front, in order.
-    rows = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)[:, :longest]
-    mask = valid.gather(1, rows)
+    rows, mask = answer_positions(labels)
     inputs = input_ids.gather(1, rows)
-    targets = targets.gather(1, rows).masked_fill(~mask, 0)
+    targets = labels[:, 1:].gather(1, rows).masked_fill(~mask, 0)
     embedding = embedding.detach()
     if not gathered:
         hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -304,7 +300,7 @@ def dual_space_terms(
         student, teacher ([`ResponseStates`]): The two views of the batch.
         alignment ([`~hf_dskd.alignment.weights.AlignmentWeights`]): Of their positions.
         projectors ([`~hf_dskd.projectors.Projectors`]): s2t and t2s.
-        student_head, teacher_head ([`~hf_dskd.models.LMHead`]): To logits.
+        student_head, teacher_head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits.
         student_space_divergence, teacher_space_divergence:
             Of raw `(student_logits, teacher_logits)`, per row, temperature inside. `None` leaves that space out.
         teacher_value (`str`, *optional*, defaults to `"state_and_target"`):

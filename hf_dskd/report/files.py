@@ -11,7 +11,7 @@ from typing import Any
 
 from ..analysis.curves import series
 from ..errors import UserError
-from ..run_folder import RESULT_NAME
+from ..training.run_folder import RESULT_NAME
 from ..utils.files import read_json
 from .record import RunRecord
 

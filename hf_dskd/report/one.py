@@ -9,7 +9,7 @@ from typing import Any
 
 from ..analysis.curves import plot_analysis
 from ..methods import METHODS
-from ..run_folder import RESULT_NAME
+from ..training.run_folder import RESULT_NAME
 from ..utils.markup import Markdown, code, link, pictures, render, strong, table
 from .document import write_pages
 from .files import RunFiles, read_run

@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
 from ..errors import UserError
-from ..models import LMHead, base_causal_lm, check_head, hidden_size
-from ..pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
+from ..models.causal_lm import LMHead, base_causal_lm, check_head, hidden_size
+from ..models.pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
 from ..redaction import without_secrets
 from .load import Teacher, teacher_dtype
 
@@ -535,16 +535,15 @@ class Filled(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedTeacher:
-    """
-    What the losses need of a teacher beside its states: it stands in for a [`~hf_dskd.teacher.load.Teacher`].
-
-    Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits.
-        embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding.
-    """
+    """A teacher whose states a batch has already (see [`~hf_dskd.teacher.source.TeacherSource`])."""
 
     head: LMHead
     embedding: Tensor
+    model: ClassVar[None] = None
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The states that [`TeacherCache.batch`] put there, `[B, R, d_t]`."""
+        return batch["teacher_states"]
 
 
 class TeacherCache:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import four_bit, quantization
 from ..errors import UserError
-from ..models import LMHead, backbone, input_embedding, lm_head
-from ..pretrained import ADAPTER_NAME, check_options, dtype_option, empty_model, reading, source, weight_options
+from ..models.causal_lm import LMHead, answer_positions, backbone, input_embedding, lm_head
+from ..models.pretrained import (
+    ADAPTER_NAME,
+    check_options,
+    dtype_option,
+    empty_model,
+    four_bit,
+    quantization,
+    reading,
+    source,
+    weight_options,
+)
 
 
 if TYPE_CHECKING:
@@ -31,7 +41,7 @@ class Teacher:
             Where the losses run, which may be another device than the model's; `None` is the model's.
 
     Attributes:
-        head ([`~hf_dskd.models.LMHead`]): To logits, dequantised, on `device`.
+        head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits, dequantised, on `device`.
         embedding (`torch.Tensor` of shape `[V_t, d_t]`): Input embedding, on `device`.
     """
 
@@ -65,6 +75,12 @@ class Teacher:
         hidden = hidden.to(self.device)
         # A loss may save it for its backward pass, which is refused to a tensor made in inference mode.
         return hidden.clone() if hidden.is_inference() else hidden
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Runs on a batch, and returns the states that predict a response token, `[B, R, d_t]`."""
+        rows, _ = answer_positions(batch["teacher_labels"])
+        hidden = self(batch["teacher_input_ids"], batch["teacher_attention_mask"])
+        return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def named_device(name: str) -> torch.device:

@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from ..data.formats import BESIDE, Columns, Example, detect_format, read_example
 from ..data.prompts import Frame, answer_frame, prompt_tokens
 from ..errors import UserError
-from ..evaluation.generation import end_token_ids, read_response, sample
-from ..models import base_causal_lm
+from ..models.causal_lm import base_causal_lm
+from ..models.generation import end_token_ids, read_response, sample
 from ..utils.files import write_text
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from hf_dskd import DSKDConfig
     from hf_dskd.losses.dual_space import ResponseStates
-    from hf_dskd.models import LMHead
+    from hf_dskd.models.causal_lm import LMHead
     from hf_dskd.projectors import Projectors
 
 METHODS = ("dskd_cma", "sft", "uld")
@@ -181,7 +181,7 @@ def make_problem(
     """
     import torch
 
-    from hf_dskd.models import LMHead
+    from hf_dskd.models.causal_lm import LMHead
     from hf_dskd.projectors import Projectors
 
     generator = torch.Generator().manual_seed(0)

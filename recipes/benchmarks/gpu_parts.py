@@ -33,7 +33,7 @@ import triton
 from hf_dskd.kernels import linear_divergence, stream_kl_triton
 from hf_dskd.losses.divergences import forward_kl
 from hf_dskd.losses.dual_space import student_space_rows, teacher_space_rows
-from hf_dskd.models import LMHead
+from hf_dskd.models.causal_lm import LMHead
 
 
 ROOT = Path(__file__).resolve().parents[2]

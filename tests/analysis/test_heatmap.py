@@ -32,7 +32,7 @@ from hf_dskd.analysis.heatmap import (
     uniform_on_text,
 )
 from hf_dskd.losses.dual_space import queries_and_keys, response_states
-from hf_dskd.models import input_embedding
+from hf_dskd.models.causal_lm import input_embedding
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from hf_dskd.analysis.distributions import auc, distribution_metrics
 from hf_dskd.analysis.heatmap import cross_attention
 from hf_dskd.analysis.metrics import alignment_metrics
 from hf_dskd.analysis.probe import analyse
-from hf_dskd.models import lm_head
+from hf_dskd.models.causal_lm import lm_head
 
 
 ATTENTION = {

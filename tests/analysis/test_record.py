@@ -10,7 +10,7 @@ import torch
 from hf_dskd import UserError
 from hf_dskd.analysis.record import gradient_norms, probe_rows, read_numbers, record
 from hf_dskd.objective import total_loss
-from hf_dskd.run_folder import forget_run
+from hf_dskd.training.run_folder import forget_run
 
 
 @pytest.fixture(autouse=True)

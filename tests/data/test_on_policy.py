@@ -5,9 +5,9 @@ from transformers import GenerationConfig
 
 from hf_dskd.alignment.spans import check_tiling, chunk_ids
 from hf_dskd.data.collator import DualCollator
-from hf_dskd.data.on_policy import is_on_policy, on_policy_batch
 from hf_dskd.data.tokenization import tokenize_dataset
-from hf_dskd.evaluation.generation import response_text, sample
+from hf_dskd.models.generation import response_text, sample
+from hf_dskd.training.on_policy import is_on_policy, on_policy_batch
 
 
 STUDENT, TEACHER = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()

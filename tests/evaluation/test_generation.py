@@ -6,15 +6,9 @@ from transformers import GenerationConfig
 
 from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation.generation import (
-    check_generation_config,
-    end_token_ids,
-    gumbel_noise,
-    response_text,
-    sample,
-    score_generation,
-)
+from hf_dskd.evaluation.generation import score_generation
 from hf_dskd.evaluation.scores import rouge_l
+from hf_dskd.models.generation import check_generation_config, end_token_ids, gumbel_noise, response_text, sample
 
 
 GREEDY = GenerationConfig(do_sample=False)

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
 from hf_dskd.evaluation import command, protocol
-from hf_dskd.evaluation.generation import end_token_ids, sample
 from hf_dskd.evaluation.likelihood import bits_per_byte
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, read_lines
 from hf_dskd.evaluation.scores import rouge_l
+from hf_dskd.models.generation import end_token_ids, sample
 
 
 ROWS = [

@@ -27,7 +27,7 @@ from hf_dskd.experiments.memory import (
 )
 from hf_dskd.losses.conditional_transport import TransportCritics
 from hf_dskd.losses.key_query import Discriminator
-from hf_dskd.models import backbone
+from hf_dskd.models.causal_lm import backbone
 from hf_dskd.projectors import Projectors
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate
 from hf_dskd.report.record import evaluations
-from hf_dskd.run_folder import RESULT_NAME, SETTINGS_NAME
+from hf_dskd.training.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
 

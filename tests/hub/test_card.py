@@ -16,7 +16,7 @@ from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.hub.identity import identity
 from hf_dskd.hub.push import TRAINING, push_run
 from hf_dskd.packaged import MARKER, PACKAGED_MODELS
-from hf_dskd.run_folder import RESULT_NAME, SETTINGS_NAME
+from hf_dskd.training.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
 

@@ -115,11 +115,12 @@ def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expec
         tmp_path,
         f"""
         import runs, tiny
-        from hf_dskd import UserError, run, trainer
+        from hf_dskd import UserError, run
+        from hf_dskd.training import pair, prepare
         from hf_dskd.teacher import load
         def never(*args, **kwargs):
             raise AssertionError("loaded")
-        load.load_causal_lm = trainer.load_causal_lm = trainer.tokenize_dataset = never
+        load.load_causal_lm = pair.load_causal_lm = prepare.tokenize_dataset = never
         run.load_data = run.train_teacher = never
         options = "--push_to_hub --hub_model_id ann/other --sft_teacher --dataset_name x --output_dir out"
         options += " --model_name_or_path ann/student --teacher_model_name_or_path ann/teacher"

@@ -5,7 +5,6 @@ import runs
 import torch
 
 from hf_dskd import UserError
-from hf_dskd import trainer as trainer_module
 from hf_dskd.teacher.cache import CachedTeacher
 from hf_dskd.teacher.load import Teacher
 
@@ -38,7 +37,7 @@ def cache_of(folder, settings):
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_weights_are_the_same(case, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "Teacher", RoundedTeacher)
+    monkeypatch.setattr("hf_dskd.teacher.source.Teacher", RoundedTeacher)
     results = []
     for cache in (None, cache_of(folder, runs.CASES[case])):
         run = runs.trainer(
@@ -70,7 +69,7 @@ def test_a_filled_cache_needs_no_teacher(folder, tmp_path, monkeypatch):
     def load(*args):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(trainer_module, "load_teacher_model", load)
+    monkeypatch.setattr("hf_dskd.training.pair.load_teacher_model", load)
     run = runs.trainer(tmp_path / "second", **settings)
     run.train()
     with pytest.raises(AssertionError, match="the teacher was loaded"):
@@ -79,9 +78,9 @@ def test_a_filled_cache_needs_no_teacher(folder, tmp_path, monkeypatch):
 
 def test_data_to_evaluate_on_later_is_added(tmp_path):
     run = runs.trainer(tmp_path / "run", method="dskd_cma", teacher_cache=str(tmp_path / "cache"), rows=4)
-    before = len(run._cache)
+    before = len(run._preparation.cache)
     assert run.evaluate(runs.tiny.dataset(8).select(range(4, 8)))["eval_s2t_kd_loss"] > 0
-    assert len(run._cache) > before
+    assert len(run._preparation.cache) > before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -93,7 +92,7 @@ def test_workers_read_the_cache(workers, folder, tmp_path):
         dataloader_num_workers=workers,
     )
     batch = next(iter(run.get_train_dataloader()))
-    expected = run._cache.batch([run.train_dataset[int(i)] for i in batch["example_ids"]])
+    expected = run._preparation.cache.batch([run.train_dataset[int(i)] for i in batch["example_ids"]])
     assert torch.equal(batch["teacher_states"], expected) and expected.abs().sum() > 0
 
 
@@ -107,4 +106,5 @@ def test_an_evaluation_split_may_be_called_train(tmp_path):
     run = runs.trainer(
         tmp_path / "run", method="dskd_cma", teacher_cache=str(tmp_path / "cache"), eval_dataset=held_out
     )
-    assert not run._cache.missing(run.train_dataset) and not run._cache.missing(run.eval_dataset["train"])
+    cache = run._preparation.cache
+    assert not cache.missing(run.train_dataset) and not cache.missing(run.eval_dataset["train"])

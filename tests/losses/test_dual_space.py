@@ -11,7 +11,7 @@ from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
 from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys, response_states
 from hf_dskd.losses.temperature import Temperatures, with_temperature
 from hf_dskd.methods import DUAL_SPACE_ALIGNMENTS
-from hf_dskd.models import LMHead
+from hf_dskd.models.causal_lm import LMHead
 from hf_dskd.objective import alignment_weights
 from hf_dskd.projectors import Projectors
 

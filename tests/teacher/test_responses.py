@@ -11,7 +11,7 @@ from hf_dskd.data.formats import read_example
 from hf_dskd.data.prompts import prompt_tokens
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation.generation import response_text, sample
+from hf_dskd.models.generation import response_text, sample
 from hf_dskd.teacher.responses import write_responses
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
-from ..evaluation.generation import end_token_ids, read_response, sample
-from .collator import ANSWER_STRIDE
-from .prompts import Frame, answer_frame
-from .tokenization import encode_response
-from .tokens import response_tokens
+from ..data.collator import ANSWER_STRIDE
+from ..data.prompts import Frame, answer_frame
+from ..data.tokenization import encode_response
+from ..data.tokens import response_tokens
+from ..models.generation import end_token_ids, read_response, sample
 
 
 if TYPE_CHECKING:

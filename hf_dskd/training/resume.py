@@ -1,4 +1,4 @@
-"""What a checkpoint must have and agree in before a run goes on from it; a lower layer than the trainer."""
+"""What a checkpoint must have and agree in before a run goes on from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import (
+from ..errors import UserError
+from ..models.pretrained import config_settings, options_of
+from ..settings import DistillationSettings
+from ..utils.files import plain
+from .run_folder import (
     AUXILIARY_NAME,
     check_facts,
     checkpoints,
@@ -18,16 +22,12 @@ from .checkpoint import (
     run_id,
     step,
 )
-from .errors import UserError
-from .pretrained import config_settings, options_of
-from .settings import DistillationSettings
-from .utils.files import plain
 
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from .config import DSKDConfig
+    from ..config import DSKDConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,14 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import loading
-from .errors import UserError
+from ..errors import UserError
 
 
 if TYPE_CHECKING:
@@ -225,6 +224,33 @@ def origin(model: Any, init_kwargs: Any = None) -> dict[str, str | None]:
 # ---- Configuration and tokenizer
 
 
+@contextmanager
+def loading(what: str, name: str, files: tuple[str, ...], remedy: str) -> Iterator[None]:
+    """
+    Puts what transformers says at length about a name or folder that it can't load on one line.
+
+    A folder must hold one of `files`: without, transformers may guess from its name, or make a tokenizer of no tokens.
+    """
+    try:
+        if os.path.isdir(name) and not any(any(Path(name).glob(pattern)) for pattern in files):
+            raise OSError(f"the folder has no {files[0]}")
+        yield
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if isinstance(error, (TypeError, AttributeError)):
+            # What was passed on to the model's own class, or to torch.
+            remedy = "check what the init kwargs name"
+        elif isinstance(error, ImportError):
+            remedy = "install that, or leave out what needs it"
+        elif not isinstance(error, (OSError, ValueError, SafetensorError)):
+            raise
+        elif "trust_remote_code" in str(error):
+            remedy = "where you trust that code, set trust_remote_code in the init kwargs of that model"
+        reason = str(error).split("\n")[0].strip().rstrip(".")
+        raise UserError(f"{what} {name!r} can't be loaded ({reason}): {remedy}") from error
+
+
 def reading(
     role: str,
     name: str,
@@ -233,14 +259,14 @@ def reading(
     remedy: str = "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no"
     " HF_HUB_OFFLINE",
 ) -> AbstractContextManager[None]:
-    """[`~hf_dskd.checks.loading`] of a model, or of what lies beside it, in the subfolder that its options name."""
+    """[`loading`] of a model, or of what lies beside it, in the subfolder that its options name."""
     folder = os.path.join(name, options.get("subfolder") or "").rstrip("/") if os.path.isdir(name) else name
     return loading(role, folder, files, remedy)
 
 
-def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
+def read_config(model: Any, init_kwargs: Any, role: str) -> Any:
     """
-    Name and configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
+    Reads the configuration of a model, as its weights will be loaded; of an adapter that of the model below it.
 
     Raises:
         UserError: If it can't be read, for an option that nothing knows, and for an adapter as `"the student"`.
@@ -248,7 +274,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
     from transformers import AutoConfig
 
     if not isinstance(model, str):
-        return model.name_or_path, model.config
+        return model.config
     with reading(role, model, options_of(init_kwargs), ("config.json", ADAPTER_NAME)):
         of = source(model, init_kwargs)
     if of.adapter is not None and role == "the student":
@@ -260,7 +286,7 @@ def name_and_config(model: Any, init_kwargs: Any, role: str) -> tuple[str, Any]:
     with reading(role, of.name, of.options):
         config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
     _check_known(unused, config, role)
-    return model, config
+    return config
 
 
 def generation_config(name: str, init_kwargs: Any = None) -> GenerationConfig | None:
@@ -295,7 +321,7 @@ def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Mo
     from transformers import AutoModelForCausalLM
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    from .models import base_causal_lm
+    from .causal_lm import base_causal_lm
 
     kind: Any = None if loaded is None else type(base_causal_lm(loaded))
     options = options_of(init_kwargs)
@@ -318,3 +344,36 @@ def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> An
         here, options = of.adapter, {**place(of.options, *CODE), **(of.adapter_options or {})}
     with reading(role, here, options, TOKENIZER_FILES, f"pass {parameter}, or save a tokenizer beside the model"):
         return AutoTokenizer.from_pretrained(here, **options)
+
+
+# ---- Quantization
+
+
+def quantization(given: Any, init_kwargs: Any, config: PretrainedConfig, name: str, setting: str) -> Any:
+    """
+    How a model is to be quantized when it is loaded, by its parameter `setting` or by its init kwargs; or `None`.
+
+    Its own files may be quantized already. Then transformers would take no other.
+    """
+    in_options = (init_kwargs or {}).get("quantization_config")
+    if given is not None and in_options is not None:
+        raise UserError(f"{setting} and an init kwarg quantization_config: pass only one of them")
+    chosen = in_options if given is None else given
+    if chosen is not None and getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{setting}: the files of {name!r} are quantized already ({quantized_how(config.quantization_config)}),"
+            " which nothing changes; leave it out, or name the model in 16 bits"
+        )
+    return chosen
+
+
+def four_bit(quantization: Any) -> bool:
+    """Whether a quantization, of a parameter or of a config.json, is bitsandbytes' of 4 bits."""
+    settings = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
+    return bool(settings.get("load_in_4bit", settings.get("_load_in_4bit", False)))
+
+
+def quantized_how(quantization: Any) -> str:
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    kind = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    return f"{kind}, {4 if four_bit(settings) else 8} bits" if kind == "bitsandbytes" else kind

@@ -10,21 +10,61 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_name, kind_of
+from ..errors import UserError, check_name, kind_of
+from ..teacher.load import named_device
+from .run_folder import check_output_dir
 
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from .config import DSKDConfig
+    from ..config import DSKDConfig
 
 logger = logging.getLogger(__name__)
 
 
+def check_given(
+    args: DSKDConfig,
+    model: Any,
+    eval_dataset: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+    preprocess_logits_for_metrics: Any,
+    callbacks: Any,
+    optimizers: Any,
+    peft_config: Any,
+    quantization_config: Any,
+    teacher_quantization_config: Any,
+) -> None:
+    """Checks what [`~hf_dskd.DSKDTrainer`] is given as far as that takes neither models nor the rows of data."""
+    check_functions(
+        data_collator=data_collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+    )
+    check_callbacks(callbacks)
+    check_evaluation(args, eval_dataset, compute_metrics)
+    check_backends(args)
+    check_optimizers(args, optimizers, model)
+    check_optimization(args, optimizers[0])
+    check_adapter_config(peft_config)
+    check_quantization(
+        quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
+    )
+    check_launch(args)
+    check_output_dir(str(args.output_dir))
+    check_metric(args, eval_dataset)
+    if args.teacher_cache is not None and args.method_row.needs_teacher and data_collator is not None:
+        raise UserError(
+            f"teacher_cache={args.teacher_cache!r} and a data_collator of your own: batches need the cached states,"
+            " which DualCollator adds; leave one of them out"
+        )
+
+
 def check_args(args: Any) -> None:
     """Settings must be a [`DSKDConfig`]."""
-    from .config import DSKDConfig
+    from ..config import DSKDConfig
 
     if isinstance(args, DSKDConfig):
         return
@@ -57,7 +97,7 @@ def check_callbacks(callbacks: Any) -> None:
             raise UserError(f"callbacks has {kind_of(callback)}, which is no TrainerCallback: derive it from that")
 
 
-def check_optimizers(optimizers: Any, model: Any) -> None:
+def check_optimizers(args: DSKDConfig, optimizers: Any, model: Any) -> None:
     """An optimizer and a schedule, either of them `None`; the optimizer can't know a student that isn't loaded yet."""
     if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
         shown = f" of {len(optimizers)}" if isinstance(optimizers, (tuple, list)) else ""
@@ -69,6 +109,11 @@ def check_optimizers(optimizers: Any, model: Any) -> None:
         )
     if schedule is not None and (isinstance(schedule, type) or not hasattr(schedule, "step")):
         raise UserError(f"optimizers has {kind_of(schedule)} as its second: make a schedule, or set lr_scheduler_type")
+    if args.method_row.dual_space and schedule is not None:
+        raise UserError(
+            "optimizers=(…, scheduler): a schedule made before the projectors join the optimizer can't drive them;"
+            " pass (optimizer, None) and set lr_scheduler_type"
+        )
     if optimizer is not None and isinstance(model, str):
         raise UserError(
             f"optimizers=({type(optimizer).__name__}, ...): the student {model!r} is loaded by its name, and an"
@@ -168,7 +213,7 @@ def check_quantization(**given: Any) -> None:
 
 def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) -> None:
     """Evaluations that are asked for need data, and the best checkpoint a metric that they have."""
-    from .losses.terms import TERMS
+    from ..losses.terms import TERMS
 
     asked = [name for name in ("eval_strategy", "eval_on_start") if getattr(args, name) not in ("no", False)]
     if asked and eval_dataset is None:
@@ -227,32 +272,6 @@ def check_backends(args: DSKDConfig) -> None:
         check_name("gradient_checkpointing_kwargs has ", name, sorted(known))
 
 
-def as_model(model: Any, parameter: str) -> Any:
-    """A model's name or folder as a string, or a loaded model that has weights."""
-    from torch import nn
-
-    if model is None or isinstance(model, str):
-        if model == "":
-            raise UserError(f"{parameter}='' is empty: name a model or a folder")
-        return model
-    if isinstance(model, os.PathLike):
-        return os.fspath(model)
-    inner = getattr(model, "module", None)
-    if isinstance(model, nn.Module) and isinstance(inner, nn.Module) and not hasattr(model, "config"):
-        raise UserError(f"{parameter} is {kind_of(model)} around a {type(inner).__name__}: pass the model itself")
-    if not isinstance(model, nn.Module) or not hasattr(model, "config") or not hasattr(model, "name_or_path"):
-        raise UserError(
-            f"{parameter} is {kind_of(model)}: pass a name, a folder, or a model of"
-            " AutoModelForCausalLM.from_pretrained(...)"
-        )
-    # Those that accelerate keeps elsewhere are on the meta device too.
-    if getattr(model, "hf_device_map", None) is None and any(weight.is_meta for weight in model.parameters()):
-        raise UserError(
-            f"{parameter} is on the meta device, without weights: load it with from_pretrained, or name it"
-        )
-    return model
-
-
 def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
     """A collator of the user's must make batches of the two tokenizations out of tokenized rows."""
     if dataset is None:
@@ -275,50 +294,34 @@ def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
         raise UserError(f"data_collator={name} makes batches without {', '.join(missing)}: {remedy}")
 
 
-def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, init_kwargs: Any) -> None:
-    """
-    A tokenizer that is given must have the ids of the one saved beside the model.
-
-    Of a student or teacher given by name it is an error, for its embedding can't have another's rows; a loaded model
-    may have been changed, and its embedding with it.
-    """
-    from .pretrained import load_tokenizer, options_of
-
-    try:
-        here = {**options_of(init_kwargs), "local_files_only": True}
-        saved = load_tokenizer(name, here, "the tokenizer", parameter).get_vocab()
-    except (OSError, ValueError):  # there is none here, or the model has no name
-        return
-    given = tokenizer.get_vocab()
-    same = sum(given.get(piece) == token for piece, token in saved.items())
-    if saved and same < len(saved) / 2:
-        said = (
-            f"{parameter} gives only {same} of {len(saved)} tokens the id that the tokenizer saved with {name!r} gives"
-            " them: it is another model's; leave it out, or pass that model's own"
-        )
-        if isinstance(model, str):
-            raise UserError(said)
-        logger.warning(said)
-
-
-def check_not_exchanged(tokenizers: tuple[Any, Any], configs: tuple[Any, Any], names: tuple[str | None, ...]) -> None:
-    """
-    Each of two tokenizers must be its own model's, not the other's.
-
-    They are the other's where both carry the other model's name, or where both end with the token that the other
-    model's config names and not with that of their own.
-    """
-
-    def ends(tokenizer: Any, config: Any) -> bool:
-        end = config.get_text_config().eos_token_id
-        return tokenizer.eos_token_id in (end if isinstance(end, (list, tuple)) else [end])
-
-    (student, teacher), (student_config, teacher_config) = tokenizers, configs
-    carried = (getattr(student, "name_or_path", ""), getattr(teacher, "name_or_path", ""))
-    by_name = all(carried) and carried == tuple(reversed(names)) and carried != tuple(names)
-    own = ends(student, student_config) or ends(teacher, teacher_config)
-    if by_name or (not own and ends(student, teacher_config) and ends(teacher, student_config)):
+def check_launch(config: DSKDConfig) -> None:
+    """Refuses a way of running that would give wrong numbers silently, and a device that isn't there."""
+    if config.teacher_device is not None and named_device(config.teacher_device).type != "cpu" and config.n_gpu == 2:
+        # The second is the teacher's. Trainer would spread the student's batches over both.
+        config._n_gpu = 1
+    if config.n_gpu > 1:
         raise UserError(
-            "processing_class is the tokenizer of the teacher's model, and teacher_processing_class that of the"
-            " student's: exchange the two"
+            f"{config.n_gpu} GPUs are visible to one process, which means nn.DataParallel:"
+            f" start with `accelerate launch --num_processes {config.n_gpu} SCRIPT`, or set CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def check_metric(config: DSKDConfig, eval_dataset: Any) -> None:
+    """
+    Of several evaluation sets the metric that chooses a checkpoint, or moves a schedule, must name its set.
+
+    Where there is but one, it is of that.
+    """
+    metric = config.metric_for_best_model
+    if metric is None or not isinstance(eval_dataset, dict) or config.eval_strategy == "no":
+        return
+    metric = metric.removeprefix("eval_")
+    names = [str(name) for name in eval_dataset]
+    if any(metric.startswith(f"{name}_") for name in names):
+        return
+    if len(names) > 1:
+        raise UserError(
+            f"metric_for_best_model={config.metric_for_best_model!r} could be of each of the {len(names)} sets of"
+            f" eval_dataset: set {' or '.join(repr(f'{name}_{metric}') for name in names)}"
+        )
+    config.metric_for_best_model = f"{names[0]}_{metric}"

@@ -7,42 +7,27 @@ runs by itself: one that raises anything else is a line too.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .redaction import without_values
 
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .run.settings import Run
     from .training.pair import Side
-
-HELP = """\
-hf-dskd doctor [--config FILE.yaml] [--json]
-
-What this machine can run, and with --config what stands in the way of that run, a line each: ok, a note, or a problem
-with its remedy. Nothing is trained, and no weights are loaded or fetched. The exit code is 1 if there is a problem.
-
-  --config  a YAML file as for `hf-dskd train`: its models, tokenizers, data, output folder and memory are looked at
-  --json    a JSON object a line instead: check, status, text
-
-    hf-dskd doctor
-    hf-dskd doctor --config recipes/gpt2_qwen.yaml"""
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 PACKAGES = (
@@ -213,7 +198,7 @@ def gpus() -> Lines:
 def precision() -> Lines:
     """What a run takes where nothing is said about it but by its launcher."""
     from .precision import launched_precision
-    from .run import fastest_precision
+    from .run.arguments import fastest_precision
 
     flags = [flag[2:] for flag in fastest_precision() if flag in ("--bf16", "--fp16")]
     chosen = launched_precision() or (flags[0] if flags else "float32")
@@ -317,7 +302,7 @@ def disk() -> Lines:
     """Where models, converted models and runs go."""
     from huggingface_hub import constants
 
-    from .packaged import default_cache_dir
+    from .offline.packaged import default_cache_dir
 
     yield from _disks({"here": Path.cwd(), "HF_HOME": Path(constants.HF_HOME), "packaged models": default_cache_dir()})
 
@@ -398,7 +383,7 @@ def token() -> Lines:
 
 def packaged() -> Lines:
     """Models out of packages."""
-    from .packaged import PACKAGED_MODELS, ready_folder
+    from .offline.packaged import PACKAGED_MODELS, ready_folder
 
     for name, model in PACKAGED_MODELS.items():
         folder = ready_folder(name)
@@ -406,7 +391,7 @@ def packaged() -> Lines:
             yield (
                 NOTE,
                 f"{name} is fetched ({_gigabytes(model.size)}) and converted ({_gigabytes(model.converted_size)}) on"
-                f" first use, or now by `python -m hf_dskd.packaged {name}`",
+                f" first use, or now by `python -m hf_dskd.offline.packaged {name}`",
             )
         else:
             yield OK, f"{name} is ready in {folder}"
@@ -445,7 +430,7 @@ MACHINE: dict[str, Callable[[], Lines]] = {
 
 
 def _config(path: str | Path, parsed: list[Run]) -> Lines:
-    from .run import parse
+    from .run.arguments import parse
     from .training.arguments import check_launch
 
     parsed.append(parse(None, None, ["--config", str(path)]))
@@ -456,8 +441,8 @@ def _config(path: str | Path, parsed: list[Run]) -> Lines:
 def method(run: Run) -> Lines:
     """What it is composed of, and whether the two models are named."""
     from .methods import METHODS
+    from .run.trl_settings import student_options, teacher_options
     from .training.compatibility import check_pair
-    from .trl_settings import student_options, teacher_options
 
     config = copy(run.config)
     config.model_init_kwargs, config.teacher_model_init_kwargs = student_options(run), teacher_options(run)
@@ -467,9 +452,9 @@ def method(run: Run) -> Lines:
 
 def _sides(run: Run) -> dict[str, Side | None]:
     """The models that are to be loaded, by role; `None` for one that must be fetched first."""
-    from .packaged import PACKAGED_MODELS, ready_folder
+    from .offline.packaged import PACKAGED_MODELS, ready_folder
+    from .run.trl_settings import student_options, teacher_options
     from .training.pair import Side
-    from .trl_settings import student_options, teacher_options
 
     found: dict[str, Side | None] = {}
     for role, name, options in (
@@ -544,7 +529,8 @@ def tokenizers(run: Run) -> Lines:
 def data(run: Run) -> Lines:
     """Its first examples, without loading the rest."""
     from .data.formats import detect_format, read_example
-    from .run import load_data, variant
+    from .run.arguments import variant
+    from .run.data import load_data
 
     name = run.script.dataset_name
     # A stream needs these two, and nothing but the first examples is wanted of it.
@@ -647,33 +633,3 @@ RUN: dict[str, Callable[[Run], Lines]] = {
     "output_dir": output,
     "step": step_memory,
 }
-
-
-# ---- The command
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `hf-dskd doctor --help` lists the options")
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`hf-dskd doctor`: prints a line for each finding, and returns 1 if one is a problem."""
-    if {"--help", "-h"} & set(arguments):
-        print(HELP)
-        return 0
-    parser = _Parser(prog="hf-dskd doctor", allow_abbrev=False, add_help=False)
-    parser.add_argument("--config")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(list(arguments))
-    statuses = []
-    for finding in examine(given.config):
-        # People paste this into reports.
-        finding = replace(finding, text=without_values(finding.text))
-        statuses.append(finding.status)
-        line = f"{finding.status:8}{finding.check:11} {finding.text}"
-        print(json.dumps(asdict(finding), ensure_ascii=False) if given.json else line, flush=True)
-    count = statuses.count(PROBLEM)
-    if not given.json:
-        print(f"{count or 'no'} problem{'' if count == 1 else 's'}, {statuses.count(NOTE)} notes")
-    return 1 if count else 0

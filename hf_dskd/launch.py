@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -20,11 +21,21 @@ from .redaction import without_values
 VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Lays out help for a terminal, with names and meanings side by side."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40, width=min(shutil.get_terminal_size().columns, 119))
+
+
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, without the usage."""
+    """Says of a mistake in one line what it is, without the usage; half of a name isn't taken for the whole."""
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        super().__init__(prog, **{"formatter_class": Formatter, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(f"{message}; `{self.prog} --help` lists the options")
 
 
 def launched_processes() -> int:
@@ -81,14 +92,30 @@ def command(main: Callable[[], Any]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     sys.excepthook = print_without_tokens
     try:
-        main()
-        leave_together()
-    except (UserError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+            leave_together()
+        except (UserError, NonFiniteLossError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped; go on from the last checkpoint with --resume_from_checkpoint last", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_printing()
+
+
+def _stop_printing() -> None:
+    """Ends quietly where whoever reads the output has had enough, as `head` has; other broken pipes are errors."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    raise
 
 
 def print_without_tokens(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
 from benchmark_step import main
 
-from hf_dskd.run import command
+from hf_dskd.launch import command
 
 
 if __name__ == "__main__":

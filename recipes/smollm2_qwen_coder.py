@@ -104,6 +104,6 @@ def demo(args, student, teacher, train, held_out) -> None:
 
 
 if __name__ == "__main__":
-    from hf_dskd.run import command
+    from hf_dskd.launch import command
 
     command(main)

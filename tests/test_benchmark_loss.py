@@ -15,7 +15,7 @@ from hf_dskd import UserError
 from hf_dskd.kernels import linear_divergence
 from hf_dskd.losses.dual_space import response_states
 from hf_dskd.objective import distillation_terms
-from hf_dskd.run import variant
+from hf_dskd.run.arguments import variant
 
 
 SMALL = ("--shape", "tiny", "--device", "cpu", "--max-length", "48", "--response-tokens", "10")

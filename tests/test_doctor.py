@@ -13,8 +13,10 @@ import torch
 import yaml
 from hub_stand_in import HubStandIn
 
-from hf_dskd import doctor
+from hf_dskd import cli, doctor
 from hf_dskd.errors import UserError
+from hf_dskd.run import arguments as run_arguments
+from hf_dskd.run import data as run_data
 
 
 def statuses(lines):
@@ -48,26 +50,17 @@ def test_a_check_that_raises_is_a_line_and_the_others_go_on(monkeypatch, capsys)
         ("two", "problem", "x=1 is wrong: set it to 2"),
         ("three", "note", "~/runs"),
     ]
-    assert doctor.main([]) == 1
+    assert cli.run(["doctor"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "2 problems, 1 notes"
     monkeypatch.setattr(doctor, "MACHINE", {"three": checks["three"]})
-    assert doctor.main(["--json"]) == 0
+    assert cli.run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"check": "three", "status": "note", "text": "~/runs"}
-
-
-def test_help_is_light():
-    code = (
-        "import sys\nfrom hf_dskd import doctor\ndoctor.main(['--help'])\n"
-        "print([name for name in ('torch', 'transformers', 'huggingface_hub', 'packaging') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]" and "--json" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--confg", "x"], ["x.yaml"], ["--config"]])
 def test_wrong_arguments_are_one_line(arguments):
     with pytest.raises(UserError, match="--help"):
-        doctor.main(arguments)
+        cli.run(["doctor", *arguments])
 
 
 # ---- The machine
@@ -151,9 +144,8 @@ def test_several_gpus_need_a_launcher(monkeypatch):
 
 @pytest.mark.parametrize("flags, expected", [(["--bf16", "--use_cpu"], "bf16"), (["--fp16"], "fp16"), ([], "float32")])
 def test_precision(monkeypatch, flags, expected):
-    from hf_dskd import run
 
-    monkeypatch.setattr(run, "fastest_precision", lambda: flags)
+    monkeypatch.setattr(run_arguments, "fastest_precision", lambda: flags)
     assert one(doctor.precision())[1].startswith(f"{expected} is what")
 
 
@@ -217,7 +209,7 @@ def test_offline_flags_and_packaged_models(monkeypatch, tmp_path):
     assert status == "note" and text.startswith("HF_DATASETS_OFFLINE=1:")
     monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path))
     lines = list(doctor.packaged())
-    assert set(statuses(lines)) == {"note"} and "hf_dskd.packaged SmolLM2-135M-Instruct" in lines[0][1]
+    assert set(statuses(lines)) == {"note"} and "hf_dskd.offline.packaged SmolLM2-135M-Instruct" in lines[0][1]
 
 
 def test_reporters(monkeypatch):
@@ -400,7 +392,7 @@ def test_data_are_streamed(examined, monkeypatch):
         streamed.append(wanted.script.dataset_streaming)
         return load(wanted)
 
-    monkeypatch.setattr(run, "load_data", spy)
+    monkeypatch.setattr(run_data, "load_data", spy)
     # Neither stands in the way, though a run on a stream would refuse the one and miss the other.
     assert problems(examined(num_train_epochs=2, teacher_cache="cache", method="dskd_cma")) == {}
     assert streamed == [True]

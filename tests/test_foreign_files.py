@@ -7,9 +7,13 @@ import runs
 import tiny
 from trl import ScriptArguments
 
-from hf_dskd import UserError, compare, packaged, run
+from hf_dskd import UserError, run
 from hf_dskd.analysis.record import draw_projections
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, parts
+from hf_dskd.experiments import grid as compare
+from hf_dskd.offline import packaged
+from hf_dskd.run import smoke as run_smoke
+from hf_dskd.run import teacher as run_teacher
 from hf_dskd.teacher.responses import write_responses
 from hf_dskd.training.run_folder import check_fresh
 from hf_dskd.utils.files import write_text
@@ -78,7 +82,7 @@ def test_responses_of_nobody_knows_whom_are_left(tmp_path, files):
 
 def test_a_smoke_run_forgets_smoke_runs_only(tmp_path, monkeypatch):
     """A user's own run may be in a folder of such a name."""
-    monkeypatch.setattr(run, "smoke_models", lambda student, teacher, folder: [student, teacher])
+    monkeypatch.setattr(run_smoke, "smoke_models", lambda student, teacher, folder: [student, teacher])
     folder = tmp_path / "is_no_smoke"
     arguments = ["--smoke", "--output_dir", str(folder), "--model_name_or_path", "student"]
     (folder / "checkpoint-2").mkdir(parents=True)
@@ -103,14 +107,15 @@ def test_a_folder_in_the_place_of_the_trained_teacher_is_refused_before_it_is_tr
         return run.Run(script, runs.config(tmp_path), None, run.RunArguments(sft_teacher=True, **options))
 
     def train(teacher="org/teacher", **options):
-        return run.train_teacher(given(**options), teacher, tiny.dataset(2))
+        return run_teacher.train_teacher(given(**options), teacher, tiny.dataset(2))
 
     folder = tmp_path / "teacher"
     write_text(folder / "config.json", "{}")
     with pytest.raises(UserError, match=r"teacher', which is there and holds no teacher of a run"):
         train()
     assert content(tmp_path) == {"teacher/config.json": b"{}"}
-    write_text(folder / "sft_teacher.json", json.dumps(run.teacher_facts(given(), "org/teacher", tiny.dataset(2))))
+    facts = run_teacher.teacher_facts(given(), "org/teacher", tiny.dataset(2))
+    write_text(folder / "sft_teacher.json", json.dumps(facts))
     assert train() == str(folder)
     with pytest.raises(UserError, match=r"trained with teacher='org/teacher', which is now 'org/other'"):
         train("org/other")

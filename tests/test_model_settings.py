@@ -132,7 +132,7 @@ def test_every_setting_of_the_model(name, parsed):
 
 
 def test_an_unknown_setting_of_the_model():
-    from hf_dskd.trl_settings import check_model_config
+    from hf_dskd.run.trl_settings import check_model_config
 
     later = make_dataclass("Later", [("sparsity", float, 0.0)], bases=(trl.ModelConfig,))
     check_model_config(later(), ())

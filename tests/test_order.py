@@ -80,7 +80,7 @@ def test_a_random_order_keeps_files_whole_and_is_the_same_for_the_same_seed(tmp_
 
 def test_a_plain_processor_has_no_bf16_in_any_process(tmp_path):
     (tmp_path / "test_it.py").write_text(
-        "import subprocess, sys, torch\nfrom hf_dskd.run import fastest_precision\n"
+        "import subprocess, sys, torch\nfrom hf_dskd.run.arguments import fastest_precision\n"
         "ASK = 'import torch; print(torch.cpu.get_capabilities(), torch.backends.cpu.get_cpu_capability())'\n"
         "def test_both():\n"
         "    assert fastest_precision() == [] or torch.cuda.is_available()\n"

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_dskd import DSKDConfig, UserError, doctor, precision, run
+from hf_dskd.run import arguments as run_arguments
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_a_precision_that_no_run_has(launched, tmp_path):
 
 
 def test_the_command_line_hears_the_launcher(launched, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "fastest_precision", lambda: ["--fp16"])
+    monkeypatch.setattr(run_arguments, "fastest_precision", lambda: ["--fp16"])
     launched("bf16")
     assert run.parse(None, None, [f"--output_dir={tmp_path}", "--use_cpu=true"]).config.training_dtype == "bfloat16"
 
@@ -186,7 +187,7 @@ def test_only_one_process_says_so(gpu, monkeypatch, caplog):
 
 @pytest.mark.parametrize("flag", ["--bf16=false", "--bf16=true", "--bf16"])
 def test_a_file_of_settings_keeps_the_precision(flag, gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16"])
+    monkeypatch.setattr(run_arguments, "fastest_precision", lambda: ["--bf16"])
     first = run.parse(None, None, [f"--output_dir={tmp_path}", "--use_cpu=true", flag])
     written = run.changed_settings(first)
     assert written["bf16"] is (flag != "--bf16=false")

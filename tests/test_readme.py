@@ -19,8 +19,8 @@ from hub_stand_in import HubStandIn
 from warm import WarmPython
 
 from hf_dskd.evaluation.sets import HUB_SETS
-from hf_dskd.packaged import FORMAT_VERSION, MARKER, PACKAGED_MODELS
-from hf_dskd.tiny_models import tiny_model
+from hf_dskd.offline.packaged import FORMAT_VERSION, MARKER, PACKAGED_MODELS
+from hf_dskd.offline.tiny_models import tiny_model
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from trl import get_peft_config
 from warm import WarmPython
 
 from hf_dskd import run
-from hf_dskd.tiny_models import FAMILIES, family_of
+from hf_dskd.offline.tiny_models import FAMILIES, family_of
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"

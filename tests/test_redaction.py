@@ -11,7 +11,8 @@ import runs
 import tiny
 import yaml
 
-from hf_dskd import DSKDConfig, UserError, cli, compare, run
+from hf_dskd import DSKDConfig, UserError, cli, run
+from hf_dskd.experiments import grid as compare
 from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.redaction import is_secret, redact, redact_words, secret_names, without_secrets, without_values
 from hf_dskd.utils import environment

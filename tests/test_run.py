@@ -15,6 +15,8 @@ from trl import ModelConfig, ScriptArguments
 
 from hf_dskd import UserError, run
 from hf_dskd.report.record import evaluations
+from hf_dskd.run import arguments as run_arguments
+from hf_dskd.run import smoke as run_smoke
 from hf_dskd.training.run_folder import check_fresh, forget_run
 from hf_dskd.utils import files
 
@@ -166,14 +168,14 @@ def test_a_file_without_its_flag_and_a_setting_that_is_none(tmp_path):
     ],
 )
 def test_what_asks_for_a_smoke_run(arguments, in_file, expected):
-    assert run.wants_smoke(arguments, in_file) == expected
+    assert run_smoke.wants_smoke(arguments, in_file) == expected
 
 
 def test_a_smoke_run_of_data_of_ones_own():
-    flags = run.smoke_flags({"output_dir": "runs/x"}, {"smoke", "dataset_name"})
+    flags = run_smoke.smoke_flags({"output_dir": "runs/x"}, {"smoke", "dataset_name"})
     assert "--output_dir=runs/x_smoke" in flags and "--max_steps=4" in flags
-    assert not run.flag_names(flags) & {"prompt_column", "response_column", "train_size"}
-    assert "--prompt_column=prompt" in run.smoke_flags({}, {"smoke"})
+    assert not run_arguments.flag_names(flags) & {"prompt_column", "response_column", "train_size"}
+    assert "--prompt_column=prompt" in run_smoke.smoke_flags({}, {"smoke"})
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path):
@@ -196,8 +198,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
 
 
 def test_a_recipes_help_has_its_own_defaults():
-    text = run.help_text("x", ROOT / "recipes" / "gpt2_qwen.yaml")
-    assert "--prompt_style (plain)" in text and "--prompt_style (chat)" in run.help_text("x")
+    text = run_arguments.help_text("x", ROOT / "recipes" / "gpt2_qwen.yaml")
+    assert "--prompt_style (plain)" in text and "--prompt_style (chat)" in run_arguments.help_text("x")
 
 
 def test_a_recipes_error_is_one_line_without_traceback(pair, tmp_path):
@@ -231,11 +233,11 @@ def test_total_batch_size_fixes_the_batch_for_any_number_of_processes(tmp_path):
     args = run.Run(
         None, runs.config(tmp_path, per_device_train_batch_size=2), None, run.RunArguments(total_batch_size=8)
     )
-    run.set_accumulation(args)
+    run_arguments.set_accumulation(args)
     assert args.config.gradient_accumulation_steps == 4
     args.options.total_batch_size = 5
     with pytest.raises(UserError, match="total_batch_size=5"):
-        run.set_accumulation(args)
+        run_arguments.set_accumulation(args)
 
 
 def test_settings_help_names_what_there_is():
@@ -279,7 +281,7 @@ def test_python_functions_is_a_dataset(tmp_path):
 
 
 def test_packaged_models_go_by_their_names_unless_a_folder_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_dskd.packaged.packaged_model", lambda name: Path("cache") / name)
+    monkeypatch.setattr("hf_dskd.offline.packaged.packaged_model", lambda name: Path("cache") / name)
     monkeypatch.chdir(tmp_path)
     assert run.model_name("SmolLM2-135M-Instruct") == str(Path("cache") / "SmolLM2-135M-Instruct")
     (tmp_path / "SmolLM2-135M-Instruct").mkdir()
@@ -288,7 +290,7 @@ def test_packaged_models_go_by_their_names_unless_a_folder_has_it(tmp_path, monk
 
 
 def test_precision_that_is_said_anywhere_is_not_overridden(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "fastest_precision", lambda: ["--bf16", "--use_cpu"])
+    monkeypatch.setattr(run_arguments, "fastest_precision", lambda: ["--bf16", "--use_cpu"])
     file = tmp_path / "config.yaml"
     file.write_text(f"output_dir: {tmp_path}\n")
     assert run.parse(None, None, ["--config", str(file)]).config.bf16

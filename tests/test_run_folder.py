@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_dskd.errors import UserError
-from hf_dskd.run import parse
+from hf_dskd.run.arguments import parse
 from hf_dskd.training import run_folder
 from hf_dskd.training.run_folder import held, last_checkpoint, noted
 

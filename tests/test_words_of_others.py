@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 import hf_dskd
 from hf_dskd import DSKDConfig, DSKDTrainer, cli, run
 from hf_dskd.errors import UserError
-from hf_dskd.run import RunArguments
+from hf_dskd.run import arguments as run_arguments
+from hf_dskd.run.arguments import RunArguments
 from hf_dskd.words import ARGUMENTS, FLAGS, INSTEAD, SETTINGS, translated
 
 
@@ -94,7 +95,7 @@ def test_flags_and_files_under_other_names(tmp_path):
 def test_what_is_done_in_another_way_is_said_in_one_line(word):
     for call in (
         lambda: translated("DSKDConfig", {word: 1}, KNOWN - {word}, SETTINGS, "leave it out"),
-        lambda: run.our_flags([f"--{word}", "1"], KNOWN - {word}, {**SETTINGS, **FLAGS}),
+        lambda: run_arguments.our_flags([f"--{word}", "1"], KNOWN - {word}, {**SETTINGS, **FLAGS}),
     ):
         with pytest.raises(UserError, match=f"{word} is no setting: ") as caught:
             call()

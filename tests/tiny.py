@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hf_dskd.tiny_models import learn_bpe
+from hf_dskd.offline.tiny_models import learn_bpe
 
 
 TEXTS = [

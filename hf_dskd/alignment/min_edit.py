@@ -23,7 +23,7 @@ from ..data.templates import special_ids
 from ..data.tokens import token_bytes
 from ..data.vocabulary import shared_tokens
 from ..errors import UserError
-from ..packaged import CACHE_VARIABLE, default_cache_dir
+from ..offline.packaged import CACHE_VARIABLE, default_cache_dir
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def vocabulary_map(
     Args:
         student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
         cache_dir (`str` or `os.PathLike`, *optional*):
-            Where maps are kept; by default `vocabulary_maps` in [`~hf_dskd.packaged.default_cache_dir`].
+            Where maps are kept; by default `vocabulary_maps` in [`~hf_dskd.offline.packaged.default_cache_dir`].
         rows (`int`, *optional*):
             Rows of the teacher's head, if it has more than its tokenizer has tokens.
         ends (`tuple[int, int]`, *optional*):

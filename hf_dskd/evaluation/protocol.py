@@ -33,7 +33,7 @@ from ..launch import check_processes
 from ..models.causal_lm import base_causal_lm
 from ..models.generation import end_token_ids, padding_token_id, read_response, sample
 from ..models.pretrained import commit, loading
-from ..packaged import model_name
+from ..offline.packaged import model_name
 from ..utils.environment import hardware, versions
 from ..utils.files import write_text
 from .likelihood import row_likelihoods

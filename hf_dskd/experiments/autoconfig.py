@@ -106,9 +106,9 @@ def derive(
             to choose fits into the memory.
     """
     check_two(student, teacher)
-    from ..packaged import model_name
+    from ..offline.packaged import model_name
+    from ..run.trl_settings import STUDENT, TEACHER, merged_options
     from ..training.pair import Side
-    from ..trl_settings import STUDENT, TEACHER, merged_options
 
     options = {
         "student": merged_options(given, STUDENT, "model_init_kwargs"),
@@ -391,6 +391,8 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
 
     from ..redaction import without_secrets
     from ..report.record import UNWRITTEN
+    from ..run.arguments import flag_names
+    from ..run.smoke import SMOKE, wants_smoke
     from ..utils.files import plain, read_yaml
     from .memory import free_memory
 
@@ -398,11 +400,11 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     check_two(student, teacher)
     dry_run = bool({"--dry_run", "--dry-run"} & set(flags))
     flags = [flag for flag in flags if flag not in ("--dry_run", "--dry-run")]
-    told = {name.removeprefix("no_") for name in run.flag_names(flags)}
+    told = {name.removeprefix("no_") for name in flag_names(flags)}
     if "dataset_name" in told and "rename_columns" not in told:
         # The file's are of the file's dataset.
         flags.append("--rename_columns=")
-    smoke = run.wants_smoke(flags, {})
+    smoke = wants_smoke(flags, {})
     names = [
         f"--model_name_or_path={student}",
         f"--teacher_model_name_or_path={teacher}",
@@ -411,7 +413,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
     # One example at a time divides whatever total_batch_size is; a smoke run has sizes of its own.
     size = [] if smoke else ["--per_device_train_batch_size=1"]
     file = flags[flags.index("--config") + 1] if "--config" in flags else config_file
-    fixed = {*told, *read_yaml("--config", file), *(("output_dir", *run.SMOKE) if smoke else ())}
+    fixed = {*told, *read_yaml("--config", file), *(("output_dir", *SMOKE) if smoke else ())}
     # What an adapter is to be like says that there is one.
     adapter = [] if "use_peft" in fixed or not any(name.startswith("lora_") for name in fixed) else ["--use_peft=true"]
     first = run.parse(None, config_file, [*names, *size, *adapter, *flags])

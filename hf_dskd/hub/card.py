@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..analysis.curves import has_curves, plot_curves
-from ..data.source import PYTHON_FUNCTIONS
 from ..methods import METHODS
+from ..offline.python_functions import PYTHON_FUNCTIONS
 from ..report.record import Models, RunRecord
 from ..report.words import duration, measured, measures_of, millions, setting, title_of
 from ..utils.files import read_json, write_text

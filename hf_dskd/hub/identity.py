@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.files import format_of
-from ..data.source import PYTHON_FUNCTIONS
 from ..errors import UserError
 from ..methods import METHODS
-from ..packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
+from ..offline.packaged import MARKER, PACKAGED_MODELS, PackagedModel, ready_folder
+from ..offline.python_functions import PYTHON_FUNCTIONS
 from ..report.files import read_run, runs_in
 from ..report.words import millions
 from ..training.run_folder import SETTINGS_NAME

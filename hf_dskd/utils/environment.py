@@ -23,8 +23,8 @@ PACKAGES = (
 
 def command_line() -> str:
     """The command of this process, without the folder that the program lies in, and without a token."""
-    name = Path(sys.argv[0]).name
-    program = "python -m hf_dskd.cli" if name == "cli.py" else name
+    path = Path(sys.argv[0])
+    program = "python -m hf_dskd.cli" if path.parts[-2:] == ("cli", "__main__.py") else path.name
     return f"{program} {shlex.join(redact_words(sys.argv[1:]))}".rstrip()
 
 

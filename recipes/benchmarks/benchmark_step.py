@@ -243,7 +243,7 @@ def fastest_dtype(device: str) -> str:
     """Return the precision that the recipes train in on this machine."""
     import torch
 
-    from hf_dskd.run import fastest_precision
+    from hf_dskd.run.arguments import fastest_precision
 
     if device == "cpu" and torch.cuda.is_available():
         return "float32"
@@ -529,7 +529,7 @@ class Bench:
     def model(self, side: str, vocabulary: int | None = None) -> str:
         """Return the folder of the student or the teacher, made if need be."""
         if self.real_weights:
-            from hf_dskd.packaged import packaged_model
+            from hf_dskd.offline.packaged import packaged_model
 
             assert self.shape.packaged is not None
             return str(packaged_model(self.shape.packaged[side == "teacher"]))
@@ -655,7 +655,7 @@ def benchmark(args: argparse.Namespace, folder: Path, run: Callable = isolated) 
     import torch
     import transformers
 
-    from hf_dskd import packaged
+    from hf_dskd.offline import packaged
 
     shape = SHAPES[args.shape]
     device = choose_device(args.device)
@@ -811,6 +811,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from hf_dskd.run import command
+    from hf_dskd.launch import command
 
     command(main)

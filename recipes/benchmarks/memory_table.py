@@ -319,6 +319,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from hf_dskd.run import command
+    from hf_dskd.launch import command
 
     command(main)

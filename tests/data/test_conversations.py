@@ -13,7 +13,7 @@ from hf_dskd.data.prompts import answer_frame, prompt_tokens
 from hf_dskd.data.tokenization import is_tokenized, tokenize_dataset
 from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
-from hf_dskd.tiny_models import tiny_model
+from hf_dskd.offline.tiny_models import tiny_model
 
 
 FAMILIES = ("qwen2", "gemma3", "llama2", "llama3", "mistral", "smollm2")

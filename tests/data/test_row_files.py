@@ -9,7 +9,7 @@ import pytest
 
 from hf_dskd import UserError
 from hf_dskd.data.files import format_of, load_file
-from hf_dskd.data.source import load_data
+from hf_dskd.run.data import load_data
 
 
 ROWS = [

@@ -14,9 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from hf_dskd import cli
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
-from hf_dskd.evaluation import command, protocol
+from hf_dskd.evaluation import protocol
 from hf_dskd.evaluation.likelihood import bits_per_byte
 from hf_dskd.evaluation.protocol import EvaluationSettings, evaluate, read_lines
 from hf_dskd.evaluation.scores import rouge_l
@@ -261,13 +262,14 @@ def arguments(settings):
 
 SCRIPT = """
 import sys, time
-from hf_dskd.evaluation import command, protocol
+from hf_dskd import cli
+from hf_dskd.evaluation import protocol
 real = protocol.sample
 def slow(*args, **options):
     time.sleep(float(sys.argv[1]))
     return real(*args, **options)
 protocol.sample = slow
-code = command.main(sys.argv[2:])
+code = cli.run(["evaluate", *sys.argv[2:]])
 from hf_dskd.launch import leave_together
 leave_together()
 sys.exit(code)
@@ -299,7 +301,7 @@ def test_killed_it_goes_on(make, environment, tmp_path):
     assert process.wait() == -signal.SIGKILL
     lines = begun.read_bytes().count(b"\n")
     assert 0 < lines < 8
-    assert command.main(arguments(settings)) == 0
+    assert cli.run(["evaluate", *arguments(settings)]) == 0
     assert contents(settings.output_dir) == contents(expected.output_dir)
 
 
@@ -410,7 +412,7 @@ def test_models_that_cannot_be_had(make, student, tmp_path):
 
 def test_progress_and_what_is_printed(make, capsys):
     settings = make()
-    assert command.main(arguments(settings)) == 0
+    assert cli.run(["evaluate", *arguments(settings)]) == 0
     printed = capsys.readouterr()
     assert "a-seed20 (8/8): 100%" in printed.err and "inside references (1/8): 100%" in printed.err
     assert (settings.output_dir / "table.md").read_text() in printed.out

@@ -2,20 +2,18 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from hub_runs import SECRET, changed, evaluated, finished, of_pair, saved_student, saved_teacher, texts
 from huggingface_hub import EvalResult, ModelCard, constants
 
+from hf_dskd import cli
 from hf_dskd.errors import UserError
 from hf_dskd.hub.card import model_card
-from hf_dskd.hub.command import main
 from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.hub.identity import identity
 from hf_dskd.hub.push import TRAINING, push_run
-from hf_dskd.packaged import MARKER, PACKAGED_MODELS
+from hf_dskd.offline.packaged import MARKER, PACKAGED_MODELS
 from hf_dskd.training.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
@@ -533,30 +531,22 @@ def test_offline(run):
 
 def test_command_line(run, tmp_path, capsys):
     folder, target = run("sft"), tmp_path / "pushed"
-    assert main([str(folder), "ann/tiny", "--dry_run", str(target)]) == 0
+    assert cli.run(["push", str(folder), "ann/tiny", "--dry_run", str(target)]) == 0
     assert (
         capsys.readouterr().out.splitlines()[-1] == str(target) and '"ann/tiny"' in (target / "README.md").read_text()
     )
     # Options in between, and no namespace that could be asked for.
-    assert main([str(folder), "--no_alignment", "tiny", "--dry_run", str(tmp_path / "between")]) == 0
+    assert cli.run(["push", str(folder), "--no_alignment", "tiny", "--dry_run", str(tmp_path / "between")]) == 0
     assert '"NAMESPACE/tiny"' in (tmp_path / "between" / "README.md").read_text()
     for arguments, expected in (
         ([str(folder)], "REPO is not set"),
-        ([], "required: run"),
+        ([], "required: RUN"),
         ([str(folder), "a", "--token", "hf_x"], "unrecognized arguments: --token ..."),
         ([str(tmp_path / "none"), "a"], "isn't a folder"),
     ):
         with pytest.raises(UserError) as error:
-            main(arguments)
+            cli.run(["push", *arguments])
         assert expected in str(error.value) and "\n" not in str(error.value)
-
-
-def test_help_is_light():
-    code = "import sys; from hf_dskd.hub.command import main; main(['--help'])\n"
-    code += "print({'torch', 'transformers', 'huggingface_hub', 'numpy', 'yaml'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()"
-    assert "hf-dskd push RUN REPO" in done.stdout and "HF_TOKEN" in done.stdout
 
 
 def test_identity(tmp_path):

@@ -13,9 +13,8 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from hf_dskd import DSKDConfig, UserError
+from hf_dskd import DSKDConfig, UserError, cli
 from hf_dskd.hub.card import model_card, write_own_card
-from hf_dskd.hub.command import main
 from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.report.one import write_report
 
@@ -147,7 +146,7 @@ def test_names_of_repositories_are_checked_before_work(run, tmp_path, name):
         DSKDConfig(str(tmp_path / "out"), push_to_hub=True, hub_model_id=name, report_to="none")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"can't name a repository .*write REPO as NAMESPACE/NAME"):
-        main([str(run), name, "--dry_run", str(tmp_path / "pushed")])
+        cli.run(["push", str(run), name, "--dry_run", str(tmp_path / "pushed")])
     assert not (tmp_path / "pushed").exists()
 
 

@@ -40,7 +40,7 @@ DRIVER = """
 import json, sys
 from hf_dskd.hub.card import model_card
 from hf_dskd.hub.folder import write_model_folder
-from hf_dskd.hub.command import main
+from hf_dskd.cli import run
 from hf_dskd.hub.push import TRAINING, check_access, push_run
 found = []
 for expression in json.load(sys.stdin):
@@ -114,7 +114,7 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
     full, adapter = made["full"], made["adapter"]
     said = call(
         f"push_run({str(full)!r}, 'tiny-full', private=True)",
-        f"main([{str(adapter)!r}, 'team/tiny-adapter', '--auxiliary', '--commit_message', 'Adapter'])",
+        f"run(['push', {str(adapter)!r}, 'team/tiny-adapter', '--auxiliary', '--commit_message', 'Adapter'])",
     )
     assert said == [f"{hub.url}/ann/tiny-full/commit/{said[0][-40:]}", "0"]
     first, second = hub.commits
@@ -293,7 +293,7 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
 
 def test_interrupted_it_goes_on(hub, call, made, tmp_path):
     adapter = str(made["adapter"])
-    push = f"main([{adapter!r}, 'ann/tiny', '--auxiliary'])"
+    push = f"run(['push', {adapter!r}, 'ann/tiny', '--auxiliary'])"
     hub.interrupt_uploads(after=2, status=403)
     [said] = call(push)
     assert said.startswith("UserError: 'ann/tiny': ") and "\n" not in said
@@ -304,7 +304,7 @@ def test_interrupted_it_goes_on(hub, call, made, tmp_path):
     # Ctrl-C, in the middle of what is left.
     hub.interrupt_uploads(after=0)
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{HEEDS_CTRL_C}from hf_dskd.hub.command import main\nsys.exit({push})"],
+        [sys.executable, "-c", f"{HEEDS_CTRL_C}from hf_dskd.cli import run\nsys.exit({push})"],
         env={**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -325,13 +325,13 @@ def test_a_dry_run_is_what_would_be_pushed(hub, call, made, tmp_path):
     shutil.copytree(made["adapter"], adapter)
     asked, pushed, offline = (str(tmp_path / name) for name in ("asked", "pushed", "offline"))
     said = call(
-        f"main([{str(adapter)!r}, 'tiny', '--dry_run', {asked!r}])",
+        f"run(['push', {str(adapter)!r}, 'tiny', '--dry_run', {asked!r}])",
         f"write_model_folder({str(adapter)!r}, {pushed!r}, 'ann/tiny')",
     )
     assert said[0] == "0" and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
     assert texts(Path(asked)) == texts(Path(pushed)) and "tiny-terms" in texts(Path(asked))["README.md"]
     hub.requests.clear()
-    assert call(f"main([{str(adapter)!r}, 'tiny', '--dry_run', {offline!r}])", HF_HUB_OFFLINE="1") == ["0"]
+    assert call(f"run(['push', {str(adapter)!r}, 'tiny', '--dry_run', {offline!r}])", HF_HUB_OFFLINE="1") == ["0"]
     assert hub.requests == [] and "student before training: not looked up" in texts(Path(offline))["README.md"]
 
 

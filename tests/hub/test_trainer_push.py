@@ -12,7 +12,7 @@ import tiny
 from hub_stand_in import HubStandIn
 
 from hf_dskd import UserError
-from hf_dskd.run import smoke_flags
+from hf_dskd.run.smoke import smoke_flags
 
 
 TESTS = Path(runs.__file__).parent
@@ -121,7 +121,8 @@ def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expec
         def never(*args, **kwargs):
             raise AssertionError("loaded")
         load.load_causal_lm = pair.load_causal_lm = prepare.tokenize_dataset = never
-        run.load_data = run.train_teacher = never
+        from hf_dskd.run import teacher, training
+        training.load_data = teacher.train_teacher = never
         options = "--push_to_hub --hub_model_id ann/other --sft_teacher --dataset_name x --output_dir out"
         options += " --model_name_or_path ann/student --teacher_model_name_or_path ann/teacher"
         try:

@@ -27,32 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, check_name
-from .methods import METHODS
-from .redaction import redact, secret_names
-from .report.record import RunRecord
-from .training.run_folder import RESULT_NAME, checkpoints
-from .utils.figures import drawable, new_figure, plain_axes, save_figure
-from .utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
-from .utils.tables import markdown_table, spread
+from ..errors import UserError, check_name
+from ..methods import METHODS
+from ..redaction import redact, secret_names
+from ..report.record import RunRecord
+from ..training.run_folder import RESULT_NAME, checkpoints
+from ..utils.figures import drawable, new_figure, plain_axes, save_figure
+from ..utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
+from ..utils.tables import markdown_table, spread
 
-
-HELP = """\
-hf-dskd compare --methods NAME,NAME --seeds 0,1,2 --config FILE.yaml --output_dir FOLDER [--any_setting VALUE ...]
-
-Every method with every seed, one process after another, from the same configuration and in the same order of the data.
-
-  --methods        names out of `hf-dskd methods`, with commas between
-  --variants       a YAML file with more rows, `label: {method: NAME, setting: value, ...}`; what it sets comes before
-                   the command line and --config
-  --seeds          whole numbers, with commas between (0)
-  --config         a YAML file as for `hf-dskd train`
-  --output_dir     where the cells, results.jsonl, table.md and table.png are written
-  --num_processes  processes of each run, through accelerate (1)
-  --data_seed      order of the training examples, the same in every cell (0)
-
-Any other setting of `hf-dskd train` goes to every cell. After Ctrl-C the same command goes on: a cell that is complete
-stays, one that was interrupted or failed goes on from its last checkpoint. The exit code is 1 if a cell failed."""
 
 # Settings that the grid itself decides, and how.
 DECIDED = {
@@ -620,19 +603,3 @@ def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     )
     plain_axes(axes, grid="x")
     save_figure(figure, path)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`hf-dskd compare`: prints the table at the end, and returns the exit code."""
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP)
-        return 0
-    grid = parse(arguments)
-    # As for Ctrl-C: a cell must not go on without this program, which would start it a second time.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = run_grid(grid)
-    print(f"\n{(grid.output_dir / 'table.md').read_text(encoding='utf-8')}")
-    for name in ("table.md", "table.png", "results.jsonl"):
-        if (grid.output_dir / name).is_file():
-            print(grid.output_dir / name)
-    return code

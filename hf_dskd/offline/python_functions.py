@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import datasets
 
 
+# The name of the dataset.
+PYTHON_FUNCTIONS = "python_functions"
 # Third-party code, tests, generated tables, and whole applications.
 _SKIPPED_FOLDERS = frozenset(
     "site-packages dist-packages lib-dynload __pycache__ test tests idlelib lib2to3 turtledemo encodings "

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_dskd import UserError
 from hf_dskd.data.prompts import depends_on_the_day
 from hf_dskd.data.vocabulary import same_vocabulary
-from hf_dskd.tiny_models import FAMILIES, MARKER, family_of, learn_bpe, tiny_model
+from hf_dskd.offline.tiny_models import FAMILIES, MARKER, family_of, learn_bpe, tiny_model
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
@@ -182,7 +182,15 @@ def test_text_is_cut_as_the_real_tokenizer_does(made, family, real):
 
 def test_the_same_call_writes_the_same_bytes_in_another_process(made, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "hf_dskd.tiny_models", "Qwen/Qwen3-8B", str(tmp_path / "new"), "--role", "teacher"],
+        [
+            sys.executable,
+            "-m",
+            "hf_dskd.offline.tiny_models",
+            "Qwen/Qwen3-8B",
+            str(tmp_path / "new"),
+            "--role",
+            "teacher",
+        ],
         capture_output=True,
         text=True,
         timeout=120,

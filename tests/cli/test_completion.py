@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from hf_dskd import cli, completion
+from hf_dskd import cli
+from hf_dskd.cli import completion
 from hf_dskd.errors import UserError
 from hf_dskd.methods import METHODS
 from hf_dskd.settings import DIVERGENCE_NAMES
@@ -79,27 +80,23 @@ def test_scripts_are_valid(scripts, shell):
     text = (scripts / shell).read_text(encoding="utf-8")
     assert all(name in text for name in (*cli.COMMANDS, "kd_temperature", "dskd_cma_ga"))
     # A line of the commands' own help is shown beside them, in the shells that show one.
-    assert shell == "bash" or "one page about a run" in text
+    assert shell == "bash" or "One page about a run" in text
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here to read the script")
     subprocess.run([shell, "-n", str(scripts / shell)], check=True, timeout=60)
 
 
-def test_help_is_light_and_errors_are_one_line(capsys):
-    code = (
-        "import sys\nfrom hf_dskd import completion\ncompletion.main(['--help'])\n"
-        "print([name for name in ('torch', 'transformers', 'trl', 'shtab') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]" and "~/.config/fish/completions" in done.stdout
-    assert completion.main([]) == 0 and "hf-dskd completion zsh >" in capsys.readouterr().out
-    with pytest.raises(UserError, match="did you mean 'bash'"):
-        completion.main(["bahs"])
-    with pytest.raises(UserError, match="one shell"):
-        completion.main(["bash", "zsh"])
+def test_errors_are_one_line():
+    for words, expected in ((["bahs"], "did you mean 'bash'"), (["bash", "zsh"], "one shell")):
+        with pytest.raises(UserError, match=expected):
+            cli.run(["completion", *words])
 
 
-def test_first_sentences_and_described_options():
+def test_without_shtab_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(UserError, match=r"needs the package shtab: pip install 'hf-dskd\[completion\]'"):
+        cli.run(["completion", "bash"])
+
+
+def test_first_sentences():
     assert completion.first_sentence("The rate,\n  0.5 or so. It matters.") == "The rate, 0.5 or so"
-    text = "hf-dskd x\n\n  --one    first\n           --two goes on\n  --three, --four  both\n    hf-dskd x --five"
-    assert completion.described_options(text) == {"one": "first", "three": "both", "four": "both"}

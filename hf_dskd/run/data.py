@@ -6,24 +6,23 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import FORMATS, format_of, load_file
 from ..errors import UserError
-from .files import FORMATS, format_of, load_file
+from ..offline.python_functions import PYTHON_FUNCTIONS, load_python_functions
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from ..config import DSKDConfig
-    from ..run import Run
-
-PYTHON_FUNCTIONS = "python_functions"
+    from .settings import Run
 
 
 def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
     """
     Training and evaluation examples: from the hub, a folder, or a file (see [`~hf_dskd.data.files`]).
 
-    `python_functions`, where no folder has that name, is [`~hf_dskd.data.python_functions.load_python_functions`].
+    `python_functions`, where no folder has that name, is [`~hf_dskd.offline.python_functions.load_python_functions`].
     """
     from datasets import Dataset, DatasetDict, IterableDatasetDict, load_from_disk
 
@@ -106,8 +105,6 @@ def check_streaming(config: DSKDConfig) -> None:
 def standard_library(run: Run) -> DatasetDict:
     """Functions of the standard library, as many as asked for, under the names of the splits that are asked for."""
     from datasets import DatasetDict
-
-    from .python_functions import load_python_functions
 
     options = run.options
     if options.train_size is None:

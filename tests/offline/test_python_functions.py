@@ -6,9 +6,9 @@ import textwrap
 
 import pytest
 
-from hf_dskd.data import python_functions as module
-from hf_dskd.data.python_functions import load_python_functions, python_functions
 from hf_dskd.errors import UserError
+from hf_dskd.offline import python_functions as module
+from hf_dskd.offline.python_functions import load_python_functions, python_functions
 
 
 @pytest.fixture(scope="module")

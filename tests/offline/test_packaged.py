@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_dskd import packaged
 from hf_dskd.errors import UserError
-from hf_dskd.packaged import PACKAGED_MODELS, PackagedModel, packaged_model, ready_folder
+from hf_dskd.offline import packaged
+from hf_dskd.offline.packaged import PACKAGED_MODELS, PackagedModel, packaged_model, ready_folder
 
 
 FIRST, SECOND = b"GGUF first part ", b"and the second"
@@ -395,7 +395,7 @@ def test_gguf_not_installed(monkeypatch, tmp_path):
 def test_real_folder(name):
     folder = ready_folder(name)
     if folder is None:
-        pytest.skip(f"{name} isn't converted yet (python -m hf_dskd.packaged {name})")
+        pytest.skip(f"{name} isn't converted yet (python -m hf_dskd.offline.packaged {name})")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,12 +7,14 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .models.pretrained import PLACE, dtype_option, options_of
+from ..errors import UserError
+from ..models.pretrained import PLACE, dtype_option, options_of
 
 
 if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments
+
+    from .settings import Run
 
 # Settings that are options of from_pretrained under another name.
 STUDENT = {"model_revision": "revision", "attn_implementation": "attn_implementation"}
@@ -40,7 +42,7 @@ def merged_options(values: Mapping[str, Any], names: Mapping[str, str], setting:
     return options
 
 
-def student_options(run: Any) -> dict[str, Any]:
+def student_options(run: Run) -> dict[str, Any]:
     """Options for `from_pretrained` of the student, out of all settings that say something of it."""
     values = {**vars(run.model), "model_init_kwargs": run.config.model_init_kwargs}
     options = merged_options(values, STUDENT, "model_init_kwargs")
@@ -53,7 +55,7 @@ def student_options(run: Any) -> dict[str, Any]:
     return options
 
 
-def teacher_options(run: Any) -> dict[str, Any]:
+def teacher_options(run: Run) -> dict[str, Any]:
     """Options for `from_pretrained` of the teacher that is named, which may still have to be trained."""
     values = {**vars(run.options), "teacher_model_init_kwargs": run.config.teacher_model_init_kwargs}
     return merged_options(values, TEACHER, "teacher_model_init_kwargs")

@@ -14,7 +14,8 @@ import runs
 import tiny
 import yaml
 
-from hf_dskd import UserError, compare
+from hf_dskd import UserError
+from hf_dskd.experiments import grid as compare
 
 
 @pytest.fixture

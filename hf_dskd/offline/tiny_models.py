@@ -3,8 +3,8 @@ Tiny stand-ins with random weights for the models of a recipe: the model class, 
 special tokens and the chat markers of the real family, in a second and without a network. They show that a pair runs,
 not how well.
 
-    python -m hf_dskd.tiny_models Qwen/Qwen3-0.6B FOLDER
-    python -m hf_dskd.tiny_models Qwen/Qwen3-8B FOLDER --role teacher
+    python -m hf_dskd.offline.tiny_models Qwen/Qwen3-0.6B FOLDER
+    python -m hf_dskd.offline.tiny_models Qwen/Qwen3-8B FOLDER --role teacher
 
 NAME is a model on the hub, a packaged one, the folder of a model, or a family's name.
 """
@@ -25,8 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_name
-from .launch import Parser, command
+from ..errors import UserError, check_name
+from ..launch import Parser, command
 from .packaged import QWEN2_SPLIT
 
 
@@ -360,7 +360,7 @@ def _marked(folder: Path) -> dict[str, Any] | None:
 def _write_model(key: str, role: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from .utils.random import cpu_seed
+    from ..utils.random import cpu_seed
 
     family, width = FAMILIES[key], WIDTHS[role]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -515,12 +515,8 @@ def _write_tokenizer(family: Family, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m hf_dskd.tiny_models NAME FOLDER [--role ROLE]`: writes the model and prints its folder."""
-    import argparse
-
-    parser = Parser(
-        "python -m hf_dskd.tiny_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """`python -m hf_dskd.offline.tiny_models NAME FOLDER [--role ROLE]`: writes the model and prints its folder."""
+    parser = Parser("python -m hf_dskd.offline.tiny_models", description=__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("folder", metavar="FOLDER", type=Path)
     parser.add_argument("--role", choices=ROLES, default="student", help="(student)")

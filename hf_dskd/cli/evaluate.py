@@ -1,49 +1,8 @@
-"""The command `hf-dskd evaluate`."""
-
-from __future__ import annotations
-
-import argparse
-import json
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from ..errors import UserError
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from .protocol import EvaluationSettings
-
-HELP = """\
-hf-dskd evaluate --model PATH --output_dir FOLDER [--sets NAME,NAME=FILE.jsonl] [--option VALUE ...]
+"""
+The papers' evaluation: ROUGE-L over decoding seeds, bits per byte.
 
 Answers the papers' sets of instructions, greedily and sampled with five seeds, and scores the answers: ROUGE-L, exact
 match, and of the references bits per byte (comparable between tokenizers) and token accuracy.
-
-  --model                 a student's folder, an adapter's folder, a packaged model, or a name on the hub
-  --output_dir            where answers/, references/, scores.json and table.md are written
-  --sets                  of dolly, self_inst, vicuna, s_ni, un_ni, which come from the hub, or NAME=FILE.jsonl for a
-                          file, with commas between (dolly,self_inst,vicuna,s_ni,un_ni). A row has `instruction`,
-                          `input` and `output`, or `prompt` and `output`; `output` is a string or a list of them
-  --in_distribution       sets of the kind that the model was trained on; the others are averaged apart (dolly)
-  --limit                 takes this many examples of each set, the first ones
-  --prompt_style          alpaca: MiniLLM's template, for students trained with prompt_style=plain; plain: instruction
-                          and input alone; chat: the tokenizer's chat template. A row's own `prompt` stays as it is,
-                          except in a chat (alpaca; chat for a run that was trained in its student's template)
-  --chat_template_kwargs  JSON for that template, such as '{"enable_thinking": false}'
-  --seeds                 of the sampling, with commas between (10,20,30,40,50)
-  --greedy_only           no sampling
-  --temperature, --top_p  of the sampling (1.0, 1.0)
-  --no_repeat_ngram_size  no sequence of this many tokens twice, as in the papers' scripts; 0 allows it (6)
-  --max_prompt_length     tokens; of a longer prompt the first ones are taken, as in the papers (256)
-  --max_length            tokens; an answer has room for max_length - max_prompt_length of them (512)
-  --batch_size            answers at a time, of each process; in float32 it changes no answer (16)
-  --dtype                 float32, bfloat16, float16 or auto, the model's own (float32). Faster in the others, but an
-                          answer then depends on what else is in its batch
-  --load_in_4bit          quantizes the model to NF4
-  --base_model            of an adapter, where its config doesn't name the right one
 
 Everything is kept: every answer is a line in answers/SET-greedy.jsonl or answers/SET-seed10.jsonl. Stopped, the same
 command goes on; a folder with an evaluation of something else is refused.
@@ -56,34 +15,75 @@ command goes on; a folder with an evaluation of something else is refused.
     accelerate launch --multi_gpu --num_processes 2 -m hf_dskd.cli evaluate --model runs/student --output_dir runs/two
 """
 
+from __future__ import annotations
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `hf-dskd evaluate --help` lists the options")
+import json
+import sys
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
 
 
-def parse(arguments: Sequence[str]) -> EvaluationSettings:
+if TYPE_CHECKING:
+    from ..evaluation.protocol import EvaluationSettings
+
+USAGE = "--model PATH --output_dir FOLDER [--sets NAME,NAME=FILE.jsonl] [--option VALUE ...]"
+# Meaning of each option, by its type and name.
+OPTIONS: dict[Any, dict[str, str]] = {
+    str: {
+        "model": "a student's folder, an adapter's folder, a packaged model, or a name on the hub",
+        "output_dir": "where answers/, references/, scores.json and table.md are written",
+        "sets": "of dolly, self_inst, vicuna, s_ni, un_ni, which come from the hub, or NAME=FILE.jsonl for a file,"
+        " with commas between (dolly,self_inst,vicuna,s_ni,un_ni). A row has `instruction`, `input` and `output`, or"
+        " `prompt` and `output`; `output` is a string or a list of them",
+        "in_distribution": "sets of the kind that the model was trained on; the others are averaged apart (dolly)",
+        "prompt_style": "alpaca: MiniLLM's template, for students trained with prompt_style=plain; plain: instruction"
+        " and input alone; chat: the tokenizer's chat template. A row's own `prompt` stays as it is, except in a chat"
+        " (alpaca; chat for a run that was trained in its student's template)",
+        "chat_template_kwargs": "JSON for that template, such as '{\"enable_thinking\": false}'",
+        "seeds": "seeds of the sampling, with commas between (10,20,30,40,50)",
+        "dtype": "float32, bfloat16, float16 or auto, the model's own (float32). Faster in the others, but an answer"
+        " then depends on what else is in its batch",
+        "base_model": "the base of an adapter, where its config doesn't name the right one",
+    },
+    int: {
+        "limit": "take this many examples of each set, the first ones",
+        "no_repeat_ngram_size": "no sequence of this many tokens twice, as in the papers' scripts; 0 allows it (6)",
+        "max_prompt_length": "tokens of a prompt; of a longer one the first are taken, as in the papers (256)",
+        "max_length": "tokens; an answer has room for max_length - max_prompt_length of them (512)",
+        "batch_size": "answers at a time, of each process; in float32 it changes no answer (16)",
+    },
+    float: {
+        "temperature": "temperature of the sampling (1.0)",
+        "top_p": "probability that the sampled tokens share, most probable first (1.0)",
+    },
+    bool: {
+        "greedy_only": "answer greedily alone, without sampling",
+        "load_in_4bit": "quantize the model to NF4",
+    },
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Tells the parser what the command takes."""
+    for kind, options in OPTIONS.items():
+        taken: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": ""}
+        for name, meaning in options.items():
+            parser.add_argument(f"--{name}", default=SUPPRESS, help=meaning, **taken)
+
+
+def settings_of(given: dict[str, Any]) -> EvaluationSettings:
     """
     What a command line asks for.
 
     Raises:
         UserError: For anything that is wrong with it.
     """
-    from pathlib import Path
+    from ..evaluation.protocol import EvaluationSettings
+    from ..evaluation.sets import HUB_SETS, parse_sets
 
-    from .sets import HUB_SETS, parse_sets
-
-    parser = _Parser(prog="hf-dskd evaluate", allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
-    texts = ("model", "base_model", "output_dir", "prompt_style", "chat_template_kwargs", "dtype", "sets", "seeds")
-    for name in (*texts, "in_distribution"):
-        parser.add_argument(f"--{name}")
-    for name in ("limit", "no_repeat_ngram_size", "max_prompt_length", "max_length", "batch_size"):
-        parser.add_argument(f"--{name}", type=int)
-    for name in ("temperature", "top_p"):
-        parser.add_argument(f"--{name}", type=float)
-    for name in ("load_in_4bit", "greedy_only"):
-        parser.add_argument(f"--{name}", action="store_true")
-    given = vars(parser.parse_args(list(arguments)))
     for name, what in (("model", "a folder or a name"), ("output_dir", "a folder for the answers and scores")):
         if name not in given:
             raise UserError(f"--{name} is not set: name {what}")
@@ -106,9 +106,6 @@ def parse(arguments: Sequence[str]) -> EvaluationSettings:
         if wrong:
             raise UserError(f"--seeds has {wrong[0]!r}: give whole numbers with commas between, such as 10,20,30")
         given["seeds"] = tuple(map(int, words))
-
-    from .protocol import EvaluationSettings
-
     if "prompt_style" not in given:
         given |= _as_trained(Path(given["model"]))
     return EvaluationSettings(**given)
@@ -139,15 +136,12 @@ def _mapping(option: str, text: str) -> dict[str, Any]:
     return found
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`hf-dskd evaluate`: prints the table at the end, and returns the exit code."""
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP.rstrip())
-        return 0
-    settings = parse(arguments)
+def run(given: Namespace) -> int:
+    """Evaluates a model and prints the table at the end."""
+    settings = settings_of(vars(given))
 
+    from ..evaluation.protocol import SETTINGS_NAME, evaluate
     from ..utils.environment import in_words
-    from .protocol import SETTINGS_NAME, evaluate
 
     try:
         scores = evaluate(settings)

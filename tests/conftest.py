@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import random
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(config, items):
         # Files stay whole: some make models for all of their tests.
         files = {path: order.random() for path in dict.fromkeys(item.path for item in items)}
         items.sort(key=lambda item: (files[item.path], order.random()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen():
+    """Every training ends in a full garbage collection, which need not look at what was imported before."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 
 import pytest
 import runs
@@ -16,6 +14,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from safetensors import safe_open
 from transformers import GPT2LMHeadModel
+from warm import forked
 
 from hf_dskd.errors import UserError
 from hf_dskd.training import run_folder as checkpoint_files
@@ -278,10 +277,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("moment", ["optimizer.pt", "auxiliary.json", "fsync", "rename"])
 def test_a_kill_while_a_checkpoint_is_written(moment, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
+    code = (
         "import sys, os, signal\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
         "import test_checkpoints\n"
         "from hf_dskd.training import run_folder as checkpoint\n"
         "from pathlib import Path\n"
@@ -304,8 +301,7 @@ def test_a_kill_while_a_checkpoint_is_written(moment, tmp_path):
         "    os.replace = killing(os.replace, lambda source, target: Path(target).name == 'checkpoint-2')\n"
         "run.train()\n"
     )
-    command = [sys.executable, str(script), str(tmp_path / "run"), moment]
-    killed = subprocess.run(command, capture_output=True, timeout=300)
+    killed = forked(code, tmp_path / "run", moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     resumed, whole = make(tmp_path / "run"), make(tmp_path / "whole")

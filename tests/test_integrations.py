@@ -14,6 +14,7 @@ import tiny
 import torch
 from datasets import IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback
+from warm import forked
 
 from hf_dskd import DSKDTrainer, UserError, run
 
@@ -322,7 +323,7 @@ def test_a_configuration_file_of_accelerate(folders, tmp_path, has_bf16):
 
 def test_processes_end_together(tmp_path):
     """One that is done while another still writes its report would else end under the other's hands."""
-    (tmp_path / "script.py").write_text(
+    code = (
         "import sys, time\nfrom pathlib import Path\n"
         "import torch.distributed as dist\nfrom hf_dskd import run\n"
         "done = Path(sys.argv[1])\n"
@@ -332,8 +333,5 @@ def test_processes_end_together(tmp_path):
         "run.command(main)\n"
         "assert done.exists() and not dist.is_initialized()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path / "done")], capture_output=True, text=True, timeout=120
-    )
+    done = forked(code, tmp_path / "done", ranks=2, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

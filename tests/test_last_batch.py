@@ -1,14 +1,11 @@
 """Examples of the last batch of an epoch count once, however many ranks have to be filled."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import runs
 import tiny
 import torch
 from datasets import IterableDataset
+from warm import ranks_of
 
 from hf_dskd.data.fillers import first_examples
 
@@ -56,12 +53,13 @@ def logs_of_runs(folder, size):
         run = runs.trainer(
             folder,
             per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,
             rows=11,
             max_steps=4,
             optim="sgd",
             learning_rate=0.1,
             **settings,
-            **options,
+            **{"eval_dataset": tiny.dataset(7), **options},
         )
         if case == "on_policy":
             run.model.generation_config.update(max_new_tokens=8, do_sample=False)
@@ -69,41 +67,23 @@ def logs_of_runs(folder, size):
         ends = ("loss", "rate", "agreement", "norm", "real", "cost")
         names = sorted(name for name in run.state.log_history[0] if name.endswith(ends))
         logs[case] = [[log[name] for name in names] for log in run.state.log_history if "loss" in log]
-        if case == "stream":
-            metrics = run.evaluate()
-            logs[case].append(
-                [metrics[name] for name in sorted(metrics) if name.endswith(("loss", "byte", "rouge_l"))]
-            )
+        metrics = run.evaluate()
+        ends = ("loss", "byte", "agreement", "rouge_l")
+        logs[case].append([metrics[name] for name in sorted(metrics) if name.endswith(ends)])
         logs[case].append([weight.double().sum().item() for weight in runs.weights(run).values()])
-    return logs if run.accelerator.is_main_process else None
+    return logs
 
 
 def test_any_number_of_processes_equals_one(tmp_path):
     """With two, the last three of an epoch are rank 0's; with four, two ranks have none."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
-        "import test_last_batch\n"
-        "logs = test_last_batch.logs_of_runs(sys.argv[1], int(sys.argv[2]))\n"
-        "if logs is not None:\n"
-        "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
-    results = []
-    for processes in (1, 2, 4):
+    expected = logs_of_runs(str(tmp_path / "one"), 8)
+    for processes in (2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*launcher, str(script), str(folder), str(8 // processes)], capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads((folder / "logs.json").read_text()))
-    for case, expected in results[0].items():
-        for several in results[1:]:
-            for one, two in zip(expected, several[case], strict=True):
+        several, *_ = ranks_of("test_last_batch", "logs_of_runs(folder, 8 // ranks)", folder, processes)
+        assert several.keys() == expected.keys()
+        for case in expected:
+            for one, two in zip(expected[case], several[case], strict=True):
                 assert two == pytest.approx(one, rel=1e-4, abs=1e-5), case
 
 
@@ -133,23 +113,9 @@ def resumed_runs(folder):
         resumed.train(resume_from_checkpoint=f"{folder}/{case}/checkpoint-1")
         weights = runs.weights(resumed)
         found[case] = max(float((value - weights[name]).abs().max()) for name, value in runs.weights(whole).items())
-    return found if whole.accelerator.is_main_process else None
+    return found
 
 
 def test_fillers_are_left_out_of_an_epoch_that_a_run_goes_on_in(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
-        "import test_last_batch\n"
-        "found = test_last_batch.resumed_runs(sys.argv[1])\n"
-        "if found is not None:\n"
-        "    json.dump(found, open(sys.argv[1] + '/found.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found, _ = ranks_of("test_last_batch", "resumed_runs(folder)", tmp_path)
     assert found == dict.fromkeys(found, 0.0) and len(found) == 4

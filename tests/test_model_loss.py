@@ -1,8 +1,5 @@
 """What a model adds to its own loss is a term of ours: that of Trainer, but a mean over micro-batches."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from warm import ranks_of
 
 from hf_dskd import DSKDTrainer
 from hf_dskd.models.hidden_states import adds_to_loss, no_cross_entropy
@@ -211,29 +209,17 @@ def test_as_trainer_has_it(name, size, accumulation, tmp_path):
         assert log["loss"] == pytest.approx(log["ce_loss"] + log["aux_loss"], rel=1e-5)
 
 
-def write_differences(folder):
+def differences(folder):
     (ours, plain), losses, logs = trained(Path(folder), "mixtral", 2, 2, ranks=2)
-    if int(__import__("os").environ["RANK"]) == 0:
-        found = {
-            "weights": max(float((ours[key] - plain[key]).abs().max()) for key in plain),
-            "losses": losses,
-            "sums": [[log["loss"], log["ce_loss"] + log["aux_loss"]] for log in logs],
-        }
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+    return {
+        "weights": max(float((ours[key] - plain[key]).abs().max()) for key in plain),
+        "losses": losses,
+        "sums": [[log["loss"], log["ce_loss"] + log["aux_loss"]] for log in logs],
+    }
 
 
 def test_as_trainer_has_it_on_two_ranks(tmp_path):
-    script = tmp_path / "run.py"
-    here = Path(__file__).parent
-    script.write_text(
-        f"import sys\nsys.path[:0] = {[str(here), str(here.parent)]!r}\nimport test_model_loss\n"
-        f"test_model_loss.write_differences({str(tmp_path)!r})\n"
-        "from hf_dskd.launch import leave_together\nleave_together()\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "found.json").read_text())
+    found, _ = ranks_of("test_model_loss", "differences(folder)", tmp_path)
     assert found["weights"] < 1e-5
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-4)
     for whole, parts in found["sums"]:

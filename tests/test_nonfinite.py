@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import runs
@@ -11,6 +9,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from warm import ranks_of
 
 from hf_dskd import adversary
 from hf_dskd.errors import NonFiniteLossError
@@ -219,21 +218,12 @@ def rank_run(folder, mode):
     }
 
 
+def rank_runs(folder):
+    return {mode: rank_run(folder, mode) for mode in ("stop", "skip")}
+
+
 def test_one_rank_stops_or_skips_for_all(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, os, sys\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
-        "import test_nonfinite\n"
-        "found = {mode: test_nonfinite.rank_run(sys.argv[1], mode) for mode in ('stop', 'skip')}\n"
-        "json.dump(found, open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    one, two = ranks_of("test_nonfinite", "rank_runs(folder)", tmp_path)
     for found in (one, two):
         assert "the student's gradient became NaN or infinite at step 1" in found["stop"]["message"]
         assert found["skip"]["message"] is None and found["skip"]["skipped"] == 1

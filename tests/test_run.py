@@ -1,7 +1,6 @@
 """Recipes end to end on tiny models, and what the command line answers."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import runs
 import tiny
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments
+from warm import run_command
 
 from hf_dskd import UserError, run
 from hf_dskd.report.record import evaluations
@@ -39,18 +39,12 @@ def pair(tmp_path_factory):
 
 
 def gpt2_qwen(pair, output, *arguments, check=True):
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "recipes" / "gpt2_qwen.py"), "--output_dir", str(output)),
-            *("--model_name_or_path", str(pair / "student"), "--teacher_model_name_or_path", str(pair / "teacher")),
-            *("--dataset_name", str(pair / "data.jsonl"), "--held_out_size", "4", "--dataset_num_proc", "1"),
-            *("--total_batch_size", "4", "--per_device_train_batch_size", "2", "--num_train_epochs", "1"),
-            *("--max_length", "256", "--use_cpu", "--bf16", "false", *arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    done = run_command(
+        *(ROOT / "recipes" / "gpt2_qwen.py", "--output_dir", output),
+        *("--model_name_or_path", pair / "student", "--teacher_model_name_or_path", pair / "teacher"),
+        *("--dataset_name", pair / "data.jsonl", "--held_out_size", "4", "--dataset_num_proc", "1"),
+        *("--total_batch_size", "4", "--per_device_train_batch_size", "2", "--num_train_epochs", "1"),
+        *("--max_length", "256", "--use_cpu", "--bf16", "false", *arguments),
     )
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
@@ -58,9 +52,7 @@ def gpt2_qwen(pair, output, *arguments, check=True):
 
 
 def hf_dskd(*arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "hf_dskd.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return run_command("hf-dskd", *arguments)
 
 
 def test_gpt2_recipe_trains_its_teacher_distils_draws_and_resumes(pair, tmp_path):

@@ -12,6 +12,7 @@ import runs
 import tiny
 import torch
 from transformers import TrainerCallback
+from warm import ranks_of
 
 from hf_dskd.errors import UserError
 from hf_dskd.run.arguments import parse
@@ -273,20 +274,7 @@ def rank_run(folder):
 
 
 def test_the_ranks_of_a_run_share_its_folder_and_are_refused_together(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, os, sys\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), ROOT]!r}\n"
-        "import test_run_folder\n"
-        "found = test_run_folder.rank_run(sys.argv[1] + '/run')\n"
-        "json.dump(found, open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    one, two = ranks_of("test_run_folder", "rank_run(folder + '/run')", tmp_path)
     assert one == two
     assert "holds another run" in one[0] and "seed was 0 and is 1" in one[1] and one[2] == 4
     with pytest.raises(UserError, match="processes was 2 and is 1"):

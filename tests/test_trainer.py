@@ -1,8 +1,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import runs
@@ -560,45 +558,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     again = runs.trainer(tmp_path, max_steps=4)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert again.state.global_step == 4
-
-
-def test_two_processes_equal_one(tmp_path):
-    """A run on two gloo processes of half the batch logs what one process logs, and ends at the same weights."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
-        "import json, runs, tiny, torch\n"
-        "out, size = sys.argv[1], int(sys.argv[2])\n"
-        "logs = {}\n"
-        "for case, settings in runs.CASES.items():\n"
-        "    run = runs.trainer(out, per_device_train_batch_size=size, optim='sgd', learning_rate=0.1,\n"
-        "                       eval_dataset=tiny.dataset(7), per_device_eval_batch_size=size, **settings)\n"
-        "    run.train()\n"
-        "    ends = ('loss', 'rate', 'agreement', 'norm', 'real', 'cost')\n"
-        "    names = [k for k in run.state.log_history[0] if k.endswith(ends)]\n"
-        "    logs[case] = [[log[n] for n in names] for log in run.state.log_history if 'loss' in log]\n"
-        "    metrics = run.evaluate()\n"
-        "    logs[case].append([metrics[k] for k in sorted(metrics) if k.endswith(('loss', 'byte', 'agreement'))])\n"
-        "    logs[case].append([v.double().sum().item() for v in runs.weights(run).values()])\n"
-        "if run.accelerator.is_main_process:\n"
-        "    json.dump(logs, open(out + '/logs.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*launcher, str(script), str(out), str(8 // processes)], capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads((out / "logs.json").read_text()))
-    for case in runs.CASES:
-        for one, two in zip(results[0][case], results[1][case]):
-            assert two == pytest.approx(one, rel=1e-4, abs=1e-5), case
 
 
 def test_trainer_is_a_transformers_trainer_with_trls_signature():

@@ -13,6 +13,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
+from warm import forked
 
 from hf_dskd import cli
 from hf_dskd.data.tokenization import tokenize_dataset
@@ -314,16 +315,7 @@ def test_two_processes(make, environment, tmp_path):
     begun = (expected.output_dir / "answers" / "inside-greedy.jsonl").read_bytes().splitlines(keepends=True)
     (settings.output_dir / "answers" / "inside-greedy.jsonl").write_bytes(b"".join(begun[:3]) + begun[3][:9])
     shutil.copy(expected.output_dir / "evaluation.json", settings.output_dir)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    # What accelerate's launcher starts for several GPUs; on a CPU it wants MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, tmp_path / "script.py", "0", *arguments(settings)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked(SCRIPT, "0", *arguments(settings), ranks=2, environment={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(settings.output_dir)[:4] == contents(expected.output_dir)[:4]
     assert not list(settings.output_dir.glob("*/*.part*"))

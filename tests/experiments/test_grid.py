@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import runs
 import tiny
 import yaml
+from warm import run_command
 
 from hf_dskd import UserError
 from hf_dskd.experiments import grid as compare
@@ -460,11 +460,9 @@ def test_grid_of_tiny_models(tmp_path):
         "eval_strategy: steps\neval_steps: 1\nlogging_steps: 1\n"
     )
     (tmp_path / "variants.yaml").write_text("cold: {method: dskd_cma, kd_temperature: 0.0}\n")
-    command = [sys.executable, "-m", "hf_dskd.cli", "compare", "--methods", "sft,dskd_cma", "--seeds", "1"]
-    command += ["--variants", str(tmp_path / "variants.yaml"), "--config", str(tmp_path / "config.yaml")]
-    command += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "1e-3"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    words = ["--variants", tmp_path / "variants.yaml", "--config", tmp_path / "config.yaml"]
+    words += ["--output_dir", tmp_path / "out", "--learning_rate", "1e-3"]
+    done = run_command("hf-dskd", "compare", "--methods", "sft,dskd_cma", "--seeds", "1", *words)
     assert done.returncode == 1, done.stdout + done.stderr
     written = lines(tmp_path / "out")
     assert {name: found["status"] for name, found in written.items()} == {

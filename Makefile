@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 BIN = $(VENV)/bin
 # A process a core, of one thread each; models are tiny, and more threads would only wait for each other.
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-TEST_OPTIONS = --numprocesses auto --maxprocesses 4 --dist loadfile
+TEST_OPTIONS = --numprocesses auto --maxprocesses 4 --dist worksteal
 # `make test TEST_OPTIONS="--order-seed 1"` runs in a random order; --plain-processor masks AVX and bf16.
 
 .PHONY: demo test check format test-oldest gpu gpu-wheels clean

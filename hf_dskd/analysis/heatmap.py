@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..losses.dual_space import ResponseStates, queries_and_keys
 from ..models.causal_lm import input_embedding
 from ..objective import alignment_weights
-from ..utils.figures import FONT, drawable
+from ..utils.figures import COLORS, FONT, drawable, new_figure, save_figure
 
 
 if TYPE_CHECKING:
@@ -238,9 +238,7 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     Raises:
         UserError: If `examples` is empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     if not examples:
         raise UserError("plot_attention got no examples: pass at least one from cross_attention")
@@ -258,8 +256,7 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     row_heights = [above + cell * max(panel.weights.shape[0] for panel in row) + below for row in rows]
     width, height = slot_width * columns + 0.9, sum(row_heights)
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, _DPI, layout=None)
     scale = Normalize(0, max(float(panel.weights.max()) for panel in panels))
     for index, panel in enumerate(panels):
         panel_height, panel_width = (cell * count for count in panel.weights.shape)
@@ -290,9 +287,7 @@ def contact_sheet(examples: Sequence[AlignmentExample], path: str | Path, title:
     Raises:
         UserError: If `examples` is empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     if not examples:
         raise UserError("contact_sheet got no examples: pass at least one from cross_attention")
@@ -301,8 +296,7 @@ def contact_sheet(examples: Sequence[AlignmentExample], path: str | Path, title:
     rows = math.ceil(len(shown) / columns)
     side, between, above = 2.1, 0.25, 0.55
     width, height = (side + between) * columns + 0.8, (side + above + between) * rows
-    figure = Figure(figsize=(width, height), dpi=_SHEET_DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, _SHEET_DPI, layout=None)
     panels = [example.t2s[:_MOST_TOKENS_ON_SHEET, :_MOST_TOKENS_ON_SHEET].numpy() for example in shown]
     scale = Normalize(0, max(float(weights.max()) for weights in panels))
     for index, (example, weights) in enumerate(zip(shown, panels)):
@@ -375,10 +369,8 @@ def _save(figure: Any, path: str | Path, title: str | None) -> None:
     figure.text(0.1 / width, 1 + 0.1 / height, NOTE, fontsize=_FONT_SIZE, color="#555555")
     if title:
         figure.text(0.1 / width, 1 + 0.32 / height, drawable(title), fontsize=12, fontweight="bold", parse_math=False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Cropped to what is drawn: how wide text gets is known only then.
-    figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.12)
+    save_figure(figure, path, bbox_inches="tight", pad_inches=0.12)
 
 
 def _draw_small(axes: Any, example: AlignmentExample, weights: np.ndarray, scale: Any, cell: float) -> None:
@@ -390,7 +382,7 @@ def _draw_small(axes: Any, example: AlignmentExample, weights: np.ndarray, scale
         weights, norm=scale, cmap="Blues", interpolation="nearest", aspect="auto", extent=(0, columns, rows, 0)
     )
     shared = same_text(example)[:rows, :columns].numpy()
-    axes.add_collection(LineCollection(_outline(shared), colors="#e4572e", linewidths=min(72 * cell / 8, 0.9)))
+    axes.add_collection(LineCollection(_outline(shared), colors=COLORS[1], linewidths=min(72 * cell / 8, 0.9)))
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -411,7 +403,7 @@ def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
     chunk_lines = [((0, y), (columns, y)) for y in panel.row_ends] + [((x, 0), (x, rows)) for x in panel.column_ends]
     axes.add_collection(LineCollection(chunk_lines, colors="#c2c2c2", linewidths=0.4))
     axes.add_collection(LineCollection(_outline(panel.in_chunk), colors="#7d7d7d", linewidths=0.9))
-    axes.add_collection(LineCollection(_outline(panel.shared), colors="#e4572e", linewidths=0.9))
+    axes.add_collection(LineCollection(_outline(panel.shared), colors=COLORS[1], linewidths=0.9))
     axes.invert_yaxis()
     axes.set_yticks([row + 0.5 for row in range(rows)], [""] * rows)
     axes.set_xticks([column + 0.5 for column in range(columns)], [""] * columns)

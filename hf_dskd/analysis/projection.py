@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..utils.figures import drawable
+from ..utils.figures import COLORS, drawable, new_figure, plain_axes, save_figure
 
 
-_COLOURS = {"queries (student)": "#1f5fa8", "keys (teacher)": "#e4572e"}
-_GREY = "#e6e6e6"
-_DPI = 110
+_SETS = ("queries (student)", "keys (teacher)")
 _SIDE = 4.2  # inches
 _MOST_COLUMNS = 3
 
@@ -39,23 +37,17 @@ def plot_projection(
     Raises:
         UserError: If `panels` is empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import to_rgba
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     if not panels:
         raise UserError("plot_projection got no panels: pass at least one pair of queries and keys")
     columns = min(len(panels), _MOST_COLUMNS)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(
-        figsize=(_SIDE * columns + 0.4, _SIDE * rows + 0.7), dpi=_DPI, facecolor="white", layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(_SIDE * columns + 0.4, _SIDE * rows + 0.7)
     everything = torch.cat([points.float() for pair in panels.values() for points in pair])
     centre = (everything.amax(0) + everything.amin(0)) / 2
     half = 0.54 * float((everything.amax(0) - everything.amin(0)).max()) or 0.5
-    colours = list(_COLOURS.values())
     for index, (title, pair) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         counts = [len(points) for points in pair]
@@ -65,12 +57,12 @@ def plot_projection(
         # In random order: drawn one set after the other, the second would hide the first.
         order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
         points = torch.cat([part.float() for part in pair])[order].numpy()
-        sides = [to_rgba(colours[int(place >= counts[0])], alpha) for place in order.tolist()]
+        sides = [to_rgba(COLORS[int(place >= counts[0])], alpha) for place in order.tolist()]
         axes.scatter(points[:, 0], points[:, 1], s=size, c=sides, linewidths=0)
         # Of two sizes, so that both show where they coincide.
-        for part, colour, cross in zip(pair, colours, (12, 9)):
+        for part, color, cross in zip(pair, COLORS, (12, 9)):
             x, y = part.float().mean(0).tolist()
-            axes.plot([x], [y], marker="X", markersize=cross, color=colour, markeredgecolor="white")
+            axes.plot([x], [y], marker="X", markersize=cross, color=color, markeredgecolor="white")
         axes.set_xlim(float(centre[0]) - half, float(centre[0]) + half)
         axes.set_ylim(float(centre[1]) - half, float(centre[1]) + half)
         axes.set_aspect("equal")
@@ -78,16 +70,10 @@ def plot_projection(
         axes.set_xlabel(f"first component ({explained[0]:.0%} of the variance)", fontsize=8)
         if index % columns == 0:
             axes.set_ylabel(f"second component ({explained[1]:.0%})", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(True, color=_GREY, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        plain_axes(axes, grid="both")
 
     shape: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7}
-    handles = [Line2D([], [], color=colour, **shape) for colour in colours]
+    handles = [Line2D([], [], color=color, **shape) for color in COLORS[:2]]
     handles.append(Line2D([], [], color="#555555", **{**shape, "marker": "X"}))
-    figure.legend(handles, [*_COLOURS, "mean"], loc="outside upper left", ncols=3, frameon=False, fontsize=9)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    figure.legend(handles, [*_SETS, "mean"], loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    save_figure(figure, path)

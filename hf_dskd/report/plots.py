@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ..analysis.curves import COLOURS, plot_curves
+from ..analysis.curves import Runs, plot_curves
 from ..errors import UserError
+from ..utils.figures import COLORS, new_figure, plain_axes, save_figure
 from ..utils.markup import Markdown, pictures
 
 
-Histories = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-def curves(histories: Histories, path: Path) -> Markdown | None:
+def curves(histories: Runs, path: Path) -> Markdown | None:
     """Draws the logs of runs, by their name, for a page beside the picture; `None` if nothing was logged."""
     try:
         plot_curves(histories, path)
@@ -32,30 +29,21 @@ def plot_gradient_shares(norms: Mapping[int, Mapping[str, float]], path: str | P
         norms (`Mapping[int, Mapping[str, float]]`): Norm of each term's gradient, by step and term.
         path (`str` or `Path`): File to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     terms = list(dict.fromkeys(term for part in norms.values() for term in part))
     totals = [sum(part.values()) or math.inf for part in norms.values()]
     width = min(max(3.6, 1.6 + 0.45 * len(norms)), 11.0)
-    figure = Figure(figsize=(width + 1.2, 2.8), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width + 1.2, 2.8)
     axes = figure.add_subplot()
     bottom = [0.0] * len(norms)
     for index, term in enumerate(terms):
         shares = [part.get(term, 0.0) / total for part, total in zip(norms.values(), totals)]
-        colour = COLOURS[index % len(COLOURS)]
-        axes.bar(range(len(norms)), shares, bottom=bottom, width=0.8, color=colour, label=term)
+        axes.bar(range(len(norms)), shares, bottom=bottom, width=0.8, color=COLORS[index % len(COLORS)], label=term)
         bottom = [low + share for low, share in zip(bottom, shares)]
     every = math.ceil(len(norms) / 12)
     axes.set_xticks(range(0, len(norms), every), [f"{step:,}" for step in list(norms)[::every]])
     axes.set_ylim(0, 1)
     axes.set_xlabel("optimizer step", fontsize=8)
     axes.set_ylabel("share of the gradients' norms", fontsize=8)
-    axes.tick_params(labelsize=8)
+    plain_axes(axes)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, reverse=True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..analysis.curves import COLOURS, plot_analysis, series
+from ..analysis.curves import Runs, plot_analysis, series
+from ..utils.figures import COLORS
 from ..utils.markup import Markdown, link, pictures, render, strong, table
 from ..utils.tables import spread
 from .document import write_pages
 from .files import RunFiles, read_run, runs_in
-from .plots import Histories, curves
+from .plots import curves
 from .warnings import warnings_of
 from .words import better_end, meaning_of, measured, measures_of, number, numbers_of, setting, title_of
 
@@ -179,9 +180,9 @@ def _differences(groups: Sequence[Group]) -> Markdown | None:
     return table(["setting", *(group.name for group in groups)], rows, align="l") if rows else None
 
 
-def drawn_together(groups: Sequence[Group], histories: Histories) -> list[Histories]:
-    """Histories of runs by the picture that they go into: where colours are too few for all, the means of groups."""
-    most = len(COLOURS)
+def drawn_together(groups: Sequence[Group], histories: Runs) -> list[Runs]:
+    """Runs of runs by the picture that they go into: where colours are too few for all, the means of groups."""
+    most = len(COLORS)
     if len(histories) > most and len(groups) < len(histories):
         # In the order of the groups, as `run_names` has them.
         runs = iter(histories.values())

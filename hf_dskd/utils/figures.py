@@ -11,6 +11,8 @@ from typing import Any
 FONT = "DejaVu Sans Mono"  # comes with matplotlib
 DPI = 110
 GRID = "#e6e6e6"
+# Of runs, terms and the two models, in this order.
+COLORS = ("#1f5fa8", "#e4572e", "#3a9d5d", "#8e5bb5", "#d6a11b", "#4ab3c4", "#b3446c", "#7a7a7a")
 
 
 def new_figure(width: float, height: float, dpi: int = DPI, layout: Any = "constrained") -> Any:

@@ -208,9 +208,7 @@ def script():
         pytest.skip("needs node, which isn't installed")
 
     page = Path(pages.__file__).with_name("page.html").read_text()
-    own = page.partition("
-<script>
-")[2].partition("</script>")[0]
+    own = page.partition("\n<script>\n")[2].partition("</script>")[0]
 
     def run(code, document="const document = { querySelectorAll: () => [], body: { dataset: {} } };"):
         output = subprocess.run([node, "-e", document + own + code], capture_output=True, text=True, check=True)

@@ -284,15 +284,17 @@ def _fit(
             f"{teacher.parameters:,}",
         )
     no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device, options["teacher"])
-    choices = list(_choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None))
-    choice, tight = choices[0], False
-    if memory is not None:
-        roomy = [choice for choice in choices if choice.needed <= (1 - MARGIN) * memory]
-        choice = roomy[0] if roomy else min(choices, key=lambda choice: choice.needed)
-        tight = not roomy
+    refused: list[_Choice] = []
+    tight = False
+    for choice in _choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None):
+        if memory is None or choice.needed <= (1 - MARGIN) * memory:
+            break
+        refused.append(choice)
+    else:
+        assert memory is not None
+        choice, tight = min(refused, key=lambda choice: choice.needed), True
         if choice.needed > memory:
             raise UserError(_too_large(choice, student, teacher, fixed, memory, no_four_bit))
-    refused = choices[: choices.index(choice)]
 
     step = choice.step
     found: dict[str, tuple[Any, str]] = {}

@@ -1,15 +1,18 @@
 """
-How much memory a training step takes, computed from the sizes of the two models.
+How much memory a training step takes; no weights are loaded.
 
-The formulas count what transformers, peft, AdamW and the losses here keep. What they were checked against is said at
-[`estimate`].
+What the student's forward pass keeps is counted with the model's own code on tensors without data. The rest follows
+from the sizes of the two models, and from what AdamW and the losses here hold. [`estimate`] says what that was checked
+against.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..methods import METHODS
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig
+
+    from .activations import FakeStudent, Kept
 
 # What the driver takes for a process, and workspaces of matrix products. Not in the allocator's numbers.
 CUDA_CONTEXT = 0.5e9
@@ -35,49 +40,33 @@ ROW_COPIES = 5
 TRANSPORT_PLANS, TRANSPORT_ROWS, TRANSPORT_WIDTH = 9, 17, 768
 
 
-class Linear(NamedTuple):
-    """A linear layer; `ends` says that it is the last one of attention or feed-forward layer."""
-
-    name: str
-    inputs: int
-    outputs: int
-    ends: bool
-
-
 @dataclass(frozen=True)
 class Size:
     """
-    What the formulas need of a model.
+    Sizes of a model.
 
     Attributes:
-        width, layers, heads, attention, inner, vocabulary (`int`):
-            Hidden size, layers, attention heads, their width together, width of the feed-forward layer, tokens.
-        activation (`str`):
-            Of the feed-forward layer: `"gated"` (SwiGLU and its like), `"written_out"` (gelu_new in Python),
-            `"native"` or `"relu"`.
-        normed (`int`): Width of what a layer's norms get, together.
-        rms (`bool`): Whether these are RMS norms, written out in Python, and not `nn.LayerNorm`.
-        parameters (`int`): Of the whole model.
-        linear (`tuple[Linear, ...]`): Each linear layer but the head.
+        key (`str`): Configuration and options, by which sizes are told apart.
+        width, layers, heads, vocabulary (`int`): Hidden size, layers, attention heads, tokens.
+        inner (`int`): The most inputs of a linear layer: mostly the width inside the feed-forward layer.
+        parameters, linear_parameters, largest_linear (`int`): Of the whole model, of its linear layers but the head,
+            and of the largest of these.
         tied (`bool`): Whether head and embedding are one matrix.
-        dropout, attention_dropout (`bool`): Whether anything is dropped in training, of the layers' outputs and of the
-            attention weights.
+        config, init_kwargs: What the model is built from.
     """
 
+    key: str
     width: int
     layers: int
     heads: int
-    attention: int
-    inner: int
-    activation: str
-    normed: int
-    rms: bool
     vocabulary: int
+    inner: int
     parameters: int
-    linear: tuple[Linear, ...]
+    linear_parameters: int
+    largest_linear: int
     tied: bool
-    dropout: bool
-    attention_dropout: bool
+    config: PretrainedConfig = field(compare=False, repr=False)
+    init_kwargs: Any = field(compare=False, repr=False)
 
     @classmethod
     def of(cls, config: PretrainedConfig, init_kwargs: Any = None) -> Size:
@@ -89,78 +78,50 @@ class Size:
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        from ..models.pretrained import empty_model
+        from ..models.pretrained import empty_model, options_of
 
-        if not getattr(config.get_text_config(), "num_attention_heads", None):
-            raise UserError(
-                f"the memory of a {config.model_type!r} model is not known, for it has no attention: choose"
-                " per_device_train_batch_size, use_peft and load_teacher_in_4bit yourself, for `hf-dskd train`"
-            )
-        model: nn.Module = empty_model(config, init_kwargs)
         text = config.get_text_config()
-        width, heads = text.hidden_size, text.num_attention_heads
-        attention = heads * (getattr(text, "head_dim", None) or width // heads)
+        if not getattr(text, "num_attention_heads", None):
+            raise _unknown(config, "it has no attention")
+        if config._attn_implementation not in (None, "eager", "sdpa"):
+            # Flash attention keeps the same, and needs a package to build.
+            config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
+        options = {name: str(value) for name, value in options_of(init_kwargs).items()}
+        # A configuration doesn't write down its attention.
+        key = f"{config.to_json_string(use_diff=False)} {config._attn_implementation} {json.dumps(options)}"
+        if key in _SIZES:
+            return _SIZES[key]
+        model: nn.Module = empty_model(config, init_kwargs)
         head = model.get_output_embeddings()  # type: ignore[operator]
-        shapes: dict[str, tuple[int, int]] = {}
-        normed, rms = -width, False  # the last norm belongs to no layer
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
-                shape = module.weight.shape
-                shapes[name] = (shape[1], shape[0]) if isinstance(module, nn.Linear) else (shape[0], shape[1])
-            elif type(module).__name__.endswith("Norm"):
-                rms |= not isinstance(module, nn.LayerNorm)
-                # Of Qwen3's and Gemma's norms of queries and keys each has the weights of one head.
-                normed += width if len(module.weight) == width else attention  # type: ignore[arg-type]
-        last = {name.rpartition(".")[0]: name for name in shapes}.values()
-        linear = tuple(Linear(name, *shape, ends=name in last) for name, shape in shapes.items())
-        # Configurations call it intermediate_size, n_inner, ffn_dim, or nothing at all.
-        inner = max(layer.inputs for layer in linear)
-        written = str(getattr(text, "hidden_act", None) or getattr(text, "activation_function", None))
-        activation = {"gelu_new": "written_out", "gelu_fast": "written_out", "relu": "relu"}.get(written, "native")
-        if (
-            sum(layer.outputs // inner for layer in linear if layer.outputs in (inner, 2 * inner))
-            >= 2 * text.num_hidden_layers
-        ):
-            activation = "gated"  # two matrices, or one for both
-        return cls(
-            width=width,
+        linear = [
+            module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        ]
+        counts = [module.weight.numel() for module in linear]
+        _SIZES[key] = size = cls(
+            key=key,
+            width=text.hidden_size,
             layers=text.num_hidden_layers,
-            heads=heads,
-            attention=attention,
-            inner=inner,
-            activation=activation,
-            normed=normed // text.num_hidden_layers,
-            rms=rms,
+            heads=text.num_attention_heads,
             vocabulary=text.vocab_size,
+            inner=max(module.weight.shape[isinstance(module, nn.Linear)] for module in linear),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            linear=linear,
+            linear_parameters=sum(counts),
+            largest_linear=max(counts),
             tied=head.weight is model.get_input_embeddings().weight,  # type: ignore[operator]
-            dropout=any(getattr(text, name, 0) > 0 for name in ("resid_pdrop", "dropout", "hidden_dropout")),
-            attention_dropout=any(getattr(text, name, 0) > 0 for name in ("attn_pdrop", "attention_dropout")),
+            config=config,
+            init_kwargs=init_kwargs,
         )
+        return size
 
-    @property
-    def linear_parameters(self) -> int:
-        return sum(layer.inputs * layer.outputs for layer in self.linear)
 
-    @property
-    def largest_linear(self) -> int:
-        return max(layer.inputs * layer.outputs for layer in self.linear)
+_SIZES: dict[str, Size] = {}
 
-    def adapted(self, targets: str | Sequence[str] | None = None) -> list[Linear]:
-        """
-        The linear layers that LoRA with these `target_modules` adapts, as PEFT reads them: ends of names, a regular
-        expression of a whole name, or `"all-linear"`, which `None` is here too.
-        """
-        from ..training.compatibility import lists_module
 
-        if targets is None or targets == "all-linear":
-            return list(self.linear)
-        return [layer for layer in self.linear if lists_module(targets, layer.name)]
-
-    def adapter(self, rank: int, targets: str | Sequence[str] | None = None) -> int:
-        """Parameters of LoRA on the layers of [`Size.adapted`]."""
-        return sum(rank * (layer.inputs + layer.outputs) for layer in self.adapted(targets))
+def _unknown(config: PretrainedConfig, why: str) -> UserError:
+    return UserError(
+        f"the memory of a {config.model_type!r} model is not known, for {why}: choose per_device_train_batch_size,"
+        " use_peft and load_teacher_in_4bit yourself, for `hf-dskd train`"
+    )
 
 
 @dataclass(frozen=True)
@@ -196,6 +157,10 @@ class Step:
     accumulation: int = 1
     loss_memory_mb: float = 512
     response_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adapter_targets, (str, type(None))):
+            object.__setattr__(self, "adapter_targets", tuple(self.adapter_targets))
 
     @property
     def tokens(self) -> int:
@@ -252,81 +217,48 @@ def estimate(
     student_config: PretrainedConfig | Size,
     teacher_config: PretrainedConfig | Size | None,
     *,
-    batch_size: int,
-    max_length: int,
-    method: str = "dskd_cma_ga",
-    adapter_rank: int | None = None,
-    adapter_targets: str | Sequence[str] | None = None,
-    student_dtype: str = "float32",
     four_bit_teacher: bool = False,
     cached_teacher: bool = False,
-    gradient_checkpointing: bool = False,
-    dtype: str = "bfloat16",
-    device: str = "cuda",
-    accumulation: int = 1,
-    loss_memory_mb: float = 512,
-    response_tokens: int | None = None,
+    **step: Any,
 ) -> Memory:
     """
-    Memory of a training step with AdamW, in bytes; nothing is loaded.
+    Estimates the memory of a training step with AdamW, in bytes; nothing is loaded.
 
-    Checked on CPUs only, with models of a few million parameters (figures of GPUs are open). The activations against
-    the tensors that autograd saves, of two layers at 64 tokens: from 6% too low to 21% too high for Llama, Mistral,
-    Qwen3, Gemma 3, Phi, GPT-NeoX, OPT and GPT-2, trained whole or with LoRA on all linear layers; on some of them,
-    from 8% too low to 28% too high. Whole runs against what the system counted: `dskd_cma_ga`, live and cached,
-    float32 and bfloat16, within 11% (`python recipes/memory_table.py` repeats that, and measures on a GPU where there
-    is one); in float32 `sft`, `dskd_cma`, `dskd_clp`, `uld`, `alm` and `min_edit` 1 to 8% too high.
+    What the student keeps on a CPU is exactly what autograd saves, for every architecture tried (30, whole and with
+    LoRA); on a GPU it is counted with its dropout, attention and autocast, which was not measured on one yet. Whole
+    runs were checked against what the system counted, on CPUs, with models of a few million parameters:
+    `python recipes/memory_table.py` repeats that, and measures on a GPU where there is one. A teacher in 4 bits is
+    taken to have its linear layers in NF4 and all else in `dtype`; experts in one matrix aren't linear layers. A
+    student in 4 bits, padding that `padding_free` saves, and adapters other than LoRA aren't counted.
 
     Args:
         student_config ([`~transformers.PretrainedConfig`] or [`Size`]): Of the student.
         teacher_config (same, *optional*): Of the teacher, which `sft` doesn't need.
-        batch_size (`int`): Examples of a micro-batch on one device.
-        max_length (`int`): Tokens of each; all are taken to be as long as that.
-        method (`str`, *optional*, defaults to `"dskd_cma_ga"`): See `hf-dskd methods`.
-        adapter_rank (`int`, *optional*): Of LoRA; without, the whole student is trained.
-        adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.
-        student_dtype (`str`, *optional*, defaults to `"float32"`): Of the student's weights.
         four_bit_teacher (`bool`, *optional*, defaults to `False`): An NF4 teacher instead of one in `dtype`.
         cached_teacher (`bool`, *optional*, defaults to `False`): With `teacher_cache`, which is filled elsewhere.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): Of the student.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`): Of matrix products and of the teacher's weights.
-        device (`str`, *optional*, defaults to `"cuda"`): `"cpu"`, or a GPU.
-        accumulation (`int`, *optional*, defaults to `1`): Micro-batches of an optimizer step.
-        loss_memory_mb (`float`, *optional*, defaults to `512`): Budget for logits, in MB.
-        response_tokens (`int`, *optional*): Mean per example, give or take half; by default a third of `max_length`.
+        step: Attributes of [`Step`].
 
     Returns:
         [`Memory`]: Bytes by what they are for, and `total`, the most at once.
 
     Raises:
-        UserError: If `loss_memory_mb` can't hold one row of logits.
+        UserError: If `loss_memory_mb` can't hold one row of logits, or the student's forward pass can't be counted.
     """
-    step = Step(
-        batch_size=batch_size,
-        max_length=max_length,
-        method=method,
-        adapter_rank=adapter_rank,
-        adapter_targets=adapter_targets,
-        student_dtype=student_dtype,
-        teacher="cached" if cached_teacher else "4bit" if four_bit_teacher else "live",
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,
-        device=device,
-        accumulation=accumulation,
-        loss_memory_mb=loss_memory_mb,
-        response_tokens=response_tokens,
-    )
     sizes = [one if one is None or isinstance(one, Size) else Size.of(one) for one in (student_config, teacher_config)]
     assert sizes[0] is not None
-    return step_memory(sizes[0], sizes[1], step)
+    teacher = "cached" if cached_teacher else "4bit" if four_bit_teacher else "live"
+    return step_memory(sizes[0], sizes[1], Step(teacher=teacher, **step))
 
 
 def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
-    """[`estimate`] of models whose sizes have been read."""
+    """Computes [`estimate`] for models whose sizes have been read."""
     row, c = METHODS[step.method], bytes_of(step.dtype)
     if not row.needs_teacher:
         teacher = None
-    added = student.adapter(step.adapter_rank or 0, step.adapter_targets)
+    if step.student_dtype == "auto":
+        own = getattr(student.config, "dtype", None)
+        step = replace(step, student_dtype=str(own or "float32").removeprefix("torch."))
+    added = fake_student(student, step).adapter_parameters
     trained = added if step.adapter_rank else student.parameters
     projected, critic = (0, 0) if teacher is None else auxiliary_parameters(student, teacher, step.method)
     rows = 0
@@ -403,67 +335,43 @@ def bytes_of(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def layer_activations(student: Size, step: Step) -> float:
-    """
-    Bytes for each token that a layer of the student keeps for its backward pass.
+@lru_cache(maxsize=8)
+def _fake_student(
+    student: Size, dtype: str, adapter_rank: int | None, adapter_targets: str | Sequence[str] | None
+) -> FakeStudent:
+    import torch
 
-    Counted in transformers' modules: in autocast the residual stream is float32 if the weights are, matrix products
-    have `c` bytes a number and each keeps a cast copy of its input; with padding the attention's mask has a row per
-    token, and keys and values are repeated for every head.
-    """
-    c, d, a = bytes_of(step.dtype), student.width, student.attention
-    autocast, on_cpu = step.dtype != "float32", step.device == "cpu"
-    # Queries, keys, values, output and mask; the logarithm of each softmax's sum.
-    attention = 4 * a * c + step.max_length * c + 4 * student.heads
-    # The norms' inputs in float32, and for the weights of RMS norms, where they are trained, what they multiply.
-    norms = student.normed * 4 * (2 if student.rms and not step.adapter_rank else 1)
-    # What is trained keeps its input: all linear layers of the student, or those with an adapter.
-    trained = student.adapted(step.adapter_targets) if step.adapter_rank else student.linear
-    within = [layer for layer in trained if not layer.ends]
-    ends = {layer.inputs for layer in trained if layer.ends}
-    # Each autocast layer has its own copy of the input; in float32 they share the norm's output.
-    inputs = sum(layer.inputs for layer in within) // student.layers * c
-    if not autocast:
-        modules = {layer.name.rpartition(".")[0] for layer in within}
-        inputs = min(student.normed, len(modules) * d // student.layers) * c
-    adapter = 0
-    if step.adapter_rank:
-        adapter = len(trained) // student.layers * step.adapter_rank * c
-        adapter += a * c if autocast and a in ends else 0
-    # Of gelu_new's five arrays autocast on a GPU keeps three in float32.
-    written_out = 3 * 4 + 2 * c if autocast and not on_cpu else 5 * c
-    feed_forward = {"gated": 4 * c, "written_out": written_out, "native": 2 * c, "relu": c}[student.activation]
-    if student.inner not in ends and student.activation != "relu":
-        feed_forward -= c  # the input of its last layer, which relu keeps as its own output
-    dropped = 0
-    if student.dropout:
-        dropped += 2 * d * (c if on_cpu else 1)  # masks, which on a CPU are numbers
-    if student.attention_dropout and on_cpu:
-        # Attention then builds its weights, three times in float32.
-        dropped += (12 * student.heads - c) * step.max_length
-    return attention + norms + inputs + adapter + feed_forward * student.inner + dropped
+    from .activations import FakeStudent
+
+    return FakeStudent(student.config, student.init_kwargs, getattr(torch, dtype), adapter_rank, adapter_targets)
 
 
-def activations(student: Size, step: Step) -> float:
-    """Bytes of the student's forward pass that are kept for the backward pass."""
-    c = bytes_of(step.dtype)
-    of_layer = step.tokens * layer_activations(student, step)
-    # Autocast's half-precision copies of weights that aren't: the backward pass needs them too.
-    casts = 0.0
-    if step.dtype != "float32":
-        added = student.adapter(step.adapter_rank or 0, step.adapter_targets)
-        casts = c * (added + (0 if step.half_student else student.linear_parameters))
-    # Embedding, last norm.
-    ends = step.tokens * student.width * 12
-    if step.gradient_checkpointing:
-        # The inputs of all layers, and one layer computed again.
-        stream = c if step.half_student else 4
-        return student.layers * step.tokens * student.width * stream + of_layer + casts / student.layers + ends
-    return student.layers * of_layer + casts + ends
+def fake_student(student: Size, step: Step) -> FakeStudent:
+    """Builds the student as it is trained, without data; the same one again for steps that differ in sizes alone."""
+    return _fake_student(student, step.student_dtype, step.adapter_rank, step.adapter_targets)
+
+
+@lru_cache(maxsize=256)
+def _kept(student: FakeStudent, batch_size: int, length: int, dtype: str, on_gpu: bool) -> Kept:
+    import torch
+
+    return student.forward(batch_size, length, getattr(torch, dtype), on_gpu)
+
+
+def activations(student: Size, step: Step) -> int:
+    """Counts the bytes of the student's forward pass that are kept for the backward pass."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    model = fake_student(student, step)
+    try:
+        kept = _kept(model, step.batch_size, step.max_length, step.dtype, step.device != "cpu")
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise _unknown(student.config, "what its forward pass keeps depends on the text") from error
+    return kept.total(step.gradient_checkpointing)
 
 
 def teacher_pass(teacher: Size, step: Step) -> float:
-    """Bytes of a layer of the teacher while it runs; nothing is kept."""
+    """Estimates the bytes of a layer of the teacher while it runs; nothing is kept."""
     c = bytes_of(step.dtype)
     dequantised = teacher.largest_linear * c if step.teacher == "4bit" else 0
     return step.tokens * (3 * teacher.inner * c + 3 * teacher.width * 4) + dequantised

@@ -418,7 +418,7 @@ def test_output_dir(examined, tmp_path):
 
 
 def test_a_step_that_does_not_fit(examined, monkeypatch):
-    from hf_dskd import memory
+    from hf_dskd.experiments import memory
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
     text = problems(examined())["step"]
@@ -426,7 +426,7 @@ def test_a_step_that_does_not_fit(examined, monkeypatch):
 
 
 def test_what_saves_memory_counts(examined, monkeypatch):
-    from hf_dskd import memory
+    from hf_dskd.experiments import memory
 
     estimate, asked = memory.estimate, []
 

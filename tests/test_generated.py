@@ -16,7 +16,6 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
 
-from hf_dskd.data import on_policy
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
 from hf_dskd.losses.terms import TERMS
@@ -24,6 +23,7 @@ from hf_dskd.models.generation import response_text
 from hf_dskd.objective import weights
 from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
+from hf_dskd.training import on_policy
 from hf_dskd.training.on_policy import is_on_policy
 
 

@@ -135,7 +135,7 @@ class Side:
         hidden (`[B, S, d]`): Last hidden states.
         input_ids (`[B, S]`): Tokens; the head serves as their embedding too, for only its numbers matter here.
         labels (`[B, S]`): Tokens of the response, -100 elsewhere.
-        head ([`~hf_dskd.models.LMHead`]): `[V, d]`.
+        head ([`~hf_dskd.models.causal_lm.LMHead`]): `[V, d]`.
     """
 
     hidden: Tensor

@@ -28,7 +28,7 @@ _KINDS: dict[type, tuple[str, type]] = {
 
 @cache
 def _types(settings: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each field may have, as its annotation says."""
+    """Reads the types that each field may have off its annotation."""
     return {
         name: typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else (hint,)
         for name, hint in typing.get_type_hints(settings).items()
@@ -64,7 +64,7 @@ def check_fields(settings: Any, rules: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def rule_of(field: Field[Any]) -> dict[str, Any]:
-    """What a field says of its values."""
+    """Reads what a field says of its values."""
     try:
         return field.metadata["rule"]
     except KeyError:

@@ -19,7 +19,7 @@ _left: tuple[str | None, str | None] = (None, None)
 
 
 def launched_precision() -> str | None:
-    """`"bf16"` or `"fp16"` where the launcher of this process says so."""
+    """Returns `"bf16"` or `"fp16"` where the launcher of this process says so."""
     said = (_heard() or "no").lower()
     if said not in ("no", "bf16", "fp16"):
         raise UserError(
@@ -51,7 +51,7 @@ def told(bf16: bool, fp16: bool) -> Iterator[None]:
 
 def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
     """
-    Whether to train in bf16, and whether in fp16.
+    Decides whether to train in bf16, and whether in fp16.
 
     Args:
         bf16 (`bool`, *optional*), fp16 (`bool`): As the user set them; `bf16=None` says nothing.
@@ -72,7 +72,7 @@ def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool
 
 
 def gpu_computes_in_bf16() -> bool:
-    """Whether there is an NVIDIA or AMD GPU that has instructions for it."""
+    """Tells whether there is an NVIDIA or AMD GPU that has instructions for it."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

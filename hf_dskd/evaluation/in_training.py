@@ -42,7 +42,7 @@ class Evaluations(Batches):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, and logits `[B, S, V_s]` with labels `[B, S]` where they are asked for."""
+        """Returns the loss, and logits `[B, S, V_s]` with labels `[B, S]` where they are asked for."""
         inputs = without_fillers(self._prepare_inputs(inputs))
         with torch.no_grad():
             result = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
@@ -54,7 +54,7 @@ class Evaluations(Batches):
         return result.detach(), None, None
 
     def _note_evaluated(self, student: ResponseStates, terms: Terms, inputs: dict[str, Any]) -> None:
-        """One row of sums per example: exact means need neither equal batches nor equal ranks."""
+        """Notes one row of sums per example: exact means need neither equal batches nor equal ranks."""
         if "example_ids" not in inputs:
             return
         assert terms.ce_rows is not None

@@ -45,20 +45,20 @@ class LMHead:
         return logits
 
     def detach(self) -> LMHead:
-        """The same head as a constant: gradients pass through it to the hidden state only."""
+        """Returns the same head as a constant: gradients pass through it to the hidden state only."""
         bias = None if self.bias is None else self.bias.detach()
         return LMHead(self.weight.detach(), bias, self.softcap, self.scale)
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The plain transformers model below a PEFT wrapper."""
+    """Returns the plain transformers model below a PEFT wrapper."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that returns the last hidden state (after the final norm)."""
+    """Returns the part of a causal language model that gives the last hidden state (after the final norm)."""
     plain = base_causal_lm(model)
     # OPT calls a part of its base itself, and in transformers 4 Gemma 3 doesn't know its base by its name.
     body = plain.get_decoder()
@@ -73,7 +73,7 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def dense_weight(parameter: Any) -> Tensor:
-    """A weight matrix as numbers: a 4-bit one is dequantised, any other is returned as it is."""
+    """Returns a weight matrix as numbers: a 4-bit one is dequantised, any other is returned as it is."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return parameter
@@ -84,7 +84,7 @@ def dense_weight(parameter: Any) -> Tensor:
 
 def layer_weight(layer: Any) -> Tensor:
     """
-    The matrix that a linear layer or an embedding computes with, as numbers: with what an adapter adds to it.
+    Returns the matrix that a linear layer or an embedding computes with: with what an adapter adds to it.
 
     Raises:
         UserError: For an adapter that changes the layer in another way.
@@ -125,7 +125,7 @@ def lm_head(model: nn.Module) -> LMHead:
 
 
 def input_embedding(model: nn.Module) -> Tensor:
-    """The input embedding matrix `[V, d]` of a causal language model."""
+    """Returns the input embedding matrix `[V, d]` of a causal language model."""
     return layer_weight(base_causal_lm(model).get_input_embeddings())
 
 
@@ -165,7 +165,7 @@ def check_student_head(model: nn.Module) -> None:
 
 
 def _suspects(model: PreTrainedModel) -> str:
-    """What may stand between the last hidden state and the logits, by name."""
+    """Names what may stand between the last hidden state and the logits."""
     read = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     settings = model.config.get_text_config().to_dict()
     found = [
@@ -201,7 +201,7 @@ def answer_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    """Width of the last hidden state. Where the embedding is narrower (OPT-350m), that of the projected output."""
+    """Reads the width of the last hidden state: of the projected output where the embedding is narrower (OPT-350m)."""
     text = config.get_text_config()
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 

@@ -122,7 +122,7 @@ def sample(
 
 def gumbel_noise(seed: int, example_ids: Tensor, positions: Tensor, width: int) -> Tensor:
     """
-    Gumbel noise as a function of seed, example, position and token alone.
+    Makes Gumbel noise as a function of seed, example, position and token alone.
 
     The token with the largest logit + noise is a sample of the softmax of the logits (Gumbel, 1954; "Gumbel-max"). A
     random generator would give an example other numbers in another batch, on another rank, or after a resume; a hash
@@ -177,7 +177,7 @@ class GumbelNoise:
 
 
 def _take_warpers(config: GenerationConfig) -> list[Any]:
-    """What `generate` would do to the logits before it samples; `config` is greedy afterwards."""
+    """Takes out what `generate` would do to the logits before it samples; `config` is greedy afterwards."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[Any] = []
@@ -194,7 +194,7 @@ def _take_warpers(config: GenerationConfig) -> list[Any]:
 def read_response(
     tokenizer: PreTrainedTokenizerBase, response: list[int], eos_token_ids: list[int], frame: Frame | None = None
 ) -> tuple[str, bool]:
-    """The text of a response's tokens without what `frame` puts around it, and whether the model ended it itself."""
+    """Reads the text of a response without what `frame` puts around it, and whether the model ended it itself."""
     finished = bool(response) and response[-1] in eos_token_ids
     if finished:
         end = [] if frame is None else frame.end
@@ -208,7 +208,7 @@ def read_response(
 
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token for padding; it is masked, so that any will do where the tokenizer has none."""
+    """Chooses a token for padding; it is masked, so that any will do where the tokenizer has none."""
     return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
@@ -216,8 +216,8 @@ def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, *ends: int
 ) -> list[int]:
     """
-    The tokens that end a response: the tokenizer's, then those that the generation config has besides, then `ends`,
-    such as the last that a chat template puts there (see [`~hf_dskd.data.prompts.answer_frame`]).
+    Lists the tokens that end a response: the tokenizer's, then those that the generation config has besides, then
+    `ends`, such as the last that a chat template puts there (see [`~hf_dskd.data.prompts.answer_frame`]).
     """
     configured = None if generation_config is None else generation_config.eos_token_id
     others = configured if isinstance(configured, list) else [configured]
@@ -243,7 +243,7 @@ def save_generation_config(model: nn.Module, folder: str) -> None:
 
 def response_text(tokenizer: PreTrainedTokenizerBase, response: list[int]) -> str:
     """
-    The text of a response's tokens, without special tokens.
+    Decodes a response's tokens, without special tokens.
 
     A space at the beginning stays, which the `decode` of SentencePiece tokenizers would take for the one that they put
     before any text. Bytes that are no UTF-8 become U+FFFD.

@@ -133,7 +133,7 @@ class LastHiddenState:
 
 
 def _zero(*args: Any, **kwargs: Any) -> Tensor:
-    """In place of a cross entropy of logits; in float32, and new for every call, for models and PEFT add to it."""
+    """Stands for a cross entropy of logits; in float32, and new for every call, for models and PEFT add to it."""
     logits = kwargs["logits"] if "logits" in kwargs else args[0]
     return torch.zeros((), device=logits.device)
 
@@ -141,7 +141,7 @@ def _zero(*args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def no_cross_entropy(model: nn.Module, zero: Callable[..., Tensor] = _zero) -> Iterator[None]:
     """
-    Inside, a model that gets labels returns as its loss only what it adds to the cross entropy.
+    Makes a model that gets labels return as its loss, inside, only what it adds to the cross entropy.
 
     `zero` is what is called in the place of that. It is always the same function: torch.compile would notice others.
     """
@@ -158,7 +158,7 @@ def no_cross_entropy(model: nn.Module, zero: Callable[..., Tensor] = _zero) -> I
 
 def adds_to_loss(model: nn.Module) -> bool:
     """
-    Whether a model adds anything to the cross entropy. Costs one forward pass of four tokens.
+    Tells whether a model adds anything to the cross entropy. Costs one forward pass of four tokens.
 
     Of a model that computes its cross entropy by itself no such thing can be taken: that is said.
     """

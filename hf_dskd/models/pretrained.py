@@ -63,7 +63,7 @@ _REFUSED = {
 
 
 def options_of(init_kwargs: Any) -> dict[str, Any]:
-    """Options as a mapping of their own. TrainingArguments parses JSON strings; what is left is a dict or nothing."""
+    """Copies options as a mapping. TrainingArguments parses JSON strings; what is left is a dict or nothing."""
     return dict(init_kwargs or {})
 
 
@@ -90,7 +90,7 @@ def check_options(model: Any, init_kwargs: Any, setting: str) -> None:
 
 
 def dtype_option(init_kwargs: Any, setting: str) -> torch.dtype | str | None:
-    """What `dtype`, or its older name `torch_dtype`, asks for: a torch dtype, `"auto"`, or `None` for nothing."""
+    """Reads what `dtype`, or its older name `torch_dtype`, asks for: a torch dtype, `"auto"`, or `None`."""
     options = options_of(init_kwargs)
     found = {name: _dtype(options[name], f"{setting} has {name}") for name in DTYPE if options.get(name) is not None}
     if len(set(found.values())) > 1:
@@ -112,18 +112,18 @@ def _dtype(value: Any, what: str) -> torch.dtype | str:
 
 
 def weight_options(init_kwargs: Any, dtype: torch.dtype | str) -> dict[str, Any]:
-    """The options for the weights, which are loaded in `dtype`; a quantization is decided elsewhere."""
+    """Picks the options for the weights, which are loaded in `dtype`; a quantization is decided elsewhere."""
     own = (*DTYPE, "quantization_config")
     return {"dtype": dtype, **{name: value for name, value in options_of(init_kwargs).items() if name not in own}}
 
 
 def place(init_kwargs: Any, *more: str) -> dict[str, Any]:
-    """The options that say where files are, and `more` of them."""
+    """Picks the options that say where files are, and `more` of them."""
     return {name: value for name, value in options_of(init_kwargs).items() if name in (*PLACE, *more)}
 
 
 def config_settings(init_kwargs: Any) -> dict[str, Any]:
-    """The options that replace settings of the configuration."""
+    """Picks the options that replace settings of the configuration."""
     others = (*PLACE, *CODE, *DTYPE, *_WEIGHTS)
     return {name: value for name, value in options_of(init_kwargs).items() if name not in others}
 
@@ -177,7 +177,7 @@ def _adapter_file(name: str, options: Mapping[str, Any]) -> Path | None:
 def find_file(
     name: str, file: str, init_kwargs: Any = None, *, download: bool = True, raises: bool = False
 ) -> Path | None:
-    """A file of a model's folder, or of its repository on the hub; `None` where there is none, or `raises` offline."""
+    """Finds a file of a model's folder, or of its repository; `None` where there is none, or `raises` offline."""
     from transformers.utils import cached_file
 
     where = place(init_kwargs)
@@ -195,7 +195,7 @@ def find_file(
 
 
 def commit(name: str | None, init_kwargs: Any = None) -> str | None:
-    """The commit of a model on the hub whose files are read; `None` for a folder, or without any of its files."""
+    """Finds the commit of a model on the hub whose files are read; `None` for a folder, or without its files."""
     if name is None or os.path.isdir(name):
         return None
     for file in ("config.json", ADAPTER_NAME):
@@ -207,7 +207,7 @@ def commit(name: str | None, init_kwargs: Any = None) -> str | None:
 
 
 def origin(model: Any, init_kwargs: Any = None) -> dict[str, str | None]:
-    """The commit of a model on the hub, and of an adapter given by name also the model that it is for, with its."""
+    """Finds the commit of a model on the hub; of an adapter given by name also its model, with the commit of that."""
     if not isinstance(model, str):
         # transformers 4 notes it when it loads a model; 5.23 doesn't.
         return {"commit": getattr(model.config, "_commit_hash", None)}
@@ -259,7 +259,7 @@ def reading(
     remedy: str = "check the path or the name; a gated model needs `hf auth login`, one that isn't downloaded yet no"
     " HF_HUB_OFFLINE",
 ) -> AbstractContextManager[None]:
-    """[`loading`] of a model, or of what lies beside it, in the subfolder that its options name."""
+    """Guards the reading of a model, or of what lies beside it in the subfolder of its options (see [`loading`])."""
     folder = os.path.join(name, options.get("subfolder") or "").rstrip("/") if os.path.isdir(name) else name
     return loading(role, folder, files, remedy)
 
@@ -290,7 +290,7 @@ def read_config(model: Any, init_kwargs: Any, role: str) -> Any:
 
 
 def generation_config(name: str, init_kwargs: Any = None) -> GenerationConfig | None:
-    """What a model's generation_config.json says, if it has one."""
+    """Reads what a model's generation_config.json says, if it has one."""
     from transformers import GenerationConfig
 
     if find_file(name, "generation_config.json", init_kwargs) is None:
@@ -313,7 +313,7 @@ def _check_known(unused: Mapping[str, Any], config: Any, role: str) -> None:
 
 def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Module | None = None) -> PreTrainedModel:
     """
-    A causal language model of `config` without weights, to look at its layers.
+    Builds a causal language model of `config` without weights, to look at its layers.
 
     It is built with the code that the options of its name allow, or of the class that a `loaded` one has.
     """
@@ -335,7 +335,7 @@ def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Mo
 
 
 def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> Any:
-    """The tokenizer of a model; an adapter may have one of its own."""
+    """Loads the tokenizer of a model; an adapter may have one of its own."""
     from transformers import AutoTokenizer
 
     of = source(name, init_kwargs)
@@ -351,7 +351,7 @@ def load_tokenizer(name: str, init_kwargs: Any, role: str, parameter: str) -> An
 
 def quantization(given: Any, init_kwargs: Any, config: PretrainedConfig, name: str, setting: str) -> Any:
     """
-    How a model is to be quantized when it is loaded, by its parameter `setting` or by its init kwargs; or `None`.
+    Decides how a model is to be quantized when it is loaded, by its parameter `setting` or its init kwargs; or `None`.
 
     Its own files may be quantized already. Then transformers would take no other.
     """
@@ -368,7 +368,7 @@ def quantization(given: Any, init_kwargs: Any, config: PretrainedConfig, name: s
 
 
 def four_bit(quantization: Any) -> bool:
-    """Whether a quantization, of a parameter or of a config.json, is bitsandbytes' of 4 bits."""
+    """Tells whether a quantization, of a parameter or of a config.json, is bitsandbytes' of 4 bits."""
     settings = quantization if isinstance(quantization, dict) else getattr(quantization, "__dict__", {})
     return bool(settings.get("load_in_4bit", settings.get("_load_in_4bit", False)))
 

@@ -30,7 +30,7 @@ _USED = (*STUDENT, *ADAPTER, *FOUR_BIT, "model_name_or_path", "dtype", "use_peft
 
 
 def merged_options(values: Mapping[str, Any], names: Mapping[str, str], setting: str) -> dict[str, Any]:
-    """The options in `setting` of `values`, with those that other settings (`names`) stand for."""
+    """Merges the options in `setting` of `values` with those that other settings (`names`) stand for."""
     options = options_of(values.get(setting))
     for name, option in names.items():
         value = values.get(name)
@@ -43,7 +43,7 @@ def merged_options(values: Mapping[str, Any], names: Mapping[str, str], setting:
 
 
 def student_options(run: Run) -> dict[str, Any]:
-    """Options for `from_pretrained` of the student, out of all settings that say something of it."""
+    """Collects options for `from_pretrained` of the student, out of all settings that say something of it."""
     values = {**vars(run.model), "model_init_kwargs": run.config.model_init_kwargs}
     options = merged_options(values, STUDENT, "model_init_kwargs")
     given = dtype_option(options, "model_init_kwargs")
@@ -56,18 +56,18 @@ def student_options(run: Run) -> dict[str, Any]:
 
 
 def teacher_options(run: Run) -> dict[str, Any]:
-    """Options for `from_pretrained` of the teacher that is named, which may still have to be trained."""
+    """Collects options for `from_pretrained` of the teacher that is named, which may still have to be trained."""
     values = {**vars(run.options), "teacher_model_init_kwargs": run.config.teacher_model_init_kwargs}
     return merged_options(values, TEACHER, "teacher_model_init_kwargs")
 
 
 def without_place(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options for a copy of a model that a run made itself."""
+    """Picks the options for a copy of a model that a run made itself."""
     return {name: value for name, value in options.items() if name not in PLACE}
 
 
 def quantization(model: ModelConfig, training_dtype: str) -> Any:
-    """The student's; where it is loaded in whatever it was saved in, it computes in the training precision."""
+    """Makes the student's; where it is loaded in whatever it was saved in, it computes in the training precision."""
     from trl import get_quantization_config
 
     if model.load_in_4bit and model.dtype in (None, "auto"):

@@ -75,7 +75,7 @@ def open_cache(
     teacher_tokenizer: PreTrainedTokenizerBase,
     quantization_config: Any = None,
 ) -> TeacherCache:
-    """[`TeacherCache.open`] with the [`cache_facts`] of a run; a new cache fetches a teacher that isn't here yet."""
+    """Opens a cache with the [`cache_facts`] of a run; a new cache fetches a teacher that isn't here yet."""
     _check_folder(folder)
     facts = cache_facts(
         config,
@@ -98,7 +98,7 @@ def cache_facts(
     download: bool = False,
 ) -> dict[str, Any]:
     """
-    What the teacher's hidden states depend on beside the tokens, in values of JSON.
+    Collects what the teacher's hidden states depend on beside the tokens, in values of JSON.
 
     Args:
         config ([`DSKDConfig`]): Of the run.
@@ -170,7 +170,7 @@ def files_digest(name: str, options: Mapping[str, Any], *, download: bool) -> st
 
 
 def _weight_files(name: str, options: Mapping[str, Any], download: bool) -> list[Path]:
-    """The files that `from_pretrained` reads a model and its adapter from; none unless all of them are here."""
+    """Finds the files that `from_pretrained` reads a model and its adapter from; none unless all of them are here."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
     of = source(name, options)
@@ -238,7 +238,7 @@ def parameters_digest(model: nn.Module) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of how a tokenizer cuts text: vocabulary, normalization, merges, special tokens."""
+    """Hashes how a tokenizer cuts text: vocabulary, normalization, merges, special tokens."""
     if not tokenizer.is_fast:
         return _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
     content = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -307,7 +307,7 @@ def _count(examples: Iterable[_Example]) -> int:
 
 
 def example_key(row: Mapping[str, Any]) -> str:
-    """What an example is known by: hash of the teacher's tokens and of where the response begins, 32 hex digits."""
+    """Hashes what an example is known by: the teacher's tokens and where the response begins, 32 hex digits."""
     return _key(np.asarray(row["teacher_input_ids"]), answer_spans(row, "teacher_"))
 
 
@@ -326,7 +326,7 @@ def _predicting(spans: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[str, _Example]:
-    """The examples of tokenized datasets by key, in order; one that occurs again is the one that was there."""
+    """Finds the examples of tokenized datasets by key, in order; one that occurs again is the one that was there."""
     examples: dict[str, _Example] = {}
     for split, dataset in datasets.items():
         if dataset is None:
@@ -417,7 +417,7 @@ def _is_states(name: str) -> bool:
 
 
 def _is_own(name: str) -> bool:
-    """Whether a cache makes files of that name. No other is ever written to or deleted."""
+    """Tells whether a cache makes files of that name. No other is ever written to or deleted."""
     final = name.removesuffix(".tmp")
     return name == LOCK_NAME or final in (INDEX_NAME, HEAD_NAME) or _is_states(final)
 
@@ -456,7 +456,7 @@ def _not_a_cache(folder: Path, names: Iterable[str]) -> UserError:
 
 
 def _parse_index(text: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Shard]]:
-    """Facts, head and shards that an index lists. Of one that is damaged, Python's own errors."""
+    """Reads facts, head and shards that an index lists. Of one that is damaged, Python's own errors."""
     index = json.loads(text)
     head, shards = index["head"], [Shard(**listed) for listed in index["shards"]]
     numbers = [number for shard in shards for number in (shard.size, *shard.counts)]
@@ -492,7 +492,7 @@ def _save(tensors: dict[str, Tensor], path: Path, about: dict[str, Any]) -> None
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a file of tensors is there, as long as its header says. A shard's name says of which examples it is."""
+    """Tells whether a file of tensors is there, as long as its header says. A shard's name says of which examples."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -503,14 +503,14 @@ def _is_complete(path: Path) -> bool:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """A file as the index lists it."""
+    """Describes a file as the index lists it."""
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {"file": path.name, "size": path.stat().st_size, "sha256": checksum}
 
 
 def _fault(path: Path, listed: dict[str, Any]) -> str | None:
-    """What is wrong with a file of the index, if anything."""
+    """Finds what is wrong with a file of the index, if anything."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != listed["size"]:
@@ -578,7 +578,7 @@ class TeacherCache:
         return self.facts["hidden_size"]
 
     def summary(self, filled: Filled) -> str:
-        """One line for people: what is there, and what a fill has added."""
+        """Says in one line what is there, and what a fill has added."""
         states = sum(count for _, _, count in self._places.values())
         size = sum(path.stat().st_size for path in self.folder.iterdir() if path.suffix and _is_own(path.name))
         speed = f" ({filled.states / filled.seconds:,.0f} states/s)" if filled.seconds else ""
@@ -632,7 +632,7 @@ class TeacherCache:
 
     def batch(self, rows: list[dict[str, Any]]) -> Tensor:
         """
-        The states of tokenized rows, `[B, R, d_t]` in bfloat16, padded with 0 to the longest response.
+        Collects the states of tokenized rows, `[B, R, d_t]` in bfloat16, padded with 0 to the longest response.
 
         Raises:
             UserError: If an example has none.
@@ -652,7 +652,7 @@ class TeacherCache:
         return padded
 
     def load_head(self, device: torch.device | str = "cpu") -> tuple[LMHead, Tensor]:
-        """The teacher's head and input embedding `[V_t, d_t]`, in its own dtype; one tensor where they are tied."""
+        """Loads the teacher's head and input embedding `[V_t, d_t]`, in its dtype; one tensor where they are tied."""
         from safetensors import safe_open
 
         with safe_open(self.folder / HEAD_NAME, "pt") as file:
@@ -810,7 +810,7 @@ class TeacherCache:
     # ---- A fill
 
     def _plan(self, examples: dict[str, _Example]) -> list[Shard]:
-        """All shards after a fill: those of the index in their order, then new ones."""
+        """Plans all shards after a fill: those of the index in their order, then new ones."""
         kept = [shard for shard in self.shards if shard.size is not None or all(key in examples for key in shard.keys)]
         lost = sum(len(shard.keys) for shard in self.shards) - sum(len(shard.keys) for shard in kept)
         if lost:
@@ -911,7 +911,7 @@ class TeacherCache:
 
 
 def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]) -> list[Tensor]:
-    """The teacher's states `[r, d_t]` in bfloat16 of each example of a batch, on the CPU."""
+    """Computes the teacher's states `[r, d_t]` in bfloat16 of each example of a batch, on the CPU."""
     rows = [datasets[example.split][example.index] for example in examples]
     longest = max(example.length for example in examples)
     # A causal model's states don't depend on what comes after them: any token can be padding.

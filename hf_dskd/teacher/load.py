@@ -65,7 +65,7 @@ class Teacher:
         self.embedding: Tensor = self.head.weight if embedding is head.weight else embedding.to(self.device)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden state `[B, T, d_t]` on `device`. No layer but the last is kept, and no logits are computed."""
+        """Returns the last hidden state `[B, T, d_t]` on `device`; no other layer is kept, and there are no logits."""
         with torch.inference_mode():
             hidden = self._backbone(
                 input_ids=input_ids.to(self._entrance),
@@ -85,7 +85,7 @@ class Teacher:
 
 def named_device(name: str) -> torch.device:
     """
-    The device called `name`; a [`UserError`] where this machine has none of that name.
+    Finds the device called `name`; a [`UserError`] where this machine has none of that name.
 
     Without a number (`"cuda"`) it is the one that this process uses.
     """
@@ -100,7 +100,7 @@ def named_device(name: str) -> torch.device:
 
 
 def four_bit_config(compute_dtype: torch.dtype, setting: str = "load_teacher_in_4bit") -> Any:
-    """NF4 with double quantization, computing in `compute_dtype`; a [`UserError`] where bitsandbytes can't run it."""
+    """Makes NF4 with double quantization, computing in `compute_dtype`; a [`UserError`] where it can't run."""
     check_four_bit(setting)
     from transformers import BitsAndBytesConfig
 
@@ -143,12 +143,12 @@ def check_four_bit_shapes(
 
 
 def teacher_place(args: DSKDConfig) -> torch.device:
-    """The device of the teacher."""
+    """Returns the device of the teacher."""
     return args.device if args.teacher_device is None else named_device(args.teacher_device)
 
 
 def teacher_dtype(args: DSKDConfig) -> torch.dtype | str:
-    """What a teacher given by name is loaded in: a torch dtype, or `"auto"` for that of its own configuration."""
+    """Decides what a teacher given by name is loaded in: a dtype, or `"auto"` for that of its own configuration."""
     given = dtype_option(args.teacher_model_init_kwargs, "teacher_model_init_kwargs")
     if args.teacher_dtype == "auto":
         return getattr(torch, args.training_dtype) if given is None else given
@@ -177,7 +177,7 @@ def check_teacher_options(args: DSKDConfig, teacher_model: Any) -> None:
 
 def teacher_quantization(args: DSKDConfig, given: Any, config: PretrainedConfig, name: str) -> Any:
     """
-    How the teacher is to be quantized when it is loaded, or `None`.
+    Decides how the teacher is to be quantized when it is loaded, or `None`.
 
     Raises:
         UserError: For two ways at once, a teacher that is quantized already, or one that bitsandbytes can't run here.
@@ -197,7 +197,7 @@ def teacher_quantization(args: DSKDConfig, given: Any, config: PretrainedConfig,
 
 def load_teacher_model(teacher_model: Any, args: DSKDConfig, quantization_config: Any = None) -> Any:
     """
-    The teacher on its device, in the dtype that the settings ask for where it is a name; of an adapter with its model.
+    Loads the teacher on its device, in the dtype of the settings where it is a name; an adapter with its model.
 
     `quantization_config` is what [`teacher_quantization`] returned.
     """
@@ -227,7 +227,7 @@ def load_causal_lm(
     name: str, *, quantization_config: Any = None, device: torch.device | None = None, **options: Any
 ) -> Any:
     """
-    `AutoModelForCausalLM.from_pretrained`; a quantized model goes to `device` at once, by default this process's own.
+    Calls `AutoModelForCausalLM.from_pretrained`; a quantized model goes to `device` at once, or to this process's.
 
     `device_map="auto"` would spread one rank's model over the other ranks' devices.
     """

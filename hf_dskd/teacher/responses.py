@@ -123,7 +123,7 @@ def write_responses(
 
 
 def _readable(read: Callable[[], _T], index: int, on_bad_row: str) -> _T | None:
-    """What `read` makes of a row, or `None` for one that is skipped."""
+    """Returns what `read` makes of a row, or `None` for one that is skipped."""
     try:
         return read()
     except UserError as error:

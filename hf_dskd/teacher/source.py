@@ -35,7 +35,7 @@ class TeacherSource(Protocol):
     def model(self) -> Any: ...
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Last hidden states `[B, R, d_t]` at the positions of [`~hf_dskd.models.causal_lm.answer_positions`]."""
+        """Returns the last hidden states `[B, R, d_t]` that predict a response token."""
 
 
 def open_source(cache: TeacherCache | None, load_teacher: Callable[[], Any], device: torch.device) -> TeacherSource:

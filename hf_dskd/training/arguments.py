@@ -98,7 +98,7 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 def check_optimizers(args: DSKDConfig, optimizers: Any, model: Any) -> None:
-    """An optimizer and a schedule, either of them `None`; the optimizer can't know a student that isn't loaded yet."""
+    """Checks the pair of optimizer and schedule, either `None`; a student that isn't loaded yet has no parameters."""
     if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
         shown = f" of {len(optimizers)}" if isinstance(optimizers, (tuple, list)) else ""
         raise UserError(f"optimizers is {kind_of(optimizers)}{shown}: pass the two (optimizer, None)")
@@ -135,7 +135,7 @@ def making(args: DSKDConfig, name: str, more: str) -> Iterator[None]:
 
 
 def check_optimization(args: DSKDConfig, optimizer: Any) -> None:
-    """Optimizer and schedule of the settings must be such that can be made, of one number as of a student."""
+    """Makes the optimizer and the schedule of the settings for one number, to find out whether they can be made."""
     import torch
     from transformers import Trainer, get_scheduler
 
@@ -161,7 +161,7 @@ def check_optimization(args: DSKDConfig, optimizer: Any) -> None:
 
 
 def _reads(args: DSKDConfig, name: str) -> bool:
-    """Whether the optimizer of the settings hangs on that part of optim_args: one that is read can't be any text."""
+    """Tells whether the optimizer of the settings reads that part of optim_args: such a part can't be any text."""
     from transformers import Trainer
 
     without, other = copy(args), copy(args)
@@ -174,7 +174,7 @@ def _reads(args: DSKDConfig, name: str) -> bool:
 
 
 def check_optimized(optimizer: Optimizer | None, student: nn.Module) -> None:
-    """An optimizer of the user's must hold parameters of the student, trained ones among them."""
+    """Checks that an optimizer of the user's holds parameters of the student, trained ones among them."""
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -193,7 +193,7 @@ def check_optimized(optimizer: Optimizer | None, student: nn.Module) -> None:
 
 
 def check_adapter_config(peft_config: Any) -> None:
-    """An adapter is described by a [`~peft.PeftConfig`]."""
+    """Checks that an adapter is described by a [`~peft.PeftConfig`]."""
     if peft_config is None:
         return
     from peft import PeftConfig
@@ -204,7 +204,7 @@ def check_adapter_config(peft_config: Any) -> None:
 
 
 def check_quantization(**given: Any) -> None:
-    """A quantization is described by one of transformers' configs."""
+    """Checks that a quantization is described by one of transformers' configs."""
     for name, config in given.items():
         if config is not None and (isinstance(config, type) or not hasattr(config, "quant_method")):
             remedy = f"BitsAndBytesConfig(**{name})" if isinstance(config, Mapping) else "BitsAndBytesConfig(...)"
@@ -253,7 +253,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_backends(args: DSKDConfig) -> None:
-    """What transformers asks of other libraries only when a model is there must be known, and installed."""
+    """Checks what transformers asks of other libraries only when a model is there: known, and installed."""
     from accelerate.utils import DynamoBackend
     from torch.utils.checkpoint import checkpoint
     from transformers.utils import is_liger_kernel_available
@@ -273,7 +273,7 @@ def check_backends(args: DSKDConfig) -> None:
 
 
 def check_collator(collator: Any, dataset: Any, with_teacher: bool) -> None:
-    """A collator of the user's must make batches of the two tokenizations out of tokenized rows."""
+    """Checks that a collator of the user's makes batches of the two tokenizations out of tokenized rows."""
     if dataset is None:
         return
     if hasattr(dataset, "__len__"):
@@ -308,7 +308,7 @@ def check_launch(config: DSKDConfig) -> None:
 
 def check_metric(config: DSKDConfig, eval_dataset: Any) -> None:
     """
-    Of several evaluation sets the metric that chooses a checkpoint, or moves a schedule, must name its set.
+    Checks that the metric that chooses a checkpoint, or moves a schedule, names its set of several.
 
     Where there is but one, it is of that.
     """

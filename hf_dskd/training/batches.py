@@ -36,7 +36,7 @@ class Batches(Trainer):
     _on_policy = False
 
     def _autocast(self) -> AbstractContextManager:
-        """As `accelerator.autocast`, which in accelerate 1.10 stays on for good after an error inside it."""
+        """Does as `accelerator.autocast`, which in accelerate 1.10 stays on for good after an error inside it."""
         return get_mixed_precision_context_manager(self.accelerator.native_amp, self.accelerator.autocast_handler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -59,7 +59,7 @@ class Batches(Trainer):
             self.train_dataset = dataset
 
     def _filled(self, dataset: Any, batch_size: int) -> Any:
-        """A stream for several ranks, or `dataset` as it is."""
+        """Returns a stream for several ranks, or `dataset` as it is."""
         ranks = self.accelerator.num_processes
         if dataset is None or isinstance(dataset, str) or hasattr(dataset, "__len__") or ranks == 1:
             return dataset
@@ -130,7 +130,7 @@ class Batches(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Response tokens of the global batch: all micro-batches of the optimizer step, all ranks, both tokenizers."""
+        """Counts response tokens of the global batch: all micro-batches of the step, all ranks, both tokenizers."""
         if not batch_samples:
             return None
         counts = torch.zeros(2, dtype=torch.int64, device=device)

@@ -142,7 +142,7 @@ class Checkpoints(Steps):
         return str(checkpoint), saved.get("run_id"), saved.get("skipped_steps", 0), changed
 
     def _check_checkpoint(self, checkpoint: Path) -> tuple[dict[str, Any], bool]:
-        """What is written in a checkpoint that this run can go on from, and whether with other settings."""
+        """Reads a checkpoint that this run can go on from; returns what it says, and whether with other settings."""
         if getattr(self.model, "_hf_peft_config_loaded", False):
             raise UserError(
                 f"resume_from_checkpoint={str(checkpoint)!r}: transformers loads no weights of an adapter made by"
@@ -163,7 +163,7 @@ class Checkpoints(Steps):
         return saved, False
 
     def _trajectory(self) -> dict[str, Any]:
-        """What a checkpoint says of the settings that decide what becomes of the student."""
+        """Returns what a checkpoint says of the settings that decide what becomes of the student."""
         self._data = self._data or fingerprint(self.train_dataset)
         found = trajectory(self.args, self.accelerator.num_processes, self._data, active_adapter(self.model))
         student_dtype = str(next(self.model.parameters()).dtype)
@@ -206,7 +206,7 @@ class Checkpoints(Steps):
         self._refuse_spoilt(found.any(0))
 
     def _trained(self) -> dict[str, list[nn.Parameter]]:
-        """What a run trains, by its part."""
+        """Returns what a run trains, by its part."""
         parts = {"the student": [weight for weight in self.model.parameters() if weight.requires_grad]}
         named = self._auxiliary_modules().items()
         return parts | {f"the {name.replace('_', ' ')}": list(module.parameters()) for name, module in named}

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_model(model: Any, parameter: str) -> Any:
-    """A model's name or folder as a string, or a loaded model that has weights."""
+    """Returns a model's name or folder as a string, or a loaded model that has weights."""
     from torch import nn
 
     if model is None or isinstance(model, str):
@@ -49,7 +49,7 @@ def as_model(model: Any, parameter: str) -> Any:
 
 
 def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
-    """A method with a teacher needs one, and another one than the student."""
+    """Checks that a method with a teacher has one, and another one than the student."""
     if model is None:
         raise UserError("model=None: name the student, or pass a causal language model")
     row = config.method_row
@@ -75,7 +75,7 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
 
 
 def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """A method that compares position by position needs one vocabulary; one that maps tokens needs some in common."""
+    """Checks that a method that compares by position has one vocabulary, and one that maps tokens some in common."""
     row = config.method_row
     if row.same_vocabulary and not same_vocabulary(student_tokenizer, teacher_tokenizer):
         names = [getattr(t, "name_or_path", "") or type(t).__name__ for t in (student_tokenizer, teacher_tokenizer)]
@@ -97,7 +97,7 @@ def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_token
 
 
 def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: str, role: str) -> None:
-    """A model must have a position for every token of the longest sequence."""
+    """Checks that a model has a position for every token of the longest sequence."""
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return
@@ -111,7 +111,7 @@ def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: st
 
 
 def check_quantized_student(device: Any, config: PretrainedConfig, name: str, chosen: Any, adapted: bool) -> None:
-    """A quantized student, by how it is to be loaded (`chosen`) or by its own files, can be trained on a GPU alone."""
+    """Refuses a quantized student, by how it is loaded (`chosen`) or by its own files, where it can't be trained."""
     found = getattr(config, "quantization_config", None) if chosen is None else chosen
     if found is None or "bitsandbytes" not in quantized_how(found):
         return
@@ -162,7 +162,7 @@ def lists_module(target: str | Collection[str] | None, module: str) -> bool:
 
 def check_peft(peft_config: Any, model: PreTrainedModel) -> None:
     """
-    LoRA, to be made or in a loaded student, must leave the two vocabulary matrices alone.
+    Checks that LoRA, to be made or in a loaded student, leaves the two vocabulary matrices alone.
 
     Queries read the embedding and both spaces read the head as plain matrices; an adapter on them would be ignored
     there, and the student would be distilled towards a head that it doesn't have. `model` is a student without
@@ -205,7 +205,7 @@ def check_peft(peft_config: Any, model: PreTrainedModel) -> None:
 
 def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, init_kwargs: Any) -> None:
     """
-    A tokenizer that is given must have the ids of the one saved beside the model.
+    Checks that a tokenizer that is given has the ids of the one saved beside the model.
 
     Of a student or teacher given by name it is an error, for its embedding can't have another's rows; a loaded model
     may have been changed, and its embedding with it.
@@ -229,7 +229,7 @@ def check_own_tokenizer(tokenizer: Any, model: Any, name: str, parameter: str, i
 
 def check_not_exchanged(tokenizers: tuple[Any, Any], configs: tuple[Any, Any], names: tuple[str | None, ...]) -> None:
     """
-    Each of two tokenizers must be its own model's, not the other's.
+    Checks that each of two tokenizers is its own model's, not the other's.
 
     They are the other's where both carry the other model's name, or where both end with the token that the other
     model's config names and not with that of their own.

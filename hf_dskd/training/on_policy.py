@@ -28,7 +28,7 @@ PREFIXES = {"student": "", "teacher": "teacher_"}
 
 def is_on_policy(step: int, fraction: float) -> bool:
     """
-    Whether an optimizer step is one of the on-policy ones.
+    Tells whether an optimizer step is one of the on-policy ones.
 
     Their share of any first steps is `fraction`, evenly spread; only the step's number matters, so that all ranks
     agree, and a resumed run with the one that was stopped.
@@ -133,7 +133,7 @@ def on_policy_batch(
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase, response: list[int], frame: Frame) -> bool:
-    """Whether a response begins with what the template puts before an answer."""
+    """Tells whether a response begins with what the template puts before an answer."""
     lead = response_tokens(tokenizer, frame.lead, control=True)[0] if frame.lead.strip() else []
     return response[: len(lead)] == lead
 
@@ -143,7 +143,7 @@ def _bare(frames: dict[str, Frame]) -> dict[str, Frame]:
 
 
 def _edges(is_response: Tensor, places: Tensor) -> list[int]:
-    """Where the answers of an example begin and end, `[start, stop, start, ...]`; one can follow another at once."""
+    """Finds where the answers of an example begin and end, `[start, stop, start, ...]`; they can be adjacent."""
     before, number = torch.cat([is_response.new_zeros(1), is_response[:-1]]), places // ANSWER_STRIDE
     # What a template puts before an answer has no place.
     ended = torch.cat([places.new_full((1,), -1), places[:-1]]) >= 0
@@ -159,7 +159,7 @@ def _edges(is_response: Tensor, places: Tensor) -> list[int]:
 
 
 def _row(batch: dict[str, Tensor], index: int) -> dict[str, Any]:
-    """The row, as [`tokenize_dataset`] writes it, that an example of the batch was made of."""
+    """Rebuilds the row, as [`tokenize_dataset`] writes it, that an example of the batch was made of."""
     row: dict[str, Any] = {
         "example_id": int(batch["example_ids"][index]),
         "response_bytes": int(batch["response_bytes"][index]),

@@ -174,7 +174,7 @@ class _Partners:
 
 
 def check_columns(config: DSKDConfig, dataset: Any, split: str) -> None:
-    """An alignment through the text needs the text: a dataset tokenized elsewhere may not say what tokens cover."""
+    """Checks that an alignment through the text has it: data tokenized elsewhere may not say what tokens cover."""
     columns = getattr(dataset, "column_names", None) or []
     row = config.method_row
     if row.needs_chunks and columns and "chunk_ids" not in columns:

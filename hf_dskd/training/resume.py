@@ -61,7 +61,7 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def trajectory(config: DSKDConfig, ranks: int, data: str | None, peft_config: Any = None) -> dict[str, Any]:
     """
-    Everything of a run that changes what its student becomes, as JSON has it.
+    Collects everything of a run that changes what its student becomes, as JSON has it.
 
     Args:
         config ([`DSKDConfig`]): Its settings.
@@ -91,14 +91,14 @@ def trajectory(config: DSKDConfig, ranks: int, data: str | None, peft_config: An
 
 
 def _of_model(init_kwargs: Any) -> dict[str, Any]:
-    """The options that change what a model computes, beside its dtype; not those of places and speed."""
+    """Picks the options that change what a model computes, beside its dtype; not those of places and speed."""
     options = options_of(init_kwargs)
     found = {"revision": options.get("revision") or "main", "quantization": options.get("quantization_config")}
     return config_settings(options) | {name: value for name, value in found.items() if value not in (None, "main")}
 
 
 def active_adapter(model: Any) -> Any:
-    """The configuration of a model's adapter, of PEFT's own class or added to one of transformers, or `None`."""
+    """Returns the configuration of a model's adapter, of PEFT's class or added to one of transformers, or `None`."""
     adapters = getattr(model, "peft_config", None)
     if not adapters:
         return None
@@ -116,7 +116,7 @@ def _jsonable(value: Any) -> Any:
 
 def differences(saved: dict[str, Any], now: dict[str, Any], any_length: bool) -> dict[str, tuple[Any, Any]]:
     """
-    What was `saved` and is something else `now`, by name.
+    Compares what was `saved` with what is `now`, by name.
 
     Args:
         saved, now (`dict[str, Any]`): From [`trajectory`]. What only one of them has is of another version.
@@ -133,7 +133,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], any_length: bool) ->
 
 
 def keeps_no_length(config: DSKDConfig) -> bool:
-    """Whether no rate and no temperature moves with the share of the run that is done."""
+    """Tells whether no rate and no temperature moves with the share of the run that is done."""
     warms_up = bool(getattr(config, "warmup_ratio", None)) or 0 < (config.warmup_steps or 0) < 1
     steady = ("constant",) if warms_up else ("constant", "constant_with_warmup")
     kinds = (plain(config.lr_scheduler_type), config.discriminator_lr_scheduler_type)
@@ -144,7 +144,7 @@ def check_settings(
     checkpoint: Path, saved: dict[str, Any], now: dict[str, Any], config: DSKDConfig
 ) -> dict[str, tuple[Any, Any]]:
     """
-    What the run of a checkpoint has set otherwise, which must be allowed and must be possible.
+    Compares the settings of a checkpoint's run; what has changed must be allowed and possible.
 
     Raises:
         UserError: With all of it, in one line.
@@ -227,7 +227,7 @@ def check_checkpoint(
 
 
 def damage(folder: Path, needed: list[str], ranks: int) -> str | None:
-    """What keeps a checkpoint from being read, or `None`."""
+    """Finds what keeps a checkpoint from being read, or `None`."""
     name = ""
     try:
         if not (folder / AUXILIARY_NAME).is_file():
@@ -281,7 +281,7 @@ def check_readable(path: Path) -> None:
 
 
 def rates(optimizer: Optimizer, schedule: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """What a new optimizer and its schedule are set to, to be given to [`set_rates`]."""
+    """Reads what a new optimizer and its schedule are set to, to be given to [`set_rates`]."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return groups, list(getattr(schedule, "base_lrs", []))
 

@@ -85,13 +85,13 @@ def load_auxiliary(folder: str | Path, modules: dict[str, nn.Module]) -> None:
 
 
 def run_id(folder: str | Path) -> str | None:
-    """The run that a checkpoint is of; `None` for one of an earlier version. Damaged ones raise a [`UserError`]."""
+    """Reads which run a checkpoint is of; `None` for an earlier version's. Damaged ones raise a [`UserError`]."""
     path = Path(folder) / AUXILIARY_NAME
     return None if not path.is_file() else read_auxiliary(folder).get("run_id")
 
 
 def read_auxiliary(folder: str | Path) -> dict[str, Any]:
-    """What `auxiliary.json` in `folder` says."""
+    """Reads what `auxiliary.json` in `folder` says."""
     path = Path(folder) / AUXILIARY_NAME
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -132,13 +132,13 @@ def check_analysed(folder: str | Path) -> None:
 
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, by step."""
+    """Lists the checkpoints in a folder, by step."""
     found = [path for path in Path(run_folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step)
 
 
 def step(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
+    """Reads the optimizer step in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
 
 
@@ -210,7 +210,7 @@ def _is_of(checkpoint: Path, run: str | None) -> bool:
 
 
 def check_output_dir(folder: str) -> None:
-    """An output folder must take files."""
+    """Checks that an output folder takes files."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -249,7 +249,7 @@ def forget_run(folder: Path) -> None:
 
 
 def noted(folder: str | Path) -> dict[str, Any]:
-    """What is written of the last run in a folder; nothing before the first, or where it can't be read."""
+    """Reads what is written of the last run in a folder; nothing before the first, or where it can't be read."""
     try:
         found = json.loads((Path(folder) / RUN_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -315,7 +315,7 @@ def _holder(who: dict[str, Any]) -> str:
 
 
 def _is_dead(who: dict[str, Any]) -> bool:
-    """Whether the process was one of this machine and is none any more."""
+    """Tells whether the process was one of this machine and is none any more."""
     if who.get("host") != socket.gethostname() or not isinstance(who.get("pid"), int) or os.name != "posix":
         return False
     try:
@@ -329,7 +329,7 @@ def _is_dead(who: dict[str, Any]) -> bool:
 
 def last_checkpoint(folder: str | Path) -> Path:
     """
-    The newest checkpoint of the last run in a folder.
+    Finds the newest checkpoint of the last run in a folder.
 
     Raises:
         UserError: Without one, or where it can't be told which run's it would be.

@@ -74,7 +74,7 @@ class Steps(Trainer):
         return self.adversary is not None and not self.args.as_published
 
     def _dropout_seed(self) -> int:
-        """For the discriminator's dropout: another one in every step, the same one after a resume."""
+        """Seeds the discriminator's dropout: another one in every step, the same one after a resume."""
         return (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,7 +93,7 @@ class Steps(Trainer):
         return [] if self.projectors is None else list(self.projectors.parameters())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The student's optimizer, with the projectors as one more group at their own learning rate."""
+        """Makes the student's optimizer, with the projectors as one more group at their own learning rate."""
         with making(self.args, "optim", "optim_args"):
             optimizer = super().create_optimizer(*args, **kwargs)
         if self._update_hook is not None:
@@ -113,7 +113,7 @@ class Steps(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The student's schedule; the discriminator's optimizer and schedule are made at the same moment."""
+        """Makes the student's schedule, and at the same moment the discriminator's optimizer and schedule."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         # This is after the accelerator let go of its memory and before a checkpoint is loaded.
         if self._trains_critic:
@@ -126,7 +126,7 @@ class Steps(Trainer):
             parameter.grad = None
 
     def _forget_step(self) -> None:
-        """What is left of a step that was begun and not ended."""
+        """Forgets what is left of a step that was begun and not ended."""
         self._zero_projectors()
         self.running_log = RunningLog(self.accelerator.device)
         if self.adversary is not None:
@@ -148,7 +148,7 @@ class Steps(Trainer):
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """
-        Just before the optimizer moves student and projectors: the gradients are those that it will use.
+        Looks at the gradients just before the optimizer moves student and projectors, and moves the critic.
 
         A scaler of fp16 that has found an overflow doesn't come here, or with an optimizer that leaves the step out
         by itself; the critic is to agree.

@@ -8,3 +8,12 @@ is needed.
       curves.png, gradient_shares.png, analysis.png
                     of many runs also curves-2.png, ..., where colours are too few for one
 """
+
+from ..utils.lazy import public
+
+
+__getattr__, __dir__, __all__ = public(
+    __name__,
+    one="write_report",
+    several="compare_runs",
+)

@@ -18,7 +18,7 @@ PACKAGE = '"hf-dskd[demo] @ git+https://github.com/hf-dskd/hf_dskd"'
 LARGEST = 400_000  # bytes
 MOST_LINES = 25  # of a code cell
 # Where machines keep files. After a letter, a dot or another slash it is part of an address or of a relative path.
-MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(home|root|tmp|usr|opt|mnt|work|var|private|Users)/\w|\b[A-Z]:\\\w")
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(home|root|tmp|usr|opt|mnt|srv|work\w*|var|private|Users)/\w|\b[A-Z]:\\\w")
 NOISE = re.compile(r"\d+%\|| it/s|s/it|<progress|Warning: ")
 
 
@@ -96,7 +96,7 @@ def test_names_no_folder_of_a_machine(notebook):
         assert found is None, text[max(found.start() - 60, 0) : found.end() + 60]
 
 
-@pytest.mark.parametrize("text", ["/home/ann/x", "in '/tmp/abc'", "(/root/x)", "path=/work/main/a", "C:\\Users"])
+@pytest.mark.parametrize("text", ["/home/ann/x", "in '/tmp/abc'", "(/root/x)", "path=/workspace/a/b", "C:\\Users"])
 def test_knows_folders_of_a_machine(text):
     assert MACHINE_PATH.search(text)
 

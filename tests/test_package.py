@@ -91,3 +91,16 @@ def test_the_wheel_works_without_the_repository(built, tmp_path):
     run(*command, "push", "out_smoke", "--dry_run", "pushed", **options)
     assert "dskd_cma_ga" in (tmp_path / "pushed" / "README.md").read_text()
     assert (tmp_path / "pushed" / "model.safetensors").is_file()
+
+
+def test_versions_are_the_same_everywhere():
+    import yaml
+
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert hooks["rev"] == f"v{pinned['ruff']}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["tests"]["steps"][-1] == {"run": ".ci/run"}

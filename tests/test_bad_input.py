@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 
 import pytest
 import runs
@@ -165,6 +166,14 @@ def test_teacher_is_another_model_of_the_students_name(option, other, tmp_path):
     refused(lambda: check_pair(args, "some/model", "some/model"), "teacher_model is the student itself")
     args.model_init_kwargs, args.teacher_model_init_kwargs = {"revision": "main"}, None
     refused(lambda: check_pair(args, "some/model", "some/model"), "teacher_model is the student itself")
+
+
+def test_min_edit_says_what_to_install(tmp_path, monkeypatch):
+    args = runs.config(tmp_path, method="min_edit")
+    check_pair(args, "some/student", "some/teacher")
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    remedy = "method='min_edit' needs the package rapidfuzz: pip install 'hf-dskd[min_edit]'"
+    refused(lambda: check_pair(args, "some/student", "some/teacher"), remedy)
 
 
 def test_teacher_is_the_students_name(make):

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import UserError, check_name
 from ..methods import METHODS
+from ..utils.environment import check_installed
 
 
 USAGE = "bash|zsh|fish"
@@ -51,12 +52,9 @@ def run(given: Namespace) -> int:
 
 def script(shell: str) -> str:
     """Writes the script for one of `SHELLS` by the library shtab."""
-    try:
-        import shtab
-    except ImportError:
-        raise UserError(
-            "hf-dskd completion needs the package shtab: pip install 'hf-dskd[completion]', or pip install shtab"
-        ) from None
+    check_installed("shtab", "completion", "hf-dskd completion")
+    import shtab
+
     from . import TAKE_SETTINGS, tree
 
     offered = {"folder": shtab.DIRECTORY, "file": shtab.FILE, "yaml": shtab.glob("*.yaml", "*.yml")}

@@ -14,39 +14,31 @@ if TYPE_CHECKING:
     from ..config import DSKDConfig
 
 
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class RunArguments:
-    """What a recipe needs beside the model, the data and the training."""
+    """Holds what a recipe needs beside the model, the data and the training."""
 
-    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "name or folder of the teacher"})
-    teacher_model_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the teacher on the hub"}
+    teacher_model_name_or_path: str | None = _setting(None, "name of the teacher on the hub, or its folder")
+    teacher_model_revision: str | None = _setting(None, "branch, tag or commit of the teacher on the hub")
+    rename_columns: str | None = _setting(None, "columns of the dataset under other names, as old=new,old=new")
+    train_size: int | None = _setting(None, "train on this many examples only, the first ones")
+    held_out_size: int = _setting(0, "examples to evaluate on where the dataset has no test split")
+    maximum_characters: int = _setting(300, f"longest prompt and response of dataset_name={PYTHON_FUNCTIONS}")
+    total_batch_size: int | None = _setting(
+        None, "examples per optimizer step over all processes; sets gradient_accumulation_steps"
     )
-    rename_columns: str | None = field(
-        default=None, metadata={"help": "columns of the dataset under other names, as old=new,old=new"}
+    smoke: bool = _setting(
+        False, "try the recipe in a minute: tiny random models of the same kinds, a few steps, no network"
     )
-    train_size: int | None = field(default=None, metadata={"help": "train on this many examples only"})
-    held_out_size: int = field(
-        default=0, metadata={"help": "examples to evaluate on where the dataset has no test split"}
-    )
-    maximum_characters: int = field(
-        default=300, metadata={"help": f"longest prompt and response of dataset_name={PYTHON_FUNCTIONS}"}
-    )
-    total_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "examples per optimizer step over all processes; sets gradient_accumulation_steps"},
-    )
-    smoke: bool = field(
-        default=False,
-        metadata={"help": "try the recipe in a minute: tiny random models of the same kinds, a few steps, no network"},
-    )
-    sft_teacher: bool = field(
-        default=False, metadata={"help": "first train the teacher on the same data, into OUTPUT_DIR/teacher"}
-    )
-    sft_teacher_epochs: float = field(default=3.0, metadata={"help": "epochs of that training"})
-    sft_teacher_learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of that training"})
-    sft_teacher_lora_r: int = field(
-        default=64, metadata={"help": "rank of the teacher's adapter, which is merged afterwards; 0 trains all of it"}
+    sft_teacher: bool = _setting(False, "first train the teacher on the same data, into OUTPUT_DIR/teacher")
+    sft_teacher_epochs: float = _setting(3.0, "epochs of the teacher's own training")
+    sft_teacher_learning_rate: float = _setting(1e-4, "learning rate of the teacher's own training")
+    sft_teacher_lora_r: int = _setting(
+        64, "rank of the teacher's adapter, which is merged afterwards; 0 trains all of it"
     )
 
 
@@ -61,7 +53,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Run:
-    """The parsed arguments of a run."""
+    """Holds the parsed arguments of a run."""
 
     script: ScriptArguments
     config: DSKDConfig

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.vocabulary import same_vocabulary, shared_tokens
 from ..errors import UserError, kind_of
 from ..models.pretrained import four_bit, load_tokenizer, options_of, quantized_how
+from ..utils.environment import check_installed
 
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     same_object = model is teacher_model and not isinstance(model, str)
     if same_object or ((same_folder or same_name) and same_kind):
         raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
+    if row.alignment == "min_edit":
+        check_installed("rapidfuzz", "min_edit", f"method={config.method!r}")
 
 
 def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_tokenizer: Any) -> None:

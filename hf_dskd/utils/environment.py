@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..redaction import redact_words
 
 
@@ -19,6 +21,14 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "trl", "bitsandbytes", "tokenizers"),
     "rouge-score",
 )
+
+
+def check_installed(package: str, extra: str, what: str) -> None:
+    """Raises a [`UserError`] that names the command of pip unless `package`, which only `what` needs, is there."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{what} needs the package {package}: pip install 'hf-dskd[{extra}]', or pip install {package}"
+        )
 
 
 def command_line() -> str:

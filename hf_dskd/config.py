@@ -16,10 +16,10 @@ from .errors import UserError
 from .field_checks import TRAINING, check_fields
 from .hub.names import check_repo_id
 from .launch import check_processes, check_sharding, must_use_cpu
-from .methods import METHODS, Method
+from .methods import ALIGNMENTS, METHODS, Method
 from .precision import choose_precision, told
 from .redaction import is_secret, redact, without_secrets
-from .settings import DistillationSettings
+from .settings import DistillationSettings, parse_layers
 from .words import SETTINGS, understands
 
 
@@ -180,12 +180,14 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
         if row.matching is not None and not row.has_queries:
             raise UserError(
                 f"matching={row.matching!r} needs queries and keys, which alignment={row.alignment!r} has none of:"
-                " set alignment to cross_model_attention or chunk_attention, or matching to none"
+                f" set alignment to {' or '.join(name for name, row in ALIGNMENTS.items() if 'queries' in row.needs)},"
+                " or matching to none"
             )
-        if row.label == "teacher" and row.dual_space and row.alignment not in ("exact_tokens", "identity"):
+        if row.label == "teacher" and row.dual_space and not ALIGNMENTS[str(row.alignment)].one_to_one:
+            fitting = " or ".join(name for name, alignment in ALIGNMENTS.items() if alignment.one_to_one)
             raise UserError(
                 f"t2s_label='teacher' needs one teacher token per student token, which alignment={row.alignment!r}"
-                " doesn't give: set alignment to exact_tokens or identity"
+                f" doesn't give: set alignment to {fitting}"
             )
         if self.as_published:
             if self.method not in _PUBLISHED_METHODS:
@@ -220,8 +222,6 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
             )
 
     def _check_attention(self) -> None:
-        from .attention_capture import parse_layers
-
         rate = self.attention_kd_rate
         parse_layers(self.attention_layers)
         if not rate:

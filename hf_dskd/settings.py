@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Any
 
-from .methods import DUAL_SPACE_ALIGNMENTS, MATCHINGS, METHODS
+from .errors import UserError
+from .methods import ALIGNMENTS, BINARY_DIVERGENCES, DIVERGENCES, MATCHINGS, METHODS
 
 
 ADVERSARIAL_LOSSES = ("minimax", "non_saturating")
-BINARY_DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "total_variation", "binary_ce")
-DIVERGENCE_NAMES = (
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "js",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "total_variation",
-)
 # As papers and other tools write them.
 DIVERGENCE_ALIASES = {
-    **dict.fromkeys(("kl", "fkl", "kld"), "forward_kl"),
-    "rkl": "reverse_kl",
-    **dict.fromkeys(("jsd", "jensen_shannon"), "js"),
-    **dict.fromkeys(("tvd", "tv"), "total_variation"),
-    "sfkl": "skewed_forward_kl",
-    "srkl": "skewed_reverse_kl",
-    "akl": "adaptive_kl",
-    "bce": "binary_ce",
+    alias: name for table in (DIVERGENCES, BINARY_DIVERGENCES) for name, row in table.items() for alias in row.aliases
 }
 LABELS = ("response", "teacher")
 ON_NONFINITE = ("stop", "skip")
@@ -46,7 +31,8 @@ DISCRIMINATOR_SCHEDULES = (
 )
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
-_DIVERGENCE = {"choices": DIVERGENCE_NAMES, "aliases": DIVERGENCE_ALIASES}
+# Choices that are tables, so that a row added later is one.
+_DIVERGENCE = {"choices": DIVERGENCES, "aliases": DIVERGENCE_ALIASES}
 
 
 class _Metadata(dict[str, Any]):
@@ -88,19 +74,17 @@ class DistillationSettings:
             A row of [`~hf_dskd.methods.METHODS`]; `hf-dskd methods` prints them with their papers. The next six
             settings replace parts of the row; `None` keeps the method's own.
         alignment (`str`, *optional*):
-            Of the dual-space methods: `"cross_model_attention"`, `"chunk_attention"`, `"chunk_mean"`,
-            `"exact_tokens"` or `"identity"`.
+            Of the dual-space methods: a row of [`~hf_dskd.methods.ALIGNMENTS`].
         spaces (`str`, *optional*): Of the dual-space methods: `"both"`, `"student"` or `"teacher"`.
         matching (`str`, *optional*):
-            Of queries to keys: `"gan"`, `"ct"`, `"moments"`, `"mmd"` or `"none"`.
+            Of queries to keys: a row of [`~hf_dskd.methods.MATCHINGS`], or `"none"`.
         teacher_value (`str`, *optional*): What t2s projects: `"state_and_target"` or `"state"`.
         t2s_label (`str`, *optional*):
             What the projected teacher is trained to predict: the `"response"`, or the `"teacher"`'s own prediction
             where the student has that token.
         projector_init (`str`, *optional*): `"random"` or `"pseudo_inverse"` (from the two heads).
         divergence (`str`, *optional*, defaults to `"skewed_forward_kl"`):
-            `"forward_kl"`, `"reverse_kl"`, `"symmetric_kl"`, `"js"`, `"skewed_forward_kl"`, `"skewed_reverse_kl"`,
-            `"adaptive_kl"` or `"total_variation"`. Not used by `uld` and `alm`.
+            A row of [`~hf_dskd.methods.DIVERGENCES`]. Not used by `uld` and `alm`.
         student_space_divergence, teacher_space_divergence (`str`, *optional*): In that space instead.
         skew_lambda (`float`, *optional*, defaults to `0.1`): λ of the skewed divergences, in (0, 1).
         js_weight (`float`, *optional*, defaults to `0.5`): The teacher's weight in the mixture of `"js"`, in (0, 1).
@@ -118,7 +102,7 @@ class DistillationSettings:
         correctness_mask (`bool`, *optional*, defaults to `True`):
             Student-space divergence only where the projected teacher predicts its label.
         alm_divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            Of `alm`, between binary likelihoods: `"forward_kl"`, `"reverse_kl"`, `"total_variation"` or `"binary_ce"`.
+            Of `alm`, between binary likelihoods: a row of [`~hf_dskd.methods.BINARY_DIVERGENCES`].
         alm_temperature (`float`, *optional*, defaults to `100.0`):
             Divides the log-likelihoods of `alm`, whose divergence is multiplied by it. The end-of-sequence token is
             not matched: the cross entropy teaches it, so that `kd_rate=1.0` teaches no end.
@@ -222,15 +206,15 @@ class DistillationSettings:
     """
 
     # Method
-    method: str = _setting("dskd_cma_ga", f"one of {', '.join(METHODS)}", choices=tuple(METHODS))
+    method: str = _setting("dskd_cma_ga", f"one of {', '.join(METHODS)}", choices=METHODS)
     alignment: str | None = _setting(
-        None, f"instead of the method's: one of {', '.join(DUAL_SPACE_ALIGNMENTS)}", choices=DUAL_SPACE_ALIGNMENTS
+        None, f"instead of the method's: one of {', '.join(ALIGNMENTS)}", choices=ALIGNMENTS
     )
     spaces: str | None = _setting(None, f"instead of the method's: {', '.join(SPACES)}", choices=SPACES)
     matching: str | None = _setting(
         None,
         f"of queries to keys, instead of the method's: {', '.join(MATCHINGS)} or none",
-        choices=(*MATCHINGS, "none"),
+        choices=ChainMap({"none": None}, MATCHINGS),
     )
     teacher_value: str | None = _setting(
         None, f"what t2s projects, instead of the method's: {' or '.join(TEACHER_VALUES)}", choices=TEACHER_VALUES
@@ -241,7 +225,7 @@ class DistillationSettings:
     projector_init: str | None = _setting(
         None, f"instead of the method's: {' or '.join(PROJECTOR_INITS)}", choices=PROJECTOR_INITS
     )
-    divergence: str = _setting("skewed_forward_kl", f"one of {', '.join(DIVERGENCE_NAMES)}", **_DIVERGENCE)
+    divergence: str = _setting("skewed_forward_kl", f"one of {', '.join(DIVERGENCES)}", **_DIVERGENCE)
     student_space_divergence: str | None = _setting(None, "in student space instead", **_DIVERGENCE)
     teacher_space_divergence: str | None = _setting(None, "in teacher space instead", **_DIVERGENCE)
     skew_lambda: float = _setting(
@@ -282,8 +266,8 @@ class DistillationSettings:
     )
     alm_divergence: str = _setting(
         "forward_kl",
-        f"of alm: one of {', '.join(BINARY_DIVERGENCE_NAMES)}",
-        choices=BINARY_DIVERGENCE_NAMES,
+        f"of alm: one of {', '.join(BINARY_DIVERGENCES)}",
+        choices=BINARY_DIVERGENCES,
         aliases=DIVERGENCE_ALIASES,
     )
     alm_temperature: float = _setting(100.0, "divides the log-likelihoods of alm", above=0, usual="the paper uses 100")
@@ -387,3 +371,22 @@ class DistillationSettings:
     teacher_dtype: str = _setting("auto", f"of the teacher: one of {', '.join(DTYPES)}", choices=DTYPES)
     model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the student")
     teacher_model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the teacher")
+
+
+def parse_layers(attention_layers: str) -> list[tuple[int, int]] | None:
+    """
+    Reads the pairs of an `attention_layers` like `"3:7,5:11"`, student:teacher and counted from 0; `None` for
+    `"last"` and `"uniform"`.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    if attention_layers in ("last", "uniform"):
+        return None
+    if not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", attention_layers):
+        raise UserError(
+            f"attention_layers={attention_layers!r} is none of 'last', 'uniform' and pairs of layers, student:teacher"
+            " and counted from 0, such as '3:7,5:11'"
+        )
+    pairs = (pair.split(":") for pair in attention_layers.split(","))
+    return [(int(student), int(teacher)) for student, teacher in pairs]

@@ -1,12 +1,11 @@
-"""When things happen: steps, optimizers, checkpoints, ranks, logs. What is computed is in `objective`."""
+"""When things happen: steps, optimizers, checkpoints, ranks, logs. What is computed is in `training/distiller`."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,40 +16,28 @@ from transformers import (
     TrainerCallback,
 )
 
-from .adversary import Adversary
-from .alignment.chunked import input_chunks
 from .analysis.callback import AnalysisCallback
-from .attention_capture import AttentionPairs
 from .config import DSKDConfig
 from .data.kinds import as_dataset, as_datasets
-from .data.vocabulary import same_vocabulary, shared_tokens
+from .data.vocabulary import same_vocabulary
 from .errors import UserError
 from .evaluation.in_training import Evaluations
 from .hub.identity import identity
 from .hub.publishing import Publishing
-from .losses.attention import attention_kl, chunk_attention_kl
-from .losses.conditional_transport import TransportCritics
-from .losses.dual_space import IGNORE, ResponseStates, published_states, response_states
-from .losses.key_query import Discriminator
-from .losses.likelihood import boundary_tokens
-from .models.causal_lm import check_head, check_student_head, hidden_size, input_embedding, lm_head
+from .losses.objective import Step
+from .losses.projectors import Projectors
+from .models.causal_lm import hidden_size, lm_head
 from .models.generation import check_generation_config
-from .models.hidden_states import LastHiddenState
-from .objective import (
-    PairConstants,
-    Terms,
-    distillation_terms,
-    student_terms,
-    total_loss,
-)
-from .projectors import Projectors
 from .running_log import RunningLog
 from .teacher.source import TeacherSource, open_source
+from .training.adversary import Adversary
 from .training.arguments import check_args, check_collator, check_given, check_optimized
 from .training.checkpoint import Checkpoints
 from .training.compatibility import check_trainable
+from .training.distiller import Distiller
 from .training.pair import Pair
 from .training.prepare import Preparation, check_steps
+from .training.published import PublishedDistiller
 from .training.steps import StepCallback
 from .words import ARGUMENTS, understands
 
@@ -120,8 +107,9 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
 
     Attributes:
         teacher ([`~hf_dskd.teacher.source.TeacherSource`] or `None`)
-        projectors ([`~hf_dskd.projectors.Projectors`] or `None`): float32, outside the student.
-        adversary ([`~hf_dskd.adversary.Adversary`] or `None`): The discriminator with its optimizer.
+        distiller ([`~hf_dskd.training.distiller.Distiller`]): What enters the loss, and the loss; for analyses.
+        projectors ([`~hf_dskd.losses.projectors.Projectors`] or `None`): float32, outside the student.
+        adversary ([`~hf_dskd.training.adversary.Adversary`] or `None`): The discriminator with its optimizer.
         tokenization_reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
         samples (`list[dict[str, Any]]`): What the student answered in the last evaluation, on this process.
 
@@ -243,11 +231,10 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         self.teacher_processing_class = pair.tokenizers[1]
         teacher = pair.teacher if row.needs_teacher else None
         sizes = hidden_size(pair.student.config), None if teacher is None else hidden_size(teacher.config)
-        self._prepare_pair(student, sizes)
-        composition = {key: value for key, value in asdict(row).items() if key not in ("summary", "source")}
+        self._prepare_pair(student)
         self._facts = {
             "method": args.method,
-            **{key: list(value) if isinstance(value, tuple) else value for key, value in composition.items()},
+            **row.composition,
             "as_published": args.as_published,
             "student": pair.student.short_name,
             "teacher": None if teacher is None else teacher.short_name,
@@ -263,65 +250,22 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         self.add_callback(StepCallback(self))
         self.add_callback(AnalysisCallback(self))
 
-    def _prepare_pair(self, student: Any, sizes: tuple[int, int | None]) -> None:
-        """What is made for one student, on its device: hooks, projectors, discriminator."""
-        args, row, device = self.args, self.args.method_row, self.accelerator.device
-        self._sizes = sizes
-        # In the training precision: without it flash attention doesn't run.
-        check_student_head(student)
-        with self._autocast():
-            check_head(student, lm_head(student), "student")
-            self._last_hidden_state = LastHiddenState(student, args.padding_free)
-            self._attention: AttentionPairs | None = None
-            if args.attention_kd_rate and self.teacher is not None:
-                layers, heads = args.attention_layers, args.attention_relation_heads
-                self._attention = AttentionPairs(student, self.teacher.model, layers, heads, args.max_length)
+    def _prepare_pair(self, student: Any) -> None:
+        """Makes what belongs to one student, on its device: hooks, objective, projectors, discriminator."""
+        args = self.args
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        self._same_tokens = self._attention is not None and _reads_same_tokens(
-            self._pair.student.tokenizer, self._pair.tokenizers[1], dataset
+        same_tokens = bool(args.attention_kd_rate) and _reads_same_tokens(*self._pair.tokenizers, dataset)
+        kind = PublishedDistiller if args.as_published else Distiller
+        self.distiller = kind(
+            *(args, student, self.teacher, self._pair),
+            device=self.accelerator.device,
+            collate=lambda rows: self.data_collator(rows),
+            autocast=self._autocast,
+            same_tokens=same_tokens,
         )
-        self.projectors: Projectors | None = None
-        self.adversary: Adversary | None = None
-        self._constants = PairConstants()
-        width, teacher_width = sizes
-        if self.teacher is None or teacher_width is None:
-            return
-        self._constants = self._pair_constants(self._pair.vocabulary_map)
-        if row.dual_space:
-            self.projectors = Projectors(width, teacher_width, seed=args.seed, has_query=row.has_queries)
-            if row.projector_init == "pseudo_inverse":
-                shared = shared_tokens(*self._pair.tokenizers, self._pair.ends)
-                residuals = self.projectors.init_from_heads(lm_head(student), self.teacher.head, *shared)
-                logger.info("projectors from the heads over %d shared tokens: %s", len(shared[0]), residuals)
-            self.projectors.to(device)
-        if row.matching in ("gan", "ct"):
-            kind = Discriminator if row.matching == "gan" else TransportCritics
-            critic = kind(
-                2 * teacher_width, args.discriminator_hidden_size, args.discriminator_dropout, seed=args.seed + 1
-            )
-            self.adversary = Adversary(critic.to(device), args)
-
-    # ---- Data
-
-    def _pair_constants(self, vocabulary_map: Tensor | None) -> PairConstants:
-        """What the method's losses read of the two vocabularies."""
-        assert self.teacher is not None
-        row, device, rows = self.args.method_row, self.accelerator.device, self.teacher.head.weight.shape[0]
-        label_map = boundary = None
-        if row.label == "teacher":
-            label_map = torch.full((rows,), -1, dtype=torch.int64)
-            student_ids, teacher_ids = shared_tokens(*self._pair.tokenizers, self._pair.ends)
-            label_map[teacher_ids] = student_ids
-            label_map = label_map.to(device)
-        if row.spaces == ("likelihood",) and self.args.alm_bias_threshold is not None:
-            student_rows = lm_head(self.model).weight.shape[0]
-            boundary = (
-                boundary_tokens(self._pair.student.tokenizer, student_rows).to(device),
-                boundary_tokens(self._pair.tokenizers[1], rows).to(device),
-            )
-        if vocabulary_map is not None:
-            vocabulary_map = vocabulary_map.to(device)
-        return PairConstants(label_map, vocabulary_map, boundary)
+        self.projectors: Projectors | None = self.distiller.projectors
+        matching = self.distiller.matching
+        self.adversary = None if matching is None or matching.critic is None else Adversary(matching, args)
 
     # ---- Loss
 
@@ -337,17 +281,17 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
 
         With `return_outputs` also `{"logits": [B, S, V_s]}`, the student's.
         """
-        hidden, student, teacher, attention = self._run_both(model, inputs)
+        views = self.distiller.views(model, inputs)
         with self._autocast():
-            terms = self._terms(student, teacher, inputs, model.training, attention)
-            outputs = {"logits": lm_head(self.model)(hidden)} if return_outputs else None
+            terms = self.distiller.terms(views, self.step(model.training))
+            outputs = {"logits": lm_head(self.model)(views.hidden)} if return_outputs else None
 
         if num_items_in_batch is None:
             counts = (
                 terms.student_tokens,
                 terms.student_tokens if terms.teacher_tokens is None else terms.teacher_tokens,
             )
-            loss = total_loss(self.args, terms, counts[0].sum().clamp_min(1), counts[1].sum().clamp_min(1))
+            loss = self.distiller.loss(terms, counts[0].sum().clamp_min(1), counts[1].sum().clamp_min(1))
         else:
             assert self._items is not None
             ranks = self.accelerator.num_processes
@@ -355,15 +299,13 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
                 # A mean over the micro-batches of all ranks: Trainer's sum would weigh more with every one of them.
                 terms = replace(terms, added=terms.added / (self.current_gradient_accumulation_steps * ranks))
             # Every rank divides by the tokens of all ranks; data parallelism then averages the gradients.
-            loss = total_loss(self.args, terms, self._items[0], self._items[1])
-            loss = loss * ranks
+            loss = self.distiller.loss(terms, self._items[0], self._items[1]) * ranks
 
         if model.training:
-            named = terms.student | terms.teacher
-            self.running_log.watch(self.state.global_step, inputs.get("example_ids"), named)
+            self.running_log.watch(self.state.global_step, inputs.get("example_ids"), terms.sums)
             self.running_log.add(
                 student_tokens=terms.student_tokens.sum(),
-                **{name: value.sum() for name, value in named.items()},
+                **{name: value.sum() for name, value in terms.sums.items()},
             )
             if terms.teacher_tokens is not None:
                 self.running_log.add(teacher_tokens=terms.teacher_tokens.sum())
@@ -373,90 +315,13 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             if self.adversary is not None and terms.features is not None:
                 self.adversary.keep(terms.features)
         else:
-            self._note_evaluated(student, terms, inputs)
+            self._note_evaluated(views.student, terms, inputs)
         return (loss, outputs) if outputs is not None else loss
 
-    def _run_both(
-        self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[Tensor, ResponseStates, ResponseStates | None, Tensor | None]:
-        """The student's last hidden states, the response rows of both models, and the term of their attention."""
-        watched: AbstractContextManager[list[Any]] = nullcontext([])
-        if self._attention is not None:
-            watched = self._attention.recording()
-        with watched as pairs:
-            hidden = self._last_hidden_state(model, inputs["input_ids"], inputs["attention_mask"])
-            with self._autocast():
-                student, teacher = self._both_states(hidden, inputs)
-        attention, heads = None, self.args.attention_relation_heads
-        if self._attention is not None and self._same_tokens:
-            attention = attention_kl(pairs, inputs["labels"], inputs["attention_mask"], heads)
-        elif self._attention is not None:
-            chunks, teacher_chunks = (
-                inputs[f"{side}chunk_ids"].masked_fill(inputs[f"{side}labels"] == IGNORE, -1)
-                for side in ("", "teacher_")
-            )
-            attention = chunk_attention_kl(pairs, chunks, teacher_chunks, heads)
-        return hidden, student, teacher, attention
-
-    def _both_states(self, hidden: Tensor, inputs: dict[str, Any]) -> tuple[ResponseStates, ResponseStates | None]:
-        """The student's response rows out of its last hidden states, and the teacher's, who is run or looked up."""
-        student = self._states(hidden, inputs, "", input_embedding(self.model))
-        if self.teacher is None:
-            return student, None
-        if self.args.as_published:
-            # Its losses read the prompts and the padding too, which a cache doesn't have.
-            run: Any = self.teacher
-            teacher_hidden = run(inputs["teacher_input_ids"], inputs["teacher_attention_mask"])
-        else:
-            teacher_hidden = self.teacher.states(inputs)
-        return student, self._states(teacher_hidden, inputs, "teacher_", self.teacher.embedding, gathered=True)
-
-    def _terms(
-        self,
-        student: ResponseStates,
-        teacher: ResponseStates | None,
-        inputs: dict[str, Any],
-        training: bool,
-        attention: Tensor | None = None,
-        only: str | None = None,
-    ) -> Terms:
-        # What the forward pass of these states left.
-        added = self._last_hidden_state.added if only in (None, "aux") else None
-        student_head = lm_head(self.model)
-        if teacher is None:
-            return replace(student_terms(self.args, student, student_head), added=added)
-        assert self.teacher is not None
-        critic = None if self.adversary is None else self.adversary.critic.train(training)
-        terms = distillation_terms(
-            self.args,
-            student,
-            teacher,
-            student_head,
-            self.teacher.head,
-            self.projectors,
-            critic,
-            inputs.get("example_ids"),
-            self._dropout_seed(),
-            self._constants,
-            self.state.global_step / max(self.state.max_steps, 1),
-            on_policy=training and self._on_policy,
-            only=only,
-            attention=attention,
-        )
-        return replace(terms, added=added)
-
-    def _states(
-        self, hidden: Tensor, inputs: dict[str, Any], side: str, embedding: Tensor, gathered: bool = False
-    ) -> ResponseStates:
-        ids, labels = inputs[f"{side}input_ids"], inputs[f"{side}labels"]
-        chunks = inputs.get(f"{side}chunk_ids") if self.args.method_row.needs_chunks else None
-        if not self.args.as_published:
-            partners = inputs.get("partners") if side == "" else None
-            answers = inputs.get(f"{side}places"), inputs.get(f"{side}silent")
-            return response_states(hidden, ids, labels, embedding, chunks, partners, gathered, *answers)
-        if chunks is not None:
-            chunks = input_chunks(chunks[:, 1:], labels[:, 1:] != -100)
-        return published_states(hidden[:, :-1], ids[:, :-1], labels[:, 1:], embedding, chunks)
+    def step(self, training: bool) -> Step:
+        """Tells losses when they are computed; every step has a seed of its own, the same one after a resume."""
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return Step(progress, self._dropout_seed(), training and self._on_policy, training)
 
     # ---- Search
 
@@ -506,12 +371,13 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new student for a trial, with projectors and discriminator of its own."""
         # The old one may hold as much memory as the new one needs.
-        self.model = self.model_wrapped = self.optimizer = self.projectors = self.adversary = None  # type: ignore
+        self.model = self.model_wrapped = self.optimizer = None  # type: ignore
+        self.distiller = self.projectors = self.adversary = None  # type: ignore
         student: Any = super().call_model_init(trial)
         if self.place_model_on_device:
             self._move_model_to_device(student, self.args.device)
         self.model = student
-        self._prepare_pair(student, self._sizes)
+        self._prepare_pair(student)
         return student
 
     # ---- Logs

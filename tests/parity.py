@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 TOLERANCE = 1e-4
@@ -58,18 +59,16 @@ def relative_difference(actual, expected) -> float:
 def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     """Losses (by the published names) and gradients (by the file's names) as hf_dskd computes them."""
     import torch
+    import torch.nn.functional as F
 
     from hf_dskd.losses.divergences import divergence_function
-    from hf_dskd.losses.dual_space import token_cross_entropy
     from hf_dskd.losses.logits import rows_at_places, shared_prefix_kd, uld
     from hf_dskd.losses.temperature import Temperatures, with_temperature
-    from hf_dskd.models.causal_lm import LMHead
 
     hidden = tensors["student_hidden"].clone().requires_grad_()
     student, teacher = states(tensors, "student", hidden), states(tensors, "teacher")
-    heads = LMHead(tensors["student_lm_head"]), LMHead(tensors["teacher_lm_head"])
-    student_logits = heads[0](student.packed(student.hidden))
-    nll = token_cross_entropy(student, student_logits).sum()
+    student_logits = student.head(student.packed(student.hidden))
+    nll = F.cross_entropy(student_logits, student.packed(student.targets), reduction="sum")
     losses = {
         "nll_loss": nll,
         "accuracy": (student_logits.argmax(-1) == student.packed(student.targets)).sum(),
@@ -77,7 +76,7 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     parameters: dict[str, torch.Tensor] = {"student_hidden": hidden}
     name = DIVERGENCE_NAMES.get(case["divergence"], case["divergence"])
     divergence = with_temperature(
-        divergence_function(name, skew_lambda=case["skew_lambda"], adaptive_kl_alpha=case["adaptive_kl_alpha"]),
+        divergence_function(name, SimpleNamespace(js_weight=0.5, **case)),
         Temperatures(case["kd_temperature"], case["kd_temperature"] * case["teacher_temperature"]),
     )
 
@@ -85,13 +84,13 @@ def run_case(case: dict, tensors: dict) -> tuple[dict, dict]:
     if criterion == "cross_entropy":
         loss = nll
     elif criterion in CRITERIA:
-        loss = dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, parameters)
+        loss = dual_space_loss(case, tensors, student, teacher, divergence, losses, parameters)
         loss = loss + (1 - rate) * nll
     else:
         # Both are one response: the i-th token with the i-th.
         places = [(mask.cumsum(1) - 1).masked_fill(~mask, -1) for mask in (student.mask, teacher.mask)]
         rows = rows_at_places(*places, student.mask, teacher.mask)
-        logits = student_logits[rows >= 0], heads[1](teacher.packed(teacher.hidden))[rows[rows >= 0]]
+        logits = student_logits[rows >= 0], teacher.head(teacher.packed(teacher.hidden))[rows[rows >= 0]]
         if criterion == "universal_logit_distillation":
             losses["uld_loss"] = kd = uld(*logits).sum()
         else:
@@ -113,7 +112,8 @@ def states(tensors: dict, side: str, hidden=None):
     import torch
 
     from hf_dskd.alignment.spans import chunk_ids
-    from hf_dskd.losses.dual_space import published_states
+    from hf_dskd.models.causal_lm import LMHead
+    from hf_dskd.training.published import published_states
 
     chunks = None
     if "student_char_end" in tensors:
@@ -130,20 +130,20 @@ def states(tensors: dict, side: str, hidden=None):
         tensors[f"{side}_labels"],
         tensors[f"{side}_embedding"],
         chunks,
+        head=LMHead(tensors[f"{side}_lm_head"]),
     )
 
 
-def dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, parameters):
+def dual_space_loss(case, tensors, student, teacher, divergence, losses, parameters):
     """The weighted distillation and matching terms; fills `losses` and `parameters`."""
-    from hf_dskd.adversary import published_matching_term
-    from hf_dskd.alignment.weights import AlignmentWeights
     from hf_dskd.losses.conditional_transport import TransportCritics
     from hf_dskd.losses.divergences import forward_kl
     from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys
     from hf_dskd.losses.key_query import Discriminator
+    from hf_dskd.losses.projectors import Projectors
     from hf_dskd.losses.temperature import Temperatures, with_temperature
-    from hf_dskd.objective import alignment_weights
-    from hf_dskd.projectors import Projectors
+    from hf_dskd.methods import ALIGNMENTS
+    from hf_dskd.training.published import published_matching_term
 
     alignment, matching, tau = CRITERIA[case["criterion"]], case["matching"], case["kd_temperature"]
     saved = {key: value for key, value in tensors.items() if key.startswith("projector.")}
@@ -162,9 +162,8 @@ def dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, 
     _, terms, *_ = dual_space_terms(
         student,
         teacher,
-        AlignmentWeights(*alignment_weights(alignment, student, teacher, queries, keys)),
+        ALIGNMENTS[alignment].load()(student, teacher, queries, keys),
         projectors,
-        *heads,
         student_space_divergence=divergence,
         # The released code has forward KL in teacher space, whatever the divergence is called.
         teacher_space_divergence=with_temperature(forward_kl, Temperatures(tau, tau)),
@@ -188,7 +187,7 @@ def dual_space_loss(case, tensors, student, teacher, heads, divergence, losses, 
             theirs[key] = names[module] + key.removeprefix(module)
         critic.load_state_dict({key: tensors[name] for key, name in theirs.items()})
         parameters |= {theirs[key]: parameter for key, parameter in critic.named_parameters()}
-        losses["kq_loss"] = published_matching_term(matching, critic, queries, keys, 0)
+        losses["kq_loss"] = published_matching_term(critic, queries, keys, 0)
         loss = loss + case["kq_rate"] * losses["kq_loss"]
     return loss
 

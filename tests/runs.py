@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tiny
 import torch
+from transformers import GPT2Config, Qwen2Config
 
 from hf_dskd import DSKDConfig, DSKDTrainer
 from hf_dskd.methods import METHODS
@@ -95,6 +97,16 @@ def weights(run: DSKDTrainer) -> dict[str, torch.Tensor]:
         if module is not None
         for name, parameter in module.named_parameters()
     }
+
+
+def objective(args: DSKDConfig, **pair: Any) -> Any:
+    """A method's objective without models, on hidden states of 6 and of 8 numbers; what else it reads is in `pair`."""
+    configs = GPT2Config(n_embd=6), Qwen2Config(hidden_size=8)
+    tokenizers = _STUDENT_TOKENIZER, _TEACHER_TOKENIZER
+    sides = [SimpleNamespace(config=config, rows=len(tokens)) for config, tokens in zip(configs, tokenizers)]
+    found = {"student": sides[0], "teacher": sides[1], "tokenizers": tokenizers}
+    kept = SimpleNamespace(**found, **{"ends": None, "vocabulary_map": torch.zeros(17, dtype=torch.int64), **pair})
+    return args.method_row.load()(args, kept, torch.device("cpu"))
 
 
 def first_batch(run: DSKDTrainer, rows: int = 4) -> dict[str, torch.Tensor]:

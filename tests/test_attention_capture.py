@@ -7,11 +7,12 @@ import tiny
 import torch
 import transformers
 
-from hf_dskd.attention_capture import AttentionCapture, AttentionPairs, layer_pairs, parse_layers
 from hf_dskd.errors import UserError
 from hf_dskd.losses.attention import AttentionInputs, attention_kl, chunk_attention_kl
 from hf_dskd.models.hidden_states import LastHiddenState
+from hf_dskd.settings import parse_layers
 from hf_dskd.teacher.load import Teacher
+from hf_dskd.training.attention_capture import AttentionCapture, AttentionPairs, layer_pairs
 
 
 SIZES = {

@@ -30,11 +30,11 @@ def test_twenty_steps_lower_it(tmp_path, method, layers):
         rows=8,
         per_device_train_batch_size=8,
     )
-    assert run._same_tokens == (method == "kd")
+    assert run.distiller._same_tokens == (method == "kd")
     run.train()
     values = [value for (value,) in runs.history(run, "attention_loss")[:20]]
     assert values[0] > 0 and values[-1] < 0.9 * values[0]
-    norms = gradient_norms(run, probe_rows(run.train_dataset, 4))
+    norms = gradient_norms(run.distiller, probe_rows(run.train_dataset, 4))
     assert norms["gradient_norm_attention"] > 0
 
 

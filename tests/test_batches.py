@@ -60,7 +60,7 @@ def test_padding_free_changes_nothing(method, tmp_path):
         run.train()
         finals.append(runs.weights(run))
         logs.append(run.evaluate()["eval_loss"])
-        assert run._last_hidden_state.padding_free == padding_free
+        assert run.distiller.last_hidden_state.padding_free == padding_free
     for name, value in finals[0].items():
         torch.testing.assert_close(finals[1][name], value, rtol=1e-4, atol=1e-5)
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)

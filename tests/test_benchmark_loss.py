@@ -13,8 +13,6 @@ import torch
 
 from hf_dskd import UserError
 from hf_dskd.kernels import linear_divergence
-from hf_dskd.losses.dual_space import response_states
-from hf_dskd.objective import distillation_terms
 from hf_dskd.run.arguments import variant
 
 
@@ -136,12 +134,8 @@ def test_the_largest_difference():
 
 def test_half_of_the_projected_teachers_predictions_are_right():
     config, problem = small_problem("--batch-size", "8")
-    states = [
-        response_states(side.hidden, side.input_ids, side.labels, side.head.weight)
-        for side in (problem.student, problem.teacher)
-    ]
-    terms = distillation_terms(config, *states, problem.student.head, problem.teacher.head, problem.projectors)
-    assert 0.3 < float(terms.student["t2s_correct"].sum() / terms.student["t2s_rows"].sum()) < 0.7
+    sums = recipe.our_terms(config, problem).sums
+    assert 0.3 < float(sums["t2s_correct"].sum() / sums["t2s_rows"].sum()) < 0.7
 
 
 def test_one_seed_one_problem():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_dskd.evaluation.likelihood import bits_per_byte
 from hf_dskd.evaluation.protocol import EvaluationSettings, load_model
+from hf_dskd.losses.objective import Step
 from hf_dskd.models.generation import end_token_ids
 
 
@@ -64,9 +65,9 @@ def terms(run):
     batch = run.data_collator(rows)
     run.model.eval()
     with torch.no_grad():
-        _, student, teacher, _ = run._run_both(run.model, batch)
-        found = run._terms(student, teacher, batch, training=False)
-    sums = {name: value.sum() for name, value in {**found.student, **found.teacher}.items()}
+        views = run.distiller.views(run.model, batch)
+        found = run.distiller.terms(views, Step())
+    sums = {name: value.sum() for name, value in found.sums.items()}
     sums["student_tokens"] = found.student_tokens.sum()
     return sums
 

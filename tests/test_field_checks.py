@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 from hf_dskd import DSKDConfig
 from hf_dskd.errors import UserError, nearest
 from hf_dskd.field_checks import TRAINING, check_fields, rule_of
-from hf_dskd.settings import DIVERGENCE_ALIASES, DIVERGENCE_NAMES, DistillationSettings
+from hf_dskd.methods import DIVERGENCES
+from hf_dskd.settings import DIVERGENCE_ALIASES, DistillationSettings
 
 
 RULES = {setting.name: {**rule_of(setting), **TRAINING.get(setting.name, {})} for setting in fields(DSKDConfig)}
@@ -60,7 +61,8 @@ def test_values_at_a_bound(name):
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "choices" in rule])
 def test_every_name_is_one_of_its_choices(name):
-    with pytest.raises(UserError, match=f"{name}='no such name' is unknown: one of {RULES[name]['choices'][0]}"):
+    first = next(iter(RULES[name]["choices"]))
+    with pytest.raises(UserError, match=f"{name}='no such name' is unknown: one of {first}"):
         make(**{name: "no such name"})
 
 
@@ -72,7 +74,7 @@ def test_a_switch_is_on_or_off(name):
 
 @pytest.mark.parametrize("alias, name", DIVERGENCE_ALIASES.items())
 def test_divergences_as_others_write_them(alias, name):
-    setting = "divergence" if name in DIVERGENCE_NAMES else "alm_divergence"
+    setting = "divergence" if name in DIVERGENCES else "alm_divergence"
     assert getattr(make(**{setting: alias}), setting) == name
 
 
@@ -140,4 +142,4 @@ def test_rules_of_a_dataclass_of_ones_own():
     ],
 )
 def test_near_is_a_slip_or_a_beginning(value, expected):
-    assert nearest(value, [*DIVERGENCE_NAMES, "train"]) == expected
+    assert nearest(value, [*DIVERGENCES, "train"]) == expected

@@ -20,7 +20,6 @@ from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
 from hf_dskd.losses.terms import TERMS
 from hf_dskd.models.generation import response_text
-from hf_dskd.objective import weights
 from hf_dskd.teacher import load as load_module
 from hf_dskd.teacher import responses
 from hf_dskd.training import on_policy
@@ -92,9 +91,9 @@ class Watch:
 
 
 def loss_from_terms(run, log, on_policy):
-    student_weights, teacher_weights = weights(run.args)
-    student_weights["ce"] *= not on_policy
-    return sum(weight * log[TERMS[name].log] for name, weight in (student_weights | teacher_weights).items())
+    weights = run.distiller.weights()
+    weights["ce"] *= not on_policy
+    return sum(weight * log[TERMS[name].log] for name, weight in weights.items())
 
 
 def training_logs(run):

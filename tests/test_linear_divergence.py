@@ -8,9 +8,10 @@ import torch
 from hf_dskd import UserError
 from hf_dskd.kernels import linear_divergence as module
 from hf_dskd.kernels.linear_divergence import chunk_sizes, linear_rows
-from hf_dskd.losses.divergences import DIVERGENCES
+from hf_dskd.losses.divergences import divergence_function
 from hf_dskd.losses.dual_space import student_space_rows, teacher_space_rows
 from hf_dskd.losses.logits import uld
+from hf_dskd.methods import DIVERGENCES
 from hf_dskd.models.causal_lm import LMHead
 
 
@@ -56,7 +57,7 @@ class TestTheSameAsWholeLogits:
     @pytest.mark.parametrize("budget", BUDGETS)
     @pytest.mark.parametrize("in_forward", [True, False])
     def test_every_divergence(self, name, budget, in_forward):
-        function = student_space_rows(DIVERGENCES[name])
+        function = student_space_rows(divergence_function(name))
         (h, v, weight, bias), rows = make()
         head = LMHead(weight, bias)
         heads = [head, head.detach()]
@@ -80,7 +81,7 @@ class TestTheSameAsWholeLogits:
     @pytest.mark.parametrize("has_bias", [True, False])
     @pytest.mark.parametrize("frozen", [True, False])
     def test_every_head(self, transform, has_bias, frozen):
-        function = student_space_rows(DIVERGENCES["forward_kl"], correctness_mask=False)
+        function = student_space_rows(divergence_function("forward_kl"), correctness_mask=False)
         (h, v, weight, bias), rows = make()
         head = LMHead(weight, bias if has_bias else None, **HEADS[transform])
         head = head.detach() if frozen else head
@@ -110,7 +111,7 @@ class TestTheSameAsWholeLogits:
     def test_terms_weighted_row_by_row(self):
         """What a loss that isn't linear in its rows asks for."""
         (h, v, weight, _), rows = make()
-        function = student_space_rows(DIVERGENCES["reverse_kl"], correctness_mask=False)
+        function = student_space_rows(divergence_function("reverse_kl"), correctness_mask=False)
         head = LMHead(weight)
         _, terms = linear_rows(function, [h, v], [head, head.detach()], rows, memory_mb=row_budget(5))
         expected = plain(function, [h, v], [head, head.detach()], rows)
@@ -131,7 +132,7 @@ class TestPrecision:
         for dtype in (torch.float64, torch.float32):
             (h, v, weight, _), rows = make(dtype)
             head = LMHead(weight)
-            function = student_space_rows(DIVERGENCES[name])
+            function = student_space_rows(divergence_function(name))
             total, _ = linear_rows(function, [h, v], [head, head.detach()], rows, weights=WEIGHTS, memory_mb=0.02)
             results.append([total, *torch.autograd.grad(total, [h, v, weight])])
         for expected, actual in zip(*results):
@@ -143,7 +144,7 @@ class TestPrecision:
         """The same bf16 logits in float64 give the same losses: nothing between is rounded to 16 bits."""
         (h, v, weight, _), rows = make(torch.bfloat16)
         head = LMHead(weight)
-        function = student_space_rows(DIVERGENCES[name])
+        function = student_space_rows(divergence_function(name))
         _, terms = linear_rows(function, [h, v], [head, head.detach()], rows, weights=WEIGHTS)
         logits = [(states @ weight.T).double() for states in (h, v)]
         expected = function(*logits, *rows)
@@ -179,7 +180,7 @@ class TestPrecision:
     def test_autocast_decides_the_matrix_products(self):
         (h, v, weight, _), rows = make(torch.float32)
         head = LMHead(weight)
-        function = student_space_rows(DIVERGENCES["forward_kl"])
+        function = student_space_rows(divergence_function("forward_kl"))
         with torch.autocast("cpu", torch.bfloat16):
             total, terms = linear_rows(function, [h, v], [head, head.detach()], rows, weights=WEIGHTS)
             later, _ = linear_rows(function, [h, v], [head, head.detach()], rows), None
@@ -199,7 +200,7 @@ class TestRows:
         (h, v, weight, _), rows = make()
         head = LMHead(weight)
         total, terms = linear_rows(
-            student_space_rows(DIVERGENCES["forward_kl"]),
+            student_space_rows(divergence_function("forward_kl")),
             [h[:0], v[:0]],
             [head, head.detach()],
             [row[:0] for row in rows],
@@ -215,7 +216,7 @@ class TestRows:
         (h, v, weight, _), rows = make()
         with torch.no_grad():
             total, terms = linear_rows(
-                teacher_space_rows(DIVERGENCES["forward_kl"]),
+                teacher_space_rows(divergence_function("forward_kl")),
                 [h, v],
                 [LMHead(weight)] * 2,
                 [rows[2]],
@@ -225,7 +226,7 @@ class TestRows:
 
     def test_a_second_backward_pass_is_refused_rather_than_wrong(self):
         (h, v, weight, _), rows = make()
-        function = student_space_rows(DIVERGENCES["forward_kl"])
+        function = student_space_rows(divergence_function("forward_kl"))
         total, _ = linear_rows(function, [h, v], [LMHead(weight)] * 2, rows, weights=WEIGHTS)
         total.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -242,7 +243,7 @@ class TestRows:
         monkeypatch.setattr(module, "_compiled_tile", lambda: spy)
         monkeypatch.setitem(module.TILE_BYTES, "cpu", 4 * 2 * V * 8)
         (h, v, weight, _), extras = make()
-        head, function = LMHead(weight), student_space_rows(DIVERGENCES["forward_kl"])
+        head, function = LMHead(weight), student_space_rows(divergence_function("forward_kl"))
         arguments = [h, v], [head, head.detach()], extras
         outputs = []
         for compiled in (False, True):
@@ -272,7 +273,7 @@ class TestRows:
         results = []
         for _ in range(3):
             # Made anew in each step, as training does.
-            function = student_space_rows(partial(DIVERGENCES[name]))
+            function = student_space_rows(partial(divergence_function(name)))
             for flag in (False, True):
                 total, _ = linear_rows(function, [h, v], [head, head.detach()], rows, weights=WEIGHTS, compiled=flag)
                 results.append(torch.autograd.grad(total, [h, v, weight]))
@@ -325,7 +326,7 @@ class TestMemory:
             largest = 0
             with Watch():
                 total, terms = linear_rows(
-                    student_space_rows(DIVERGENCES["adaptive_kl"]),
+                    student_space_rows(divergence_function("adaptive_kl")),
                     [h, v],
                     [head, head.detach()],
                     [targets, targets, targets > 0],

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from hf_dskd import DSKDConfig
 from hf_dskd.config import _PUBLISHED_METHODS
 from hf_dskd.errors import UserError
+from hf_dskd.losses.objective import Step
 from hf_dskd.losses.terms import TERMS
-from hf_dskd.objective import weights
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
@@ -30,8 +30,7 @@ def assert_finite(run):
 
 
 def terms_of(run, batch):
-    hidden = run._last_hidden_state(run.model, batch["input_ids"], batch["attention_mask"])
-    return run._terms(*run._both_states(hidden, batch), batch, True)
+    return run.distiller.terms(run.distiller.views(run.model, batch), Step(training=True))
 
 
 def without_response(batch, indices):
@@ -161,8 +160,7 @@ def test_loss_is_the_weighted_sum_of_the_terms_beside_it(case, tmp_path):
         **runs.CASES[case],
     )
     run.train()
-    student, teacher = weights(run.args)
-    weight_of = {TERMS[name].log: weight for name, weight in (student | teacher).items()}
+    weight_of = {TERMS[name].log: weight for name, weight in run.distiller.weights().items()}
     expected = {"ce_loss": 1.0 if case == "sft" else 0.7, "kq_loss": 0.6, "attention_loss": 1.0}
     assert weight_of == {name: pytest.approx(expected.get(name, 0.3)) for name in weight_of}
     for log in run.state.log_history[:2]:
@@ -185,9 +183,8 @@ def test_as_published_runs(method, tmp_path):
     # Nothing trains the networks of the matching there; that of position-wise logits needs none.
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert moved == {"student"} | ({"projectors"} if run.args.method_row.dual_space else set())
-    student, teacher = weights(run.args)
     for batch_log in run.state.log_history[:2]:
-        assert {TERMS[name].log for name in student | teacher} <= set(batch_log)
+        assert {TERMS[name].log for name in run.distiller.weights()} <= set(batch_log)
 
 
 @pytest.mark.parametrize("case", runs.CASES)

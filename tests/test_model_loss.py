@@ -77,7 +77,7 @@ def test_a_term_beside_those_of_the_method(name, method, tmp_path):
     assert added > 0.01
     # The same without that term: what a model adds is the difference, with its gradient.
     student.zero_grad()
-    run._last_hidden_state._adds_to_loss, run._last_hidden_state.added = False, None
+    run.distiller.last_hidden_state._adds_to_loss, run.distiller.last_hidden_state.added = False, None
     rest = run.compute_loss(run.model, dict(batch))
     torch.testing.assert_close(loss, rest + added)
     (rest + added).backward()
@@ -241,7 +241,7 @@ def test_evaluation_has_the_term(tmp_path):
         with no_cross_entropy(run.model), torch.no_grad():
             expected += float(run.model.eval()(**batch).loss) * len(rows) / 6
     assert metrics["eval_aux_loss"] == pytest.approx(expected, rel=1e-5)
-    run._last_hidden_state._adds_to_loss, run._last_hidden_state.added = False, None
+    run.distiller.last_hidden_state._adds_to_loss, run.distiller.last_hidden_state.added = False, None
     without = run.evaluate()
     assert "eval_aux_loss" not in without
     assert metrics["eval_loss"] == pytest.approx(without["eval_loss"] + expected, rel=1e-5)
@@ -253,7 +253,7 @@ def test_plots_and_gradients_have_the_term(tmp_path):
 
     assert "aux_loss" in {key for panel in training_panels() for key in panel.lines.values()}
     run = runs.trainer(tmp_path, student=qwen3_moe(), method="dskd_cma")
-    norms = gradient_norms(run, [run.train_dataset[row] for row in range(2)])
+    norms = gradient_norms(run.distiller, [run.train_dataset[row] for row in range(2)])
     assert norms["gradient_norm_aux"] > 0
     assert "gradient_norm_aux" not in gradient_norms(
         runs.trainer(tmp_path, method="dskd_cma"), [run.train_dataset[row] for row in range(2)]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from warm import ranks_of
 
-from hf_dskd import adversary
 from hf_dskd.errors import NonFiniteLossError
+from hf_dskd.losses.matching import AdversarialMatching
 from hf_dskd.training.finite import largest
 
 
@@ -173,14 +173,14 @@ def test_a_loss_that_is_not_finite_is_left_out_of_the_means(tmp_path):
 
 
 def test_the_second_step_of_the_discriminator_takes_the_first_back(tmp_path, monkeypatch):
-    loss, calls = adversary._discriminator_loss, []
+    loss, calls = AdversarialMatching.critic_loss, []
 
     def spoilt(*args):
         calls.append(args)
         value, report = loss(*args)
         return (value * torch.nan if len(calls) == 4 else value), report
 
-    monkeypatch.setattr(adversary, "_discriminator_loss", spoilt)
+    monkeypatch.setattr(AdversarialMatching, "critic_loss", spoilt)
     spoil = Spoil("discriminator", steps=())
     run = make(tmp_path, "discriminator", spoil, on_nonfinite="skip")
     run.train()

@@ -6,22 +6,16 @@ import pytest
 import runs
 import torch
 
-from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
-from hf_dskd.losses.dual_space import response_states
+from hf_dskd.losses.divergences import divergence_function
 from hf_dskd.losses.likelihood import likelihood_matching
 from hf_dskd.losses.logits import mapped_kd
-from hf_dskd.methods import METHODS
+from hf_dskd.losses.objective import Step, Terms, total_loss, weighted_loss
+from hf_dskd.losses.states import response_states
+from hf_dskd.losses.temperature import space_divergence, temperatures
+from hf_dskd.losses.terms import TERMS
+from hf_dskd.methods import DIVERGENCES, METHODS
 from hf_dskd.models.causal_lm import LMHead
-from hf_dskd.objective import (
-    PairConstants,
-    Terms,
-    distillation_terms,
-    space_divergence,
-    temperatures,
-    total_loss,
-    weighted_loss,
-    weights,
-)
+from hf_dskd.training.published import PublishedDistiller, published_settings
 
 
 EVERYWHERE = ("student", "teacher", "logits")
@@ -58,11 +52,12 @@ def test_temperatures(settings, expected, tmp_path):
 def test_temperatures_as_published(tmp_path):
     """There the teacher's temperature divides once more, in student space, where the vocabularies differ."""
     settings = {"as_published": True, "kd_temperature": 2.0, "teacher_temperature": 3.0}
-    config = runs.config(tmp_path, method="dskd_cma", **settings)
-    assert taus(config) == {"student": (2, 6), "teacher": (2, 2), "logits": (2, 2)}
+    config = published_settings(runs.config(tmp_path, method="dskd_cma", **settings))
+    assert taus(config) == {"student": (2, 6), "teacher": (2, 2), "logits": (2, 6)}
     for method in ("dskd", "kd"):
-        assert taus(runs.config(tmp_path, method=method, **settings)) == dict.fromkeys(EVERYWHERE, (2, 2))
-    config = runs.config(tmp_path, method="dskd_cma", as_published=True, kd_temperature=2.0)
+        config = published_settings(runs.config(tmp_path, method=method, **settings))
+        assert taus(config) == dict.fromkeys(EVERYWHERE, (2, 2))
+    config = published_settings(runs.config(tmp_path, method="dskd_cma", as_published=True, kd_temperature=2.0))
     assert taus(config) == dict.fromkeys(EVERYWHERE, (2, 2))
 
 
@@ -102,7 +97,7 @@ def logits():
 
 def is_divergence(config, space, name, progress=0.0, student=2.0, teacher=2.0, factor=1.0, **parameters):
     z, v = logits()
-    expected = factor * divergence_function(name, **parameters)(z / student, v / teacher)
+    expected = factor * DIVERGENCES[name].load()(z / student, v / teacher, **parameters)
     torch.testing.assert_close(space_divergence(config, space, progress)(z, v), expected)
 
 
@@ -125,10 +120,10 @@ def test_a_divergence_for_each_space(tmp_path):
 def test_divergences_as_published(tmp_path):
     """Forward KL in teacher space, unless another is asked for."""
     settings = {"method": "dskd_cma", "divergence": "reverse_kl", "as_published": True}
-    config = runs.config(tmp_path, **settings)
+    config = published_settings(runs.config(tmp_path, **settings))
     for space, name in (("student", "reverse_kl"), ("teacher", "forward_kl"), ("logits", "reverse_kl")):
         is_divergence(config, space, name)
-    config = runs.config(tmp_path, **settings, teacher_space_divergence="js")
+    config = published_settings(runs.config(tmp_path, **settings, teacher_space_divergence="js"))
     is_divergence(config, "teacher", "js")
 
 
@@ -143,7 +138,8 @@ def test_divergences_as_published(tmp_path):
 )
 def test_parameters_reach_the_divergence(name, parameters, tmp_path):
     z, v = logits()
-    assert not torch.allclose(divergence_function(name, **parameters)(z, v), divergence_function(name)(z, v))
+    function = divergence_function(name)
+    assert not torch.allclose(function(z, v, **parameters), function(z, v))
     is_divergence(runs.config(tmp_path, divergence=name, **parameters), "student", name, **parameters)
 
 
@@ -173,71 +169,58 @@ def test_a_scheduled_divergence(tmp_path):
 
 # ---- Weights and the loss
 
-DUAL = {"ce": 0.7, "t2s_ce": 0.3, "t2s_kd": 0.3}
+DUAL = {"ce": 0.7, "t2s_ce": 0.3, "t2s_kd": 0.3, "s2t_kd": 0.3}
 WEIGHTS = {
-    "sft": ({"ce": 1.0}, {}),
-    "seq_kd": ({"ce": 1.0}, {}),
-    "kd": ({"ce": 0.7, "kd": 0.3}, {}),
-    "dskd": (DUAL, {"s2t_kd": 0.3}),
-    "dskd_cma": (DUAL, {"s2t_kd": 0.3}),
-    "dskd_cma_ga": ({**DUAL, "kq": 2.0}, {"s2t_kd": 0.3}),
-    "dskd_cma_ct": ({**DUAL, "kq": 2.0}, {"s2t_kd": 0.3}),
-    "dskd_clp": (DUAL, {"s2t_kd": 0.3}),
-    "dskd_cla": (DUAL, {"s2t_kd": 0.3}),
-    "dskd_eta": (DUAL, {"s2t_kd": 0.3}),
-    "uld": ({"ce": 0.7, "kd": 0.3}, {}),
-    "min_edit": ({"ce": 0.7, "kd": 0.3}, {}),
-    "alm": ({"ce": 0.7}, {"alm": 0.3}),
+    **{method: {"ce": 1.0} for method in ("sft", "seq_kd")},
+    **dict.fromkeys(("dskd", "dskd_cma", "dskd_clp", "dskd_cla", "dskd_eta"), DUAL),
+    **{method: {**DUAL, "kq": 2.0} for method in ("dskd_cma_ga", "dskd_cma_ct")},
+    **{method: {"ce": 0.7, "kd": 0.3} for method in ("kd", "uld", "min_edit")},
+    "alm": {"ce": 0.7, "alm": 0.3},
 }
+
+
+def weights(tmp_path, **settings):
+    config = runs.config(tmp_path, kd_rate=0.3, kq_rate=2.0, **settings)
+    return runs.objective(config).weights(Step())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weights(method, tmp_path):
-    assert weights(runs.config(tmp_path, method=method, kd_rate=0.3, kq_rate=2.0)) == WEIGHTS[method]
+    found = weights(tmp_path, method=method)
+    assert found == WEIGHTS[method]
+    # What is only logged has no weight.
+    totals = {name: float(place + 1) for place, name in enumerate(found)} | {"correct": 1e6}
+    totals |= {"student_tokens": 8.0, "teacher_tokens": 4.0}
+    expected = sum(weight * totals[name] / totals[TERMS[name].per] for name, weight in found.items())
+    assert weighted_loss(found, totals) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        ({"spaces": "student"}, (DUAL, {})),
-        ({"spaces": "teacher"}, ({"ce": 0.7}, {"s2t_kd": 0.3})),
-        ({"matching": "mmd"}, ({**DUAL, "kq": 2.0}, {"s2t_kd": 0.3})),
-        ({"matching": "moments", "spaces": "teacher"}, ({"ce": 0.7, "kq": 2.0}, {"s2t_kd": 0.3})),
+        ({"spaces": "student"}, {"ce": 0.7, "t2s_ce": 0.3, "t2s_kd": 0.3}),
+        ({"spaces": "teacher"}, {"ce": 0.7, "s2t_kd": 0.3}),
+        ({"matching": "mmd"}, {**DUAL, "kq": 2.0}),
+        ({"matching": "moments", "spaces": "teacher"}, {"ce": 0.7, "kq": 2.0, "s2t_kd": 0.3}),
     ],
 )
 def test_weights_of_changed_rows(settings, expected, tmp_path):
-    assert weights(runs.config(tmp_path, method="dskd_cma", kd_rate=0.3, kq_rate=2.0, **settings)) == expected
-
-
-def totals_of(config):
-    """1 for the first term, 2 for the second, ..."""
-    student, teacher = weights(config)
-    # What is only logged has no weight.
-    return {name: float(i + 1) for i, name in enumerate([*student, *teacher])} | {"correct": 1e6}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_weighted_loss(method, tmp_path):
-    config = runs.config(tmp_path, method=method, kd_rate=0.3, kq_rate=2.0)
-    student, teacher = WEIGHTS[method]
-    totals = totals_of(config)
-    expected = sum(weight * totals[name] / 8 for name, weight in student.items())
-    expected += sum(weight * totals[name] / 4 for name, weight in teacher.items())
-    assert weighted_loss(config, totals, 8, 4) == pytest.approx(expected)
+    assert weights(tmp_path, method="dskd_cma", **settings) == expected
 
 
 def test_on_policy_cross_entropy_has_no_weight(tmp_path):
-    config = runs.config(tmp_path, method="kd", kd_rate=0.3)
-    assert weights(config, on_policy=True) == ({"ce": 0.0, "kd": 0.3}, {})
+    objective = runs.objective(runs.config(tmp_path, method="kd", kd_rate=0.3))
+    assert objective.weights(Step(on_policy=True)) == {"ce": 0.0, "kd": 0.3}
+    assert objective.weights(Step(only="ce")) == {"ce": 0.7, "kd": 0.0}
 
 
-@pytest.mark.parametrize("as_published, expected", [(False, 3 / 8 + 5 / 4), (True, 3 / 8 + 5 / 8)])
-def test_total_loss(as_published, expected, tmp_path):
-    config = runs.config(tmp_path, method="dskd_cma", as_published=as_published)
-    terms = Terms({}, {}, torch.tensor([3, 5]), torch.tensor(3.0), torch.tensor(5.0))
-    assert total_loss(config, terms, torch.tensor(8), torch.tensor(4)).item() == pytest.approx(expected)
-    alone = Terms({}, {}, torch.tensor([3, 5]), torch.tensor(3.0))
-    assert total_loss(config, alone, torch.tensor(8), torch.tensor(4)).item() == pytest.approx(3 / 8)
+def test_total_loss():
+    terms = Terms({}, torch.tensor([3, 5]), torch.tensor(3.0), torch.tensor(5.0))
+    counts = torch.tensor(8), torch.tensor(4)
+    assert total_loss(terms, *counts).item() == pytest.approx(3 / 8 + 5 / 4)
+    assert PublishedDistiller.loss(None, terms, *counts).item() == pytest.approx(3 / 8 + 5 / 8)
+    alone = Terms({}, torch.tensor([3, 5]), torch.tensor(3.0))
+    assert total_loss(alone, *counts).item() == pytest.approx(3 / 8)
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -245,16 +228,13 @@ def test_total_loss(as_published, expected, tmp_path):
 def test_the_loss_is_the_weighted_terms(name, on_policy, tmp_path):
     """What training minimises is what the logs show, for every way of composing a loss."""
     run = runs.trainer(tmp_path, **runs.CASES[name])
-    run._on_policy = on_policy
     rows = run.data_collator([run.train_dataset[i] for i in range(3)])
-    _, student_states, teacher_states, attention = run._run_both(run.model, rows)
-    terms = run._terms(student_states, teacher_states, rows, True, attention)
-    shown = {name: float(value.sum()) for name, value in {**terms.student, **terms.teacher}.items()}
-    student, teacher = weights(run.args, on_policy)
-    expected = sum(weight * shown[name] for name, weight in student.items())
-    assert float(terms.student_loss) == pytest.approx(expected, rel=1e-5)
-    expected = sum(weight * shown[name] for name, weight in teacher.items())
-    assert float(0.0 if terms.teacher_loss is None else terms.teacher_loss) == pytest.approx(expected, rel=1e-5)
+    terms = run.distiller.terms(run.distiller.views(run.model, rows), Step(on_policy=on_policy, training=True))
+    shown = {name: float(value.sum()) for name, value in terms.sums.items()}
+    rates = run.distiller.weights() | ({"ce": 0.0} if on_policy and name != "sft" else {})
+    for loss, per in ((terms.student_loss, "student_tokens"), (terms.teacher_loss, "teacher_tokens")):
+        expected = sum(rate * shown[name] for name, rate in rates.items() if TERMS[name].per == per)
+        assert float(0.0 if loss is None else loss) == pytest.approx(expected, rel=1e-5)
     assert float(terms.ce_rows.sum()) == pytest.approx(shown["ce"], rel=1e-5)
 
 
@@ -275,7 +255,7 @@ def batch():
     ):
         hidden = torch.randn(*labels.shape, width, generator=g, dtype=torch.float64, requires_grad=True)
         matrix = torch.randn(vocabulary, width, generator=g, dtype=torch.float64) / 3
-        states = response_states(hidden, labels.clamp(min=0), labels, matrix, chunks)
+        states = response_states(hidden, labels.clamp(min=0), labels, matrix, chunks, head=LMHead(matrix))
         sides.append((hidden, matrix, labels, chunks, states))
     return sides
 
@@ -300,15 +280,11 @@ def test_alm_is_likelihood_matching_times_its_temperature(name, tau, threshold, 
     )
     boundaries = torch.arange(13) % 3 == 0, torch.arange(17) % 3 == 0
     student, teacher = batch()
-    terms = distillation_terms(
-        config,
-        student[-1],
-        teacher[-1],
-        LMHead(student[1]),
-        LMHead(teacher[1]),
-        constants=PairConstants(boundary_tokens=None if threshold is None else boundaries),
-    )
-    assert set(terms.teacher) == {"alm"} and set(terms.student) == {"ce", "correct"}
+    objective = runs.objective(config)
+    if threshold is not None:
+        objective.boundary_tokens = boundaries
+    terms = objective(student[-1], teacher[-1], Step())
+    assert set(terms.sums) == {"ce", "correct", "alm"}
     assert terms.student_tokens.tolist() == [4, 1] and terms.teacher_tokens.tolist() == [3, 2]
 
     sides = (response_logprobs(*side[:4], mask) for side, mask in zip((student, teacher), boundaries))
@@ -327,11 +303,11 @@ def test_alm_is_likelihood_matching_times_its_temperature(name, tau, threshold, 
             )
         )
     expected = tau * torch.cat(expected)
-    torch.testing.assert_close(terms.teacher["alm"], expected)
+    torch.testing.assert_close(terms.sums["alm"], expected)
     assert (expected.abs() > 1e-4).all()
     leaves = (student[0], teacher[0])
     ours, plain = (
-        torch.autograd.grad(value.sum(), leaves, allow_unused=True) for value in (terms.teacher["alm"], expected)
+        torch.autograd.grad(value.sum(), leaves, allow_unused=True) for value in (terms.sums["alm"], expected)
     )
     torch.testing.assert_close(ours[0], plain[0])
     assert ours[1] is None
@@ -344,8 +320,7 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
     run.model.eval()
 
     def evaluated():
-        hidden = run._last_hidden_state(run.model, rows["input_ids"], rows["attention_mask"])
-        return run._terms(*run._both_states(hidden, rows), rows, False)
+        return run.distiller.terms(run.distiller.views(run.model, rows), Step())
 
     without = evaluated()
     # Chunks that end before the last token of each side: the same text without its end.
@@ -358,9 +333,9 @@ def test_alm_leaves_the_end_of_sequence_to_the_cross_entropy(tmp_path):
         rows[f"{side}chunk_ids"] = rows[f"{side}chunk_ids"].masked_fill(last, -1)
         del rows[f"{side}silent"]
     expected = evaluated()
-    torch.testing.assert_close(without.teacher["alm"], expected.teacher["alm"])
+    torch.testing.assert_close(without.sums["alm"], expected.sums["alm"])
     # The cross entropy has the end.
-    assert torch.equal(without.student["ce"], expected.student["ce"])
+    assert torch.equal(without.sums["ce"], expected.sums["ce"])
     assert (without.student_tokens == rows["labels"].ne(-100).sum(1)).all()
 
 
@@ -372,7 +347,7 @@ def test_min_edit_knows_the_teachers_temperature(tmp_path, monkeypatch):
         given.append(args[-1])
         return mapped_kd(*args)
 
-    monkeypatch.setattr("hf_dskd.objective.mapped_kd", watched)
+    monkeypatch.setattr("hf_dskd.losses.logits.mapped_kd", watched)
     settings = {"kd_temperature": 4.0, "temperature_schedule": "linear", "final_kd_temperature": 2.0}
     runs.trainer(tmp_path, method="min_edit", max_steps=2, **settings).train()
     assert given[0] == 4.0 and given[-1] == 3.0

@@ -6,8 +6,8 @@ from torch.utils._pytree import tree_leaves
 from hf_dskd.analysis.distributions import pca
 from hf_dskd.losses.conditional_transport import TransportCritics
 from hf_dskd.losses.key_query import Discriminator
+from hf_dskd.losses.projectors import Projectors, least_squares
 from hf_dskd.models.causal_lm import LMHead
-from hf_dskd.projectors import Projectors, least_squares
 
 
 def heads(rows=60, to=5, of=8, rank=None, seed=0, dtype=torch.float64, scales=(1.0, 1.0)):

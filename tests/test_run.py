@@ -232,13 +232,6 @@ def test_total_batch_size_fixes_the_batch_for_any_number_of_processes(tmp_path):
         run_arguments.set_accumulation(args)
 
 
-def test_settings_help_names_what_there_is():
-    from hf_dskd.losses.divergences import DIVERGENCES
-    from hf_dskd.settings import DIVERGENCE_NAMES
-
-    assert tuple(DIVERGENCES) == DIVERGENCE_NAMES
-
-
 def test_variant_keeps_everything_but_the_change(tmp_path):
     config = runs.config(tmp_path, kd_temperature=3.0, lr_scheduler_type="cosine", warmup_steps=3)
     other = run.variant(config, method="sft")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from hf_dskd import DSKDTrainer, NonFiniteLossError
-from hf_dskd.adversary import Features
 from hf_dskd.errors import UserError
+from hf_dskd.losses.matching import Features
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")

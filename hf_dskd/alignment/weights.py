@@ -8,10 +8,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from .chunked import chunk_mask, exact_pairs, identity_mask, mean_weights, same_places
+from .cross_model import cross_model_attention
+
+
+# Scores of a batch, of which a matrix and its copies take about 1.5 GB: one response of 8,192 tokens on both sides.
+TILED_ABOVE = 2**26
+
+
+class Positions(Protocol):
+    """What an alignment reads of one model's responses (see [`~hf_dskd.losses.states.ResponseStates`])."""
+
+    @property
+    def mask(self) -> Tensor: ...
+    @property
+    def chunks(self) -> Tensor | None: ...
+    @property
+    def places(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,16 @@ class TiledAttention:
         """Teacher positions with a partner, `[B, R_t]`."""
         return _has_partner(self.key_mask, self.query_mask, self.key_chunks, self.query_chunks)
 
+    @property
+    def t2s(self) -> Tensor:
+        """The whole matrix `[B, R_s, R_t]`, for pictures."""
+        return self.to_student(_unit_rows(self.keys))
+
+    @property
+    def s2t(self) -> Tensor:
+        """The whole matrix `[B, R_t, R_s]`, for pictures."""
+        return self.to_teacher(_unit_rows(self.queries))
+
     def _attend(self, rows: tuple, columns: tuple, value: Tensor) -> Tensor:
         of_rows, row_mask, row_chunks = rows
         of_columns, column_mask, column_chunks = columns
@@ -107,6 +136,11 @@ class TiledAttention:
                 checkpoint(_attention, of_rows[:, here], of_columns, allowed, value, use_reentrant=False)  # type: ignore[arg-type]
             )
         return torch.cat(parts, 1)
+
+
+def _unit_rows(values: Tensor) -> Tensor:
+    size = values.shape[1]
+    return torch.eye(size, device=values.device).expand(len(values), size, size)
 
 
 def _attention(rows: Tensor, columns: Tensor, allowed: Tensor, value: Tensor) -> Tensor:
@@ -127,3 +161,48 @@ def _has_partner(mask: Tensor, others: Tensor, chunks: Tensor | None, other_chun
     there.scatter_(1, torch.where(others, other_chunks, -1).long() + 1, True)
     there[:, 0] = False
     return mask & there.gather(1, chunks.long().clamp(min=-1) + 1)
+
+
+def by_attention(
+    student: Positions, teacher: Positions, queries: Tensor, keys: Tensor, in_chunks: bool = False
+) -> AlignmentWeights | TiledAttention:
+    """
+    Aligns by cross-model attention (arXiv 2603.22056, Eqs. 1 to 3), in tiles where responses are very long.
+
+    Like every alignment it takes the two views of a batch, and queries `[B, R_s, 2 d_t]` and keys `[B, R_t, 2 d_t]`,
+    which are `None` where the alignment's row needs none.
+    """
+    chunks = (student.chunks, teacher.chunks) if in_chunks else (None, None)
+    if student.mask.numel() * teacher.mask.shape[1] > TILED_ABOVE:
+        return TiledAttention(queries, keys, student.mask, teacher.mask, *chunks)
+    pairs = _same_chunk(student, teacher) if in_chunks else None
+    return AlignmentWeights(*cross_model_attention(queries, keys, student.mask, teacher.mask, pairs))
+
+
+def by_attention_in_chunks(
+    student: Positions, teacher: Positions, queries: Tensor, keys: Tensor
+) -> AlignmentWeights | TiledAttention:
+    """Aligns by attention inside chunks of the same bytes (Eq. 13)."""
+    return by_attention(student, teacher, queries, keys, in_chunks=True)
+
+
+def by_chunk(student: Positions, teacher: Positions, *_: Tensor | None) -> AlignmentWeights:
+    """Aligns each position with all of its chunk alike (Eqs. 10 to 12)."""
+    return AlignmentWeights(*mean_weights(_same_chunk(student, teacher)))
+
+
+def by_exact_token(student: Positions, teacher: Positions, *_: Tensor | None) -> AlignmentWeights:
+    """Aligns tokens of exactly the same bytes (arXiv 2504.11426)."""
+    return AlignmentWeights(*mean_weights(exact_pairs(_same_chunk(student, teacher))))
+
+
+def by_place(student: Positions, teacher: Positions, *_: Tensor | None) -> AlignmentWeights:
+    """Aligns the i-th token of an answer with the i-th of the same answer, of one vocabulary."""
+    if student.places is not None and teacher.places is not None:
+        return AlignmentWeights(*mean_weights(same_places(student.places, teacher.places)))
+    return AlignmentWeights(*mean_weights(identity_mask(student.mask, teacher.mask)))
+
+
+def _same_chunk(student: Positions, teacher: Positions) -> Tensor:
+    assert student.chunks is not None and teacher.chunks is not None
+    return chunk_mask(student.chunks, teacher.chunks)

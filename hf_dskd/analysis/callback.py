@@ -50,7 +50,9 @@ class AnalysisCallback(TrainerCallback):
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         rows = probe_rows(dataset, trainer.args.analysis_examples)
-        numbers = record(trainer, rows, trainer.analysis_folder, pictures)
+        step = trainer.state.global_step
+        progress = step / max(trainer.state.max_steps, 1)
+        numbers = record(trainer.distiller, rows, trainer.analysis_folder, pictures, step, progress)
         # All of them are in the file; a log of fifty numbers hides the rest.
         shown = [name for name in numbers if name == "s2t_accuracy" or not name.startswith(("s2t_", "probe_"))]
         should_log = trainer.control.should_log

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from ..alignment.spans import answer_spans, chunk_ids, silent_mask
 from ..errors import UserError
-from ..losses.dual_space import ResponseStates, queries_and_keys
-from ..models.causal_lm import input_embedding
-from ..objective import alignment_weights
 from ..utils.figures import COLORS, FONT, drawable, new_figure, save_figure
 
 
@@ -31,8 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from ..methods import Method
-    from ..trainer import DSKDTrainer
+    from ..training.distiller import Distiller
 
 MOST_TOKENS = 60
 MOST_ON_SHEET = 24
@@ -82,20 +78,15 @@ class AlignmentExample:
     teacher_closes: tuple[int, ...] | None = None
 
 
-def has_alignment(method: Method) -> bool:
-    """Whether [`cross_attention`] has something to show for a method."""
-    return method.dual_space or method.needs_chunks
-
-
-def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str = "") -> AlignmentExample:
+def cross_attention(distiller: Distiller, row: Mapping[str, Any], caption: str = "") -> AlignmentExample:
     """
-    The alignment that `trainer` computes for one tokenized row, in its present state and precision.
+    Computes the alignment of one tokenized row, in the present state and precision of a run.
 
     Queries and keys are made of embeddings only, so neither model is run. With `as_published` the attention depends
     on the other examples of the batch; here the row is alone.
 
     Args:
-        trainer ([`~hf_dskd.DSKDTrainer`]): With a teacher.
+        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher, such as `trainer.distiller`.
         row (`Mapping[str, Any]`): With the columns of [`~hf_dskd.data.tokenization.tokenize_dataset`], such as
             `trainer.eval_dataset[0]`.
         caption (`str`, *optional*): For the picture.
@@ -103,10 +94,10 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
     Raises:
         UserError: If the method has no alignment, or the row isn't tokenized for both models.
     """
-    method = trainer.args.method_row
-    if trainer.teacher is None or not has_alignment(method):
+    method = distiller.config.method_row
+    if not method.has_alignment:
         raise UserError(
-            f"method={trainer.args.method!r} has no alignment to show: use one in hidden spaces, such as dskd_cma,"
+            f"method={distiller.config.method!r} has no alignment to show: use one in hidden spaces, such as dskd_cma,"
             " or alm"
         )
     needed = ("input_ids", "prompt_length", "byte_ends")
@@ -115,27 +106,13 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
     if missing:
         raise UserError(f"the row has no column {missing[0]!r}: pass a tokenized one, such as trainer.eval_dataset[0]")
 
-    batch = trainer._prepare_inputs(trainer.data_collator([dict(row)]))
-
-    def states(prefix: str, embedding: Tensor) -> ResponseStates:
-        no_hidden = embedding.new_zeros((*batch[f"{prefix}input_ids"].shape, 0))
-        return trainer._states(no_hidden, batch, prefix, embedding)
-
-    with torch.no_grad(), trainer._autocast():
-        student = states("", input_embedding(trainer.model))
-        teacher = states("teacher_", trainer.teacher.embedding)
-        queries = keys = None
-        if method.has_queries:
-            assert trainer.projectors is not None
-            queries, keys = queries_and_keys(
-                student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
-            )
-        t2s, s2t = alignment_weights(method.alignment, student, teacher, queries, keys)
+    with torch.no_grad(), distiller.autocast():
+        student, teacher = distiller.embedded(distiller.batch([row]))
+        aligned = distiller.align(student, teacher)
     # As published every position of the padded sequence has a row.
     rows, others = student.mask[0], teacher.mask[0]
 
-    student_tokenizer: Any = trainer.processing_class
-    teacher_tokenizer: Any = trainer.teacher_processing_class
+    student_tokenizer, teacher_tokenizer = distiller.pair.tokenizers
     data = _response_bytes(row, student_tokenizer, teacher_tokenizer)
     return AlignmentExample(
         student_tokens=tuple(_token_texts(row, "", student_tokenizer, data)),
@@ -143,8 +120,8 @@ def cross_attention(trainer: DSKDTrainer, row: Mapping[str, Any], caption: str =
         student_byte_ends=tuple(int(end) for end in row["byte_ends"]),
         teacher_byte_ends=tuple(int(end) for end in row["teacher_byte_ends"]),
         has_eos=not row["cut"],
-        t2s=t2s[0][rows][:, others].float().cpu(),
-        s2t=s2t[0][others][:, rows].float().cpu(),
+        t2s=aligned.t2s[0][rows][:, others].float().cpu(),
+        s2t=aligned.s2t[0][others][:, rows].float().cpu(),
         caption=caption,
         student_chunks=_chunks(row, ""),
         teacher_chunks=_chunks(row, "teacher_"),

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..kernels.linear_divergence import linear_rows
-from ..losses.dual_space import ResponseStates, dual_space_terms, queries_and_keys, response_rows
-from ..losses.key_query import Discriminator
-from ..models.causal_lm import lm_head
-from ..objective import aligned, chunk_options, space_divergence
+from ..losses.cross_entropy import response_rows
+from ..losses.dual_space import DualSpace
+from ..losses.objective import Step
+from ..losses.states import ResponseStates
 from .distributions import distribution_metrics
 from .heatmap import AlignmentExample, chunks_of, cross_attention
 from .metrics import alignment_metrics
 
 
 if TYPE_CHECKING:
-    from ..trainer import DSKDTrainer
+    from ..training.distiller import Distiller
 
 # Sums of a batch → (name in the numbers, whose response tokens divide them)
 _RATIOS = {
@@ -53,7 +52,9 @@ class Analysis:
     keys: Tensor | None = None
 
 
-def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_size: int | None = None) -> Analysis:
+def analyse(
+    distiller: Distiller, rows: Sequence[Mapping[str, Any]], *, step: int = 0, batch_size: int | None = None
+) -> Analysis:
     """
     Measures a run's alignment in its present state, which it leaves as it is: no gradient, no random number, no mode.
 
@@ -75,10 +76,11 @@ def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_si
     processes each one computes everything; none waits for another.
 
     Args:
-        trainer ([`~hf_dskd.DSKDTrainer`]): With a teacher.
+        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher, such as `trainer.distiller`.
         rows (`Sequence[Mapping[str, Any]]`):
             Tokenized for both models, such as `trainer.eval_dataset.select(range(64))`.
-        batch_size (`int`, *optional*, defaults to `trainer.args.per_device_eval_batch_size`):
+        step (`int`, *optional*, defaults to `0`): Steps that the run has done.
+        batch_size (`int`, *optional*, defaults to `per_device_eval_batch_size`):
             Rows at a time; changes rounding only.
 
     Raises:
@@ -88,19 +90,20 @@ def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_si
     if not taken:
         raise UserError("analyse got no rows: pass tokenized ones, such as trainer.eval_dataset")
     examples = [
-        cross_attention(trainer, row, f"example {row.get('example_id', place)}") for place, row in enumerate(taken)
+        cross_attention(distiller, row, f"example {row.get('example_id', place)}") for place, row in enumerate(taken)
     ]
     numbers = alignment_metrics(examples)
-    step, method = trainer.state.global_step, trainer.args.method_row
+    config = distiller.config
+    method = config.method_row
     if not method.dual_space:
         return Analysis(step, numbers, examples)
 
-    size = 1 if trainer.args.as_published else batch_size or trainer.args.per_device_eval_batch_size
+    size = (batch_size or config.per_device_eval_batch_size) if distiller.exact_means else 1
     batches = []
-    with unchanged(trainer), torch.no_grad():
+    with distiller.unchanged(), torch.no_grad():
         for start in range(0, len(taken), size):
             here = slice(start, start + size)
-            batches.append(_measured(trainer, taken[here], examples[here], start))
+            batches.append(_measured(distiller, taken[here], examples[here], start))
     sums, vectors = ([part[place] for part in batches] for place in (0, 1))
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
     for alignment in ("", "probe_clp_", "probe_cla_"):
@@ -115,81 +118,56 @@ def analyse(trainer: DSKDTrainer, rows: Sequence[Mapping[str, Any]], *, batch_si
 
 
 def _measured(
-    trainer: DSKDTrainer, rows: list[dict[str, Any]], examples: list[AlignmentExample], first: int
+    distiller: Distiller, rows: list[dict[str, Any]], examples: list[AlignmentExample], first: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sums over a batch, and its arguments of `distribution_metrics`. `first` is the number of the first row."""
-    assert trainer.teacher is not None and trainer.projectors is not None
-    method = trainer.args.method_row
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    with trainer._autocast():
-        hidden = trainer._last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
-        student, teacher = trainer._both_states(hidden, batch)
-        assert teacher is not None
-        queries = keys = None
-        if method.has_queries:
-            queries, keys = queries_and_keys(
-                student, teacher, trainer.projectors, scale_queries=trainer.args.scale_queries
-            )
-
+    objective, has_queries = distiller.objective, distiller.config.method_row.has_queries
+    assert isinstance(objective, DualSpace)
+    views = distiller.views(distiller.student, distiller.batch(rows))
+    student, teacher = views.student, views.teacher
+    assert teacher is not None
+    with distiller.autocast():
         sums = {"student_tokens": student.counts.sum(), "teacher_tokens": teacher.counts.sum()}
-        sums |= _space_sums(trainer, student, teacher, method.alignment, queries, keys)
+        sums |= _space_sums(distiller, student, teacher)
         chunks = [chunks_of(example) for example in examples]
         chunked = (
             _with_chunks(student, [of_student for of_student, _ in chunks]),
             _with_chunks(teacher, [of_teacher for _, of_teacher in chunks]),
         )
-        probes = {"probe_clp_": "chunk_mean"}
-        if method.has_queries:
-            probes["probe_cla_"] = "chunk_attention"
+        probes = {"probe_clp_": "chunk_mean", **({"probe_cla_": "chunk_attention"} if has_queries else {})}
         for prefix, alignment in probes.items():
-            probed = _space_sums(trainer, *chunked, alignment, queries, keys)
+            probed = _space_sums(distiller, *chunked, alignment)
             sums |= {prefix + name: value for name, value in probed.items()}
-    if queries is None or keys is None:
-        return sums, {}
-    vectors = {
-        "queries": student.packed(queries).float(),
-        "keys": teacher.packed(keys).float(),
-        "query_groups": student.mask.nonzero()[:, 0] + first,
-        "key_groups": teacher.mask.nonzero()[:, 0] + first,
-    }
-    if trainer.adversary is not None and isinstance(trainer.adversary.critic, Discriminator):
-        critic = trainer.adversary.critic
-        vectors |= {"query_scores": critic(vectors["queries"]), "key_scores": critic(vectors["keys"])}
+        queries, keys = objective.queries_and_keys(student, teacher)
+        if queries is None or keys is None:
+            return sums, {}
+        vectors = {
+            "queries": student.packed(queries).float(),
+            "keys": teacher.packed(keys).float(),
+            "query_groups": student.mask.nonzero()[:, 0] + first,
+            "key_groups": teacher.mask.nonzero()[:, 0] + first,
+        }
+    if objective.matching is not None:
+        of_critic = {"query_scores": vectors["queries"], "key_scores": vectors["keys"]}
+        scores = {name: objective.matching.scores(rows) for name, rows in of_critic.items()}
+        vectors |= {name: found for name, found in scores.items() if found is not None}
     return sums, {name: values.cpu() for name, values in vectors.items()}
 
 
 def _space_sums(
-    trainer: DSKDTrainer,
-    student: ResponseStates,
-    teacher: ResponseStates,
-    alignment: str | None,
-    queries: Tensor | None,
-    keys: Tensor | None,
+    distiller: Distiller, student: ResponseStates, teacher: ResponseStates, alignment: str | None = None
 ) -> dict[str, Tensor]:
-    """What projected states get right under an alignment, summed over the rows of the batch."""
-    assert trainer.teacher is not None and trainer.projectors is not None
-    config, projectors, head = trainer.args, trainer.projectors, trainer.teacher.head.detach()
-    spaces, chunks = config.method_row.spaces, chunk_options(config, student.hidden.device)
-    weights = aligned(alignment, student, teacher, queries, keys)
-    _, terms, _, _ = dual_space_terms(
-        student,
-        teacher,
-        weights,
-        projectors,
-        lm_head(trainer.model),
-        head,
-        student_space_divergence=space_divergence(config, "student") if "student" in spaces else None,
-        teacher_space_divergence=space_divergence(config, "teacher") if "teacher" in spaces else None,
-        teacher_value=config.method_row.teacher_value,
-        label_map=trainer._constants.label_map if config.method_row.label == "teacher" else None,
-        weights=({}, {}),
-        **chunks,
-    )
-    if "teacher" in spaces:
-        value = student.unpacked(projectors.s2t(student.packed(student.hidden).float()))
+    """What projected states get right under an alignment, the method's or another, summed over the batch."""
+    objective = distiller.objective
+    assert isinstance(objective, DualSpace)
+    weights = distiller.align(student, teacher, alignment)
+    terms = dict(objective.compare(student, teacher, weights, Step()).sums)
+    if "teacher" in distiller.config.method_row.spaces:
+        value = student.unpacked(objective.projectors.s2t(student.packed(student.hidden).float()))
         projected, targets = teacher.packed(weights.to_teacher(value)), teacher.packed(teacher.targets)
-        correct = linear_rows(response_rows, [projected], [head], [targets], weights={}, **chunks)[1]["correct"]
-        terms["s2t_correct"] = correct * teacher.packed(weights.has_student)
+        chunks = objective.chunks(student.hidden.device)
+        rows = linear_rows(response_rows, [projected], [teacher.head.detach()], [targets], weights={}, **chunks)[1]
+        terms["s2t_correct"] = rows["correct"] * teacher.packed(weights.has_student)
     return {name: terms[name].double().sum() for name in _RATIOS if name in terms}
 
 
@@ -198,17 +176,3 @@ def _with_chunks(states: ResponseStates, chunks: list[Sequence[int]]) -> Respons
     ids = torch.tensor([chunk for example in chunks for chunk in example], device=states.mask.device)
     padded = torch.full(states.mask.shape, -1, device=ids.device)
     return replace(states, chunks=padded.masked_scatter(states.mask, ids))
-
-
-@contextmanager
-def unchanged(trainer: DSKDTrainer) -> Iterator[None]:
-    """Evaluation mode for what a run trains, and each of its parts in its own mode again afterwards."""
-    trained: list[nn.Module] = [trainer.model, *trainer._auxiliary_modules().values()]
-    modes = [(part, part.training) for module in trained for part in module.modules()]
-    for module in trained:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

@@ -14,21 +14,21 @@ The analyses of a run, on disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..objective import total_loss, weights
-from .heatmap import contact_sheet, has_alignment, plot_attention
+from ..losses.objective import Step
+from .heatmap import contact_sheet, plot_attention
 from .pages import write_page
-from .probe import Analysis, analyse, unchanged
+from .probe import Analysis, analyse
 from .projection import plot_projection
 
 
 if TYPE_CHECKING:
-    from ..trainer import DSKDTrainer
+    from ..training.distiller import Distiller
 
 NUMBERS_NAME = "numbers.jsonl"
 VECTORS_NAME = "vectors.safetensors"
@@ -45,29 +45,36 @@ def probe_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
 
 
 def record(
-    trainer: DSKDTrainer, rows: Sequence[dict[str, Any]], folder: str | Path, pictures: bool
+    distiller: Distiller,
+    rows: Sequence[dict[str, Any]],
+    folder: str | Path,
+    pictures: bool,
+    step: int = 0,
+    progress: float = 0.0,
 ) -> dict[str, float]:
     """
     Analyses a run in its present state and writes the numbers to `folder`, with `pictures` also those.
 
     Args:
-        trainer ([`~hf_dskd.DSKDTrainer`]): With a teacher.
+        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher, such as `trainer.distiller`.
         rows (`Sequence[dict[str, Any]]`): Tokenized for both models.
         folder (`str` or `Path`): `analysis` in the run's output folder. What it has of this step is replaced.
         pictures (`bool`): Whether to draw.
+        step (`int`, *optional*, defaults to `0`): Steps that the run has done.
+        progress (`float`, *optional*, defaults to `0.0`): The same as a share of all, for scheduled temperatures.
 
     Returns:
         `dict[str, float]`: the numbers by name (see [`~hf_dskd.analysis.probe.analyse`] and [`gradient_norms`]).
     """
-    step, folder = trainer.state.global_step, Path(folder)
+    folder = Path(folder)
     numbers: dict[str, float] = {}
-    if has_alignment(trainer.args.method_row):
-        analysis = analyse(trainer, rows)
+    if distiller.config.method_row.has_alignment:
+        analysis = analyse(distiller, rows, step=step)
         numbers |= analysis.numbers
         if pictures:
             draw(analysis, folder / f"step-{step}")
             draw_projections(folder)
-    numbers |= gradient_norms(trainer, rows[:GRADIENT_EXAMPLES])
+    numbers |= gradient_norms(distiller, rows[:GRADIENT_EXAMPLES], progress)
     entries = [entry for entry in read_numbers(folder) if entry["step"] != step]
     _write_numbers(folder, [*entries, {"step": step, **numbers}])
     return numbers
@@ -95,33 +102,33 @@ def _write_numbers(folder: Path, entries: list[dict[str, Any]]) -> None:
     write_text(folder / NUMBERS_NAME, "".join(json.dumps(entry) + "\n" for entry in ordered))
 
 
-def gradient_norms(trainer: DSKDTrainer, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def gradient_norms(distiller: Distiller, rows: Sequence[Mapping[str, Any]], progress: float = 0.0) -> dict[str, float]:
     """
-    How strongly each term of the loss, with its weight, pulls at what the student's optimizer trains.
+    Measures how strongly each term of the loss, with its weight, pulls at what the student's optimizer trains.
 
     Computed on all `rows` as one batch, in evaluation mode; leaves the run as it is.
+
+    Args:
+        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher.
+        rows (`Sequence[Mapping[str, Any]]`): Tokenized for both models.
+        progress (`float`, *optional*, defaults to `0.0`): How much of the training is done, 0 to 1.
 
     Returns:
         `dict[str, float]`: `gradient_norm_{term}`, the L2 norm of the term's gradient in the student's trained weights
         and the projectors.
     """
-    config = trainer.args
-    names = [name for side in weights(config) for name in side]
-    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    parameters += trainer._projector_parameters()
-    norms = {}
-    batch = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
-    with unchanged(trainer), torch.enable_grad():
-        _, student, teacher, attention = trainer._run_both(trainer.model, batch)
-        if trainer._last_hidden_state.added is not None:
+    names, parameters, norms = list(distiller.weights()), distiller.trained(), {}
+    with distiller.unchanged(), torch.enable_grad():
+        views = distiller.views(distiller.student, distiller.batch(rows))
+        if views.added is not None:
             names.append("aux")
         for name in names:
-            with trainer._autocast():
-                terms = trainer._terms(student, teacher, batch, training=False, attention=attention, only=name)
+            with distiller.autocast():
+                terms = distiller.terms(views, Step(progress, only=name))
             counts = (terms.student_tokens, terms.student_tokens)
             if terms.teacher_tokens is not None:
                 counts = (terms.student_tokens, terms.teacher_tokens)
-            loss = total_loss(config, terms, *(count.sum().clamp_min(1) for count in counts))
+            loss = distiller.loss(terms, *(count.sum().clamp_min(1) for count in counts))
             found = [
                 gradient.double().square().sum()
                 for gradient in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

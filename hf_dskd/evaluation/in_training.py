@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..alignment.spans import answer_spans
 from ..data.fillers import FilledStream, without_fillers
+from ..losses.objective import Terms
 from ..losses.terms import ratios
 from ..models.generation import read_response, response_text
-from ..objective import Terms, weighted_loss
 from ..running_log import RunningLog, exact_dtype
 from ..training.batches import Batches
 from .generation import score_generation
@@ -23,12 +23,14 @@ from .likelihood import covers_text
 if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
-    from ..losses.dual_space import ResponseStates
+    from ..losses.states import ResponseStates
+    from ..training.distiller import Distiller
 
 
 class Evaluations(Batches):
     """How [`~hf_dskd.DSKDTrainer`] evaluates; a part of it."""
 
+    distiller: Distiller
     running_log: RunningLog
     # A row of sums for each example of the evaluation that is under way, and the names of its columns.
     _evaluated: list[Tensor]
@@ -62,9 +64,9 @@ class Evaluations(Batches):
         zeros = torch.zeros_like(text)
         teacher_tokens = zeros if terms.teacher_tokens is None else terms.teacher_tokens
         columns = [terms.student_tokens, teacher_tokens, inputs["response_bytes"], text]
-        values = {**terms.student, **terms.teacher}
-        if self.args.as_published:
-            # Its other terms depend on what else is in a batch, and none has an exact mean.
+        values = dict(terms.sums)
+        if not self.distiller.exact_means:
+            # The others depend on what else is in a batch, and none has an exact mean.
             values = {name: value for name, value in values.items() if name in ("ce", "correct")}
         elif terms.added is not None:
             values["aux"] = terms.added.expand_as(text)
@@ -103,13 +105,11 @@ class Evaluations(Batches):
         self._evaluated = []
         student_tokens, teacher_tokens, response_bytes, text, *values = sums
         totals = dict(zip(self._evaluated_names, values))
-        metrics = {}
-        if not self.args.as_published:
-            metrics["loss"] = weighted_loss(self.args, totals, student_tokens, teacher_tokens)
-            # Of a batch, not of its tokens: a mean over examples, as of the loss in Trainer.
-            metrics["loss"] += totals.get("aux", 0.0) / len(rows)
-        counts = {"student_tokens": student_tokens, "teacher_tokens": teacher_tokens, "ranked_sums": len(rows)}
-        metrics |= ratios(totals | counts, evaluated=True)
+        # What a model adds is of a batch, not of its tokens: a mean over examples, as of the loss in Trainer.
+        totals |= {"student_tokens": student_tokens, "teacher_tokens": teacher_tokens, "ranked_sums": len(rows)}
+        metrics = ratios(totals, evaluated=True)
+        if self.distiller.exact_means:
+            metrics["loss"] = self.distiller.mean_loss(totals) + totals.get("aux", 0.0) / len(rows)
         metrics["bits_per_byte"] = text / math.log(2) / response_bytes
         return metrics
 

@@ -396,7 +396,7 @@ def auxiliary_parameters(student: Size, teacher: Size, method: str) -> tuple[int
 
     from ..losses.conditional_transport import TransportCritics
     from ..losses.key_query import Discriminator
-    from ..projectors import Projectors
+    from ..losses.projectors import Projectors
 
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.random import cpu_seed
-from .key_query import ReverseGradient, highway, squared_distances
+from .key_query import highway, squared_distances
 
 
 class _Critic(nn.Module):
@@ -161,25 +161,3 @@ def _both_ways(x: Tensor, y: Tensor, scores: Tensor, x_mask: Tensor, y_mask: Ten
     to_x = (cost * torch.softmax(scores, 1)).sum((1, 2)) / y_count
     to_y = (cost * torch.softmax(scores, 2)).sum((1, 2)) / x_count
     return (to_x + to_y) / 2
-
-
-def published_transport_loss(
-    critics: TransportCritics,
-    queries: Tensor,
-    keys: Tensor,
-    noise: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Tensor:
-    """
-    The matching loss as the released code computes it, a scalar.
-
-    Minus the cost, as a mean over *every* position of `queries` and `keys` `[B, S, d]`, prompt and padding included,
-    with the gradient reversed before all four networks. So the query projector minimises the cost, and the networks'
-    gradients would maximise it, the navigators' included (the released code applies none of them). `noise` is the
-    dropout's, of queries and of keys, `[B, S, 2 d]`.
-    """
-    every_query, every_key = (
-        torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) for values in (queries, keys)
-    )
-    queries, keys = ReverseGradient.apply(queries), ReverseGradient.apply(keys)
-    rows = [None if numbers is None else numbers.flatten(0, 1) for numbers in noise]
-    return -transport_cost(critics, queries, keys, every_query, every_key, (rows[0], rows[1])).mean()

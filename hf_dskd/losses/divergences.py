@@ -2,21 +2,8 @@
 Divergences between two next-token distributions, one value per row.
 
 Every function takes `student_logits` and `teacher_logits` of shape `[..., V]` that are *already divided by their
-temperatures*, works in float32 (float64 stays float64), and returns nats of shape `[...]`. With p the teacher's and
-q the student's distribution:
-
-| name | formula |
-|---|---|
-| `forward_kl` | KL(p ‖ q) |
-| `reverse_kl` | KL(q ‖ p) |
-| `symmetric_kl` | ½ KL(p ‖ q) + ½ KL(q ‖ p) |
-| `js` | w KL(p ‖ m) + (1 − w) KL(q ‖ m), m = w p + (1 − w) q |
-| `skewed_forward_kl` | KL(p ‖ λ p + (1 − λ) q) |
-| `skewed_reverse_kl` | KL(q ‖ (1 − λ) p + λ q) |
-| `adaptive_kl` | w KL(p ‖ q) + (1 − w) KL(q ‖ p), w = share of Σ\\|p − q\\| that lies on p's head |
-| `total_variation` | ½ Σ\\|p − q\\| |
-
-Sources: skewed KL, DistiLLM (arXiv 2402.03898); adaptive KL, arXiv 2404.02657.
+temperatures*, works in float32 (float64 stays float64), and returns nats of shape `[...]`. The formulas are in
+[`hf_dskd.methods.DIVERGENCES`], with p the teacher's and q the student's distribution.
 """
 
 from __future__ import annotations
@@ -25,9 +12,12 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..methods import DIVERGENCES
 
 
 DivergenceFunction = Callable[[Tensor, Tensor], Tensor]
@@ -116,23 +106,18 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return 0.5 * (p - q).abs().sum(-1)
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "symmetric_kl": symmetric_kl,
-    "js": js,
-    "skewed_forward_kl": skewed_forward_kl,
-    "skewed_reverse_kl": skewed_reverse_kl,
-    "adaptive_kl": adaptive_kl,
-    "total_variation": total_variation,
-}
+def divergence_function(name: str, config: Any = None) -> DivergenceFunction:
+    """
+    Returns the divergence called `name` in [`~hf_dskd.methods.DIVERGENCES`], with its parameters.
 
-
-def divergence_function(
-    name: str, *, skew_lambda: float = 0.1, adaptive_kl_alpha: float = 0.5, js_weight: float = 0.5
-) -> DivergenceFunction:
-    """The divergence called `name`, with those parameters filled in that it takes."""
-    parameters = {"skew_lambda": skew_lambda, "adaptive_kl_alpha": adaptive_kl_alpha, "js_weight": js_weight}
-    divergence = DIVERGENCES[name]
-    taken = inspect.signature(divergence).parameters.keys() & parameters.keys()
-    return partial(divergence, **{parameter: parameters[parameter] for parameter in taken})
+    Args:
+        name (`str`): Of its row.
+        config (optional): What its keyword-only parameters are read from, such as `skew_lambda` of a [`DSKDConfig`];
+            without it they have their defaults.
+    """
+    divergence = DIVERGENCES[name].load()
+    if config is None:
+        return divergence
+    parameters = inspect.signature(divergence).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    return partial(divergence, **{name: getattr(config, name) for name in names})

@@ -8,7 +8,8 @@ Terms come back as *sums per example* `[B]`; only the trainer knows by how many 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,155 +17,112 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..alignment.cross_model import unit_std
-from ..alignment.weights import AlignmentWeights, TiledAttention
+from ..data.vocabulary import shared_tokens
 from ..kernels.linear_divergence import RowFunction, linear_rows
-from ..models.causal_lm import answer_positions
+from ..methods import ALIGNMENTS, MATCHINGS
+from ..models.causal_lm import hidden_size
+from .cross_entropy import own_rows, response_rows
 from .divergences import DivergenceFunction, precise
+from .objective import Objective, Step, Terms
+from .projectors import Projectors
+from .states import IGNORE, ResponseStates
+from .terms import TERMS
 
 
 if TYPE_CHECKING:
+    from ..alignment.weights import AlignmentWeights, TiledAttention
+    from ..config import DSKDConfig
     from ..models.causal_lm import LMHead
-    from ..projectors import Projectors
 
-IGNORE = -100
+logger = logging.getLogger(__name__)
+STUDENT_SPACE, TEACHER_SPACE = ("t2s_ce", "t2s_kd", "t2s_correct", "t2s_rows"), ("s2t_kd", "s2t_agree")
 
 
-@dataclass(frozen=True)
-class ResponseStates:
+class DualSpace(Objective):
     """
-    One model's view of the responses of a batch.
+    DSKD with any alignment and matching (arXiv 2603.22056, Eqs. 9 and 16).
 
-    Attributes:
-        hidden (`[B, R, d]`): Last hidden state at the positions that predict a response token.
-        input_embedding (`[B, R, d]`): Of the token at that position; carries no gradient.
-        target_embedding (`[B, R, d]`): Of the token to be predicted; carries no gradient.
-        targets (`[B, R]`): The token to be predicted; 0 where `mask` is false.
-        mask (`[B, R]`): Which rows are real.
-        statistics_mask (`[B, R]`, *optional*):
-            Which rows enter standard deviations; `None` is all of the batch together, padding included.
-        chunks (`[B, R]`, *optional*): Chunk of the token to be predicted, -1 outside the response.
-        partners (`[B, R]`, *optional*): Which response token of the other model stands for it, -1 for none.
-        places (`[B, R]`, *optional*): Which answer of the row it belongs to, and where in it; -1 outside the response.
-        silent (`[B, R]`, bool, *optional*): Whether it stands before the text of an answer, or closes it.
+    Where gradients go: `t2s_ce` trains t2s and, through the attention, query; `t2s_kd` the student alone (its target
+    is a constant); `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.
+    Positions that the alignment gives no partner count in no distillation term.
     """
 
-    hidden: Tensor
-    input_embedding: Tensor
-    target_embedding: Tensor
-    targets: Tensor
-    mask: Tensor
-    statistics_mask: Tensor | None
-    chunks: Tensor | None = None
-    partners: Tensor | None = None
-    places: Tensor | None = None
-    silent: Tensor | None = None
+    projectors: Projectors
 
-    @property
-    def counts(self) -> Tensor:
-        """Response tokens per example, `[B]`."""
-        return self.mask.sum(1)
+    def __init__(self, config: DSKDConfig, pair: Any, device: torch.device):
+        super().__init__(config, pair, device)
+        row = self.row
+        names = [*("ce", "correct"), *(STUDENT_SPACE if "student" in row.spaces else ())]
+        names += ["kq"] if row.matching is not None else []
+        names += TEACHER_SPACE if "teacher" in row.spaces else ()
+        self.terms = tuple(TERMS[name] for name in names)
+        self.shared = None
+        if row.label == "teacher" or row.projector_init == "pseudo_inverse":
+            tokenizer, teacher_tokenizer = pair.tokenizers
+            self.shared = shared_tokens(tokenizer, teacher_tokenizer, pair.ends)
+        self.label_map: Tensor | None = None
+        if row.label == "teacher":
+            assert self.shared is not None
+            student_ids, teacher_ids = self.shared
+            self.label_map = torch.full((pair.teacher.rows,), -1, dtype=torch.int64)
+            self.label_map[teacher_ids] = student_ids
+            self.label_map = self.label_map.to(device)
+        width, teacher_width = hidden_size(pair.student.config), hidden_size(pair.teacher.config)
+        self.projectors = Projectors(width, teacher_width, seed=config.seed, has_query=row.has_queries).to(device)
+        if row.matching is not None:
+            self.matching = MATCHINGS[row.matching].load()(config, 2 * teacher_width, config.seed + 1, device)
 
-    def packed(self, values: Tensor) -> Tensor:
-        """The real rows of `values` `[B, R, ...]` as `[N, ...]`."""
-        return values[self.mask]
+    def start(self, student_head: LMHead, teacher_head: LMHead) -> None:
+        """Sets the projectors from the two heads, where the method has them so."""
+        if self.row.projector_init == "pseudo_inverse":
+            assert self.shared is not None
+            residuals = self.projectors.init_from_heads(student_head, teacher_head, *self.shared)
+            logger.info("projectors from the heads over %d shared tokens: %s", len(self.shared[0]), residuals)
 
-    def row_names(self, example_ids: Tensor) -> Tensor:
-        """A number for each packed row `[N]`, made of its example's id and its place in the response."""
-        example, place = self.mask.nonzero(as_tuple=True)
-        return example_ids[example] * 2**20 + place
+    def __call__(self, student: ResponseStates, teacher: ResponseStates, step: Step) -> Terms:
+        queries, keys = self.queries_and_keys(student, teacher)
+        alignment = ALIGNMENTS[str(self.row.alignment)].load()(student, teacher, queries, keys)
+        terms = self.compare(student, teacher, alignment, step)
+        if self.matching is not None:
+            assert queries is not None and keys is not None
+            terms.sums["kq"], terms.features = self.matching(student, teacher, queries, keys, step.seed)
+            terms.student_loss = terms.student_loss + self.weights(step)["kq"] * terms.sums["kq"].sum()
+        return terms
 
-    def per_example(self, rows: Tensor) -> Tensor:
-        """Sums packed row values `[N]` by example, `[B]`."""
-        return sum_by_example(rows, self.mask)
+    def queries_and_keys(
+        self, student: ResponseStates, teacher: ResponseStates
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Makes queries and keys (see [`queries_and_keys`]); `None` for an alignment without."""
+        if not self.row.has_queries:
+            return None, None
+        return queries_and_keys(student, teacher, self.projectors, scale_queries=self.config.scale_queries)
 
-    def padded(self, rows: Tensor) -> Tensor:
-        """Packed row values `[N]` as `[B, R]`, 0 where there is no row."""
-        return torch.zeros(self.mask.shape, dtype=rows.dtype, device=rows.device).masked_scatter(self.mask, rows)
-
-    def unpacked(self, rows: Tensor) -> Tensor:
-        """Packed rows `[N, d]` as `[B, R, d]`, 0 where there is no row."""
-        padded = rows.new_zeros(*self.mask.shape, rows.shape[-1])
-        return padded.index_put(self.mask.nonzero(as_tuple=True), rows)
-
-
-def sum_by_example(rows: Tensor, mask: Tensor) -> Tensor:
-    """Sums values `[N]` of the rows that `mask` `[B, R]` marks by example, `[B]`."""
-    example = mask.nonzero()[:, 0]
-    return torch.zeros(len(mask), dtype=rows.dtype, device=rows.device).index_add(0, example, rows)
-
-
-def response_states(
-    hidden: Tensor,
-    input_ids: Tensor,
-    labels: Tensor,
-    embedding: Tensor,
-    chunks: Tensor | None = None,
-    partners: Tensor | None = None,
-    gathered: bool = False,
-    places: Tensor | None = None,
-    silent: Tensor | None = None,
-) -> ResponseStates:
-    """
-    Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
-
-    Args:
-        hidden (`torch.Tensor` of shape `[B, S, d]`, or `[B, R, d]` with `gathered`): Last hidden state.
-        input_ids (`torch.Tensor` of shape `[B, S]`): Tokens.
-        labels (`torch.Tensor` of shape `[B, S]`): Tokens with -100 on prompt and padding, not shifted.
-        embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
-        chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
-        gathered (`bool`, *optional*, defaults to `False`):
-            `hidden` has only the rows that predict a response token, as a teacher's.
-        places (`torch.Tensor` of shape `[B, S]`, *optional*), silent (`[B, S]`, bool, *optional*):
-            Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
-    """
-
-    def of_targets(values: Tensor | None, nothing: int = -1) -> Tensor | None:
-        return None if values is None else values[:, 1:].gather(1, rows).masked_fill(~mask, nothing)
-
-    rows, mask = answer_positions(labels)
-    inputs = input_ids.gather(1, rows)
-    targets = labels[:, 1:].gather(1, rows).masked_fill(~mask, 0)
-    embedding = embedding.detach()
-    if not gathered:
-        hidden = hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    return ResponseStates(
-        hidden=hidden,
-        input_embedding=F.embedding(inputs, embedding),
-        target_embedding=F.embedding(targets, embedding),
-        targets=targets,
-        mask=mask,
-        statistics_mask=mask,
-        chunks=of_targets(chunks),
-        partners=of_targets(partners),
-        places=of_targets(places),
-        silent=of_targets(silent, 0),
-    )
-
-
-def published_states(
-    hidden: Tensor, input_ids: Tensor, targets: Tensor, embedding: Tensor, chunks: Tensor | None = None
-) -> ResponseStates:
-    """
-    The same view as the released code builds it: every position stays, those outside the response embed token 0, and
-    standard deviations run over all of them.
-
-    `targets` `[B, S]` are already shifted: `targets[:, i]` is the token after `input_ids[:, i]`, or -100. `chunks`
-    `[B, S]` are those of the *input* tokens, by which that code aligns
-    (see [`~hf_dskd.alignment.chunked.input_chunks`]).
-    """
-    mask = targets != IGNORE
-    embedding = embedding.detach()
-    targets = targets.masked_fill(~mask, 0)
-    return ResponseStates(
-        hidden=hidden,
-        input_embedding=F.embedding(input_ids.masked_fill(~mask, 0), embedding),
-        target_embedding=F.embedding(targets, embedding),
-        targets=targets,
-        mask=mask,
-        statistics_mask=None,
-        chunks=chunks,
-    )
+    def compare(
+        self,
+        student: ResponseStates,
+        teacher: ResponseStates,
+        alignment: AlignmentWeights | TiledAttention,
+        step: Step,
+    ) -> Terms:
+        """Computes the terms of both spaces under an alignment, the method's or another."""
+        row, rates = self.row, self.weights(step)
+        # The matching's weight isn't of rows.
+        weights = tuple(
+            {name: rate for name, rate in rates.items() if name in names}
+            for names in (("ce", *STUDENT_SPACE), TEACHER_SPACE)
+        )
+        rows, sums, student_loss, teacher_loss = dual_space_terms(
+            *(student, teacher, alignment, self.projectors),
+            student_space_divergence=self.divergence("student", step) if "student" in row.spaces else None,
+            teacher_space_divergence=self.divergence("teacher", step) if "teacher" in row.spaces else None,
+            teacher_value=row.teacher_value,
+            label_map=self.label_map,
+            correctness_mask=self.config.correctness_mask,
+            weights=weights,
+            **self.chunks(student.hidden.device),
+        )
+        assert student_loss is not None
+        return Terms(sums, student.counts, student_loss, teacher_loss, teacher.counts, rows["ce"])
 
 
 def queries_and_keys(
@@ -190,11 +148,6 @@ def queries_and_keys(
     return queries, keys
 
 
-def token_cross_entropy(states: ResponseStates, logits: Tensor) -> Tensor:
-    """Cross entropy with the response per row `[N]`, in nats, of packed `logits` `[N, V]`."""
-    return F.cross_entropy(precise(logits), states.packed(states.targets), reduction="none")
-
-
 def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, label_map: Tensor) -> Tensor:
     """
     The teacher's own prediction as a token of the student, `[B, R_s]`; -100 where the student has no such token.
@@ -207,14 +160,6 @@ def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, la
     """
     labels = teacher.padded(label_map[predictions]).gather(1, t2s.argmax(-1))
     return labels.masked_fill((labels < 0) | (t2s.sum(-1) == 0), IGNORE)
-
-
-def response_rows(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Cross entropy (`ce`) with `targets` `[n]`, and where the likeliest token is the target (`correct`)."""
-    return {
-        "ce": F.cross_entropy(logits, targets, reduction="none"),
-        "correct": (logits.argmax(-1) == targets).to(logits.dtype),
-    }
 
 
 def student_space_rows(divergence: DivergenceFunction, correctness_mask: bool = True) -> RowFunction:
@@ -268,39 +213,27 @@ def teacher_space_rows(divergence: DivergenceFunction) -> RowFunction:
     return terms
 
 
-def prediction_rows(logits: Tensor) -> dict[str, Tensor]:
-    """The likeliest token of each row."""
-    return {"prediction": logits.argmax(-1)}
-
-
 def dual_space_terms(
     student: ResponseStates,
     teacher: ResponseStates,
     alignment: AlignmentWeights | TiledAttention,
     projectors: Projectors,
-    student_head: LMHead,
-    teacher_head: LMHead,
     *,
     student_space_divergence: DivergenceFunction | None,
     teacher_space_divergence: DivergenceFunction | None,
     teacher_value: str = "state_and_target",
     label_map: Tensor | None = None,
     correctness_mask: bool = True,
-    weights: tuple[dict[str, float], dict[str, float]] | None = None,
+    weights: Sequence[dict[str, float] | None] = (None, None),
     **chunks: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, Tensor | None]:
     """
-    The student's own terms and the distillation terms of DSKD (arXiv 2603.22056, Eqs. 4 to 9), as sums per example.
-
-    Where gradients go: `t2s_ce` trains t2s and, through the attention, query; `t2s_kd` the student alone (its target
-    is a constant); `s2t_kd` the student's hidden state, s2t and query. Heads used across spaces are constants.
-    Positions that the alignment gives no partner count in no distillation term.
+    Computes the student's own terms and the distillation terms of DSKD (arXiv 2603.22056, Eqs. 4 to 9).
 
     Args:
-        student, teacher ([`ResponseStates`]): The two views of the batch.
+        student, teacher ([`ResponseStates`]): The two views of the batch, with their heads.
         alignment ([`~hf_dskd.alignment.weights.AlignmentWeights`]): Of their positions.
-        projectors ([`~hf_dskd.projectors.Projectors`]): s2t and t2s.
-        student_head, teacher_head ([`~hf_dskd.models.causal_lm.LMHead`]): To logits.
+        projectors ([`Projectors`]): s2t and t2s.
         student_space_divergence, teacher_space_divergence:
             Of raw `(student_logits, teacher_logits)`, per row, temperature inside. `None` leaves that space out.
         teacher_value (`str`, *optional*, defaults to `"state_and_target"`):
@@ -320,57 +253,89 @@ def dual_space_terms(
         and `t2s_kd` with the counts `t2s_correct` and `t2s_rows` (student rows), `s2t_kd` with the count `s2t_agree`
         (teacher rows). The weighted sums over student rows and over teacher rows, scalars; `None` without `weights`.
     """
-    student_weights, teacher_weights = (None, None) if weights is None else weights
-    terms: dict[str, Tensor] = {}
-    teacher_total = predictions = None
-    teacher_hidden = teacher.packed(teacher.hidden)
+    sums: dict[str, Tensor] = {}
+    teacher_total = predictions = labels = None
     if teacher_space_divergence is not None:
-        value = student.unpacked(projectors.s2t(precise(student.packed(student.hidden))))
-        teacher_total, rows = linear_rows(
-            teacher_space_rows(teacher_space_divergence),
-            [teacher.packed(alignment.to_teacher(value)), teacher_hidden],
-            [teacher_head.detach()] * 2,
-            [teacher.packed(alignment.has_student)],
-            weights=teacher_weights,
-            **chunks,
-        )
+        terms = teacher_space_rows(teacher_space_divergence)
+        teacher_total, rows = _in_teacher_space(terms, student, teacher, alignment, projectors, weights[1], **chunks)
         predictions = rows.pop("prediction")
-        terms |= {name: teacher.per_example(values) for name, values in rows.items()}
-
+        sums = {name: teacher.per_example(values) for name, values in rows.items()}
     if student_space_divergence is None:
-        student_total, rows = own_rows(student, student_head, student_weights, **chunks)
+        student_total, rows = own_rows(student, weights[0], **chunks)
     else:
-        paired, labels = student.mask & alignment.has_teacher, student.targets
         if label_map is not None:
             if predictions is None:
-                rows = linear_rows(prediction_rows, [teacher_hidden], [teacher_head.detach()], weights={}, **chunks)[1]
-                predictions = rows["prediction"]
-            assert isinstance(alignment, AlignmentWeights)
+                predictions = teacher_predictions(teacher, **chunks)
             labels = teacher_labels(predictions, teacher, alignment.t2s, label_map)
-            paired, labels = paired & (labels != IGNORE), labels.clamp(min=0)
-        value = precise(teacher.hidden)
-        if teacher_value == "state_and_target":
-            # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts.
-            value = unit_std(value, teacher.statistics_mask) + unit_std(
-                precise(teacher.target_embedding), teacher.statistics_mask
-            )
-        value = teacher.unpacked(projectors.t2s(teacher.packed(value)))
-        student_total, rows = linear_rows(
-            student_space_rows(student_space_divergence, correctness_mask),
-            [student.packed(student.hidden), student.packed(alignment.to_student(value))],
-            [student_head, student_head.detach()],
-            [student.packed(values) for values in (student.targets, labels, paired)],
-            weights=student_weights,
-            **chunks,
+        terms = student_space_rows(student_space_divergence, correctness_mask)
+        student_total, rows = _in_student_space(
+            *(terms, student, teacher, alignment, projectors, labels, teacher_value, weights[0]), **chunks
         )
     # In one order on every process: ranks add their logs up by place.
     own = {name: student.per_example(values) for name, values in rows.items()}
-    return rows, own | terms, student_total, teacher_total
+    return rows, own | sums, student_total, teacher_total
 
 
-def own_rows(
-    student: ResponseStates, head: LMHead, weights: dict[str, float] | None, **chunks: Any
+def teacher_predictions(teacher: ResponseStates, **chunks: Any) -> Tensor:
+    """Returns the teacher's likeliest token at each of its rows, `[N_t]`."""
+
+    def terms(logits: Tensor) -> dict[str, Tensor]:
+        return {"prediction": logits.argmax(-1)}
+
+    hidden = teacher.packed(teacher.hidden)
+    return linear_rows(terms, [hidden], [teacher.head.detach()], weights={}, **chunks)[1]["prediction"]
+
+
+def _in_teacher_space(
+    terms: RowFunction,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    alignment: AlignmentWeights | TiledAttention,
+    projectors: Projectors,
+    weights: dict[str, float] | None,
+    **chunks: Any,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The student alone: see [`response_rows`] and [`~hf_dskd.kernels.linear_divergence.linear_rows`]."""
-    hidden, targets = student.packed(student.hidden), student.packed(student.targets)
-    return linear_rows(response_rows, [hidden], [head], [targets], weights=weights, **chunks)
+    """The student's states projected into the teacher's space, and compared there (Eq. 8); terms `[N_t]`."""
+    value = student.unpacked(projectors.s2t(precise(student.packed(student.hidden))))
+    return linear_rows(
+        terms,
+        [teacher.packed(alignment.to_teacher(value)), teacher.packed(teacher.hidden)],
+        [teacher.head.detach()] * 2,
+        [teacher.packed(alignment.has_student)],
+        weights=weights,
+        **chunks,
+    )
+
+
+def _in_student_space(
+    terms: RowFunction,
+    student: ResponseStates,
+    teacher: ResponseStates,
+    alignment: AlignmentWeights | TiledAttention,
+    projectors: Projectors,
+    labels: Tensor | None,
+    teacher_value: str,
+    weights: dict[str, float] | None,
+    **chunks: Any,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The teacher's states projected into the student's space, and compared there (Eqs. 4 to 7); terms `[N_s]`."""
+    paired = student.mask & alignment.has_teacher
+    if labels is None:
+        labels = student.targets
+    else:
+        paired, labels = paired & (labels != IGNORE), labels.clamp(min=0)
+    value = precise(teacher.hidden)
+    if teacher_value == "state_and_target":
+        # N_std(h^t) + N_std(e^t_target): the teacher's state and the very token that it predicts.
+        value = unit_std(value, teacher.statistics_mask) + unit_std(
+            precise(teacher.target_embedding), teacher.statistics_mask
+        )
+    value = teacher.unpacked(projectors.t2s(teacher.packed(value)))
+    return linear_rows(
+        terms,
+        [student.packed(student.hidden), student.packed(alignment.to_student(value))],
+        [student.head, student.head.detach()],
+        [student.packed(values) for values in (student.targets, labels, paired)],
+        weights=weights,
+        **chunks,
+    )

@@ -12,7 +12,6 @@ the rows of each example. (Conditional transport, Eq. 15, is in `conditional_tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,32 +112,6 @@ def generator_loss(query_logits: Tensor, adversarial_loss: str = "minimax") -> T
     if adversarial_loss == "minimax":
         return -F.softplus(-query_logits)
     return F.softplus(query_logits)
-
-
-class ReverseGradient(torch.autograd.Function):
-    """The identity, whose gradient has the opposite sign."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
-
-
-def published_key_query_loss(
-    discriminator: Discriminator, queries: Tensor, keys: Tensor, noise: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
-    """
-    The matching loss as the released code computes it, a scalar.
-
-    BCE(D(q), 1) + BCE(D(k), 0) as means over *every* position `[B, S, d]`, prompt and padding included, with the
-    gradient reversed at the queries and none at the keys. `noise` is the dropout's, of queries and of keys.
-    """
-    query_logits = discriminator(ReverseGradient.apply(queries), noise[0])
-    query_loss, key_loss = discriminator_loss(query_logits, discriminator(keys.detach(), noise[1]))
-    return query_loss.mean() + key_loss.mean()
 
 
 def squared_distances(x: Tensor, y: Tensor, centre: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ response and -1 outside it; every chunk has tokens of both models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,104 @@ from torch import Tensor
 
 from ..data.templates import special_ids
 from ..data.tokens import token_bytes
+from ..kernels.linear_divergence import linear_rows
+from ..methods import BINARY_DIVERGENCES
+from .cross_entropy import response_rows
 from .divergences import precise
+from .objective import Objective, Step, Terms
+from .states import ResponseStates
+from .terms import TERMS
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..config import DSKDConfig
+    from ..models.causal_lm import LMHead
+
+
+class ChunkLikelihood(Objective):
+    """f(p(c)^(1/τ), q(c)^(1/τ)) of the chunks c of a response (arXiv 2503.20083): `alm`."""
+
+    terms = (TERMS["ce"], TERMS["correct"], TERMS["alm"])
+
+    def __init__(self, config: DSKDConfig, pair: Any, device: torch.device):
+        super().__init__(config, pair, device)
+        self.boundary_tokens: tuple[Tensor | None, ...] = (None, None)
+        if config.alm_bias_threshold is not None:
+            sides = zip(pair.tokenizers, (pair.student.rows, pair.teacher.rows))
+            self.boundary_tokens = tuple(boundary_tokens(tokenizer, rows).to(device) for tokenizer, rows in sides)
+
+    def __call__(self, student: ResponseStates, teacher: ResponseStates, step: Step) -> Terms:
+        options = self.chunks(student.hidden.device)
+        own, theirs = (
+            likelihood_rows(states, head, tokens, options)
+            for states, head, tokens in zip(
+                (student, teacher), (student.head, teacher.head.detach()), self.boundary_tokens
+            )
+        )
+        alm = self.compare(student, teacher, own, theirs)
+        sums = {name: student.per_example(own[name]) for name in ("ce", "correct")}
+        rates = self.weights(step)
+        return Terms(
+            {**sums, "alm": alm},
+            student.counts,
+            student_loss=rates["ce"] * sums["ce"].sum(),
+            teacher_loss=rates["alm"] * alm.sum(),
+            teacher_tokens=teacher.counts,
+            ce_rows=own["ce"].detach(),
+        )
+
+    def compare(
+        self, student: ResponseStates, teacher: ResponseStates, own: dict[str, Tensor], theirs: dict[str, Tensor]
+    ) -> Tensor:
+        """
+        Compares the two models' likelihoods of the responses, `[B]`: sums over the teacher's tokens.
+
+        `own` and `theirs` are of [`likelihood_rows`], `[N]` each.
+        """
+        assert student.chunks is not None and teacher.chunks is not None
+        chunks = [student.chunks, teacher.chunks]
+        if student.silent is not None and teacher.silent is not None:
+            # The end is no text, and a teacher that wasn't trained on this data may hardly expect it: matched, it
+            # would teach the student to go on. The cross entropy teaches the end.
+            chunks = [student.chunks.masked_fill(student.silent, -1), teacher.chunks.masked_fill(teacher.silent, -1)]
+        boundaries = [
+            boundary_after(rows["boundary"], states.mask) if "boundary" in rows else None
+            for rows, states in ((own, student), (theirs, teacher))
+        ]
+        values = likelihood_matching(
+            student.padded(-own["ce"]),
+            teacher.padded(-theirs["ce"]),
+            *chunks,
+            divergence=self.config.alm_divergence,
+            temperature=self.config.alm_temperature,
+            bias_threshold=self.config.alm_bias_threshold,
+            student_boundary=boundaries[0],
+            teacher_boundary=boundaries[1],
+        )
+        # Binary divergences shrink as 1/τ. Times τ they stay nats, whose limit is a log(a/b) + b − a for the
+        # surprisals a of the teacher and b of the student, so that `kd_rate` weighs them against the cross entropy at
+        # any τ.
+        return values * self.config.alm_temperature
+
+
+def likelihood_rows(
+    states: ResponseStates, head: LMHead, boundary_mask: Tensor | None, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """
+    Computes the cross entropy of each row (`ce`), whether it is `correct`, and with `boundary_mask` `[V]` the
+    probability of such a token (`boundary`), `[N]` each.
+    """
+
+    def terms(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        rows = response_rows(logits, targets)
+        return rows if boundary_mask is None else {**rows, "boundary": boundary_probability(logits, boundary_mask)}
+
+    # A chunk's likelihood is not linear in those of its tokens: the gradient has to wait for the backward pass.
+    return linear_rows(
+        terms, [states.packed(states.hidden)], [head], [states.packed(states.targets)], weights=None, **options
+    )[1]
 
 
 def likelihood_matching(
@@ -54,7 +146,7 @@ def likelihood_matching(
         teacher_logprob (`torch.Tensor` of shape `[B, R_t]`): The teacher's; a constant.
         student_chunks (`torch.Tensor` of shape `[B, R_s]`), teacher_chunks (`torch.Tensor` of shape `[B, R_t]`):
             Chunk of each token. What stands outside the response (-1) is ignored.
-        divergence (`str`, *optional*, defaults to `"forward_kl"`): A name in `BINARY_DIVERGENCES`.
+        divergence (`str`, *optional*, defaults to `"forward_kl"`): A name in [`~hf_dskd.methods.BINARY_DIVERGENCES`].
         temperature (`float`, *optional*, defaults to `100.0`): See [`binary_divergence`].
         bias_threshold (`float`, *optional*): See [`merge_chunks`]; 0.1 in the authors' scripts. `None` merges nothing.
         teacher_boundary (`torch.Tensor` of shape `[B, R_t]`, *optional*):
@@ -104,14 +196,14 @@ def binary_divergence(
 
     Args:
         teacher_logp, student_logp (`torch.Tensor`): Log-probabilities (≤ 0) of the same shape.
-        name (`str`, *optional*, defaults to `"forward_kl"`): A name in `BINARY_DIVERGENCES`.
+        name (`str`, *optional*, defaults to `"forward_kl"`): A name in [`~hf_dskd.methods.BINARY_DIVERGENCES`].
         temperature (`float`, *optional*, defaults to `100.0`): τ. A chunk's likelihood is small; above 1 it says more.
     """
     teacher_logp, student_logp = (
         logp.clamp(max=-torch.finfo(logp.dtype).eps) / temperature
         for logp in (precise(teacher_logp), precise(student_logp))
     )
-    return BINARY_DIVERGENCES[name](teacher_logp, student_logp)
+    return BINARY_DIVERGENCES[name].load()(teacher_logp, student_logp)
 
 
 def merge_chunks(
@@ -205,26 +297,22 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near_zero, torch.log(-torch.expm1(x)), far)
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def binary_forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q), log p and log q given."""
     return log_p.exp() * (log_p - log_q) - torch.expm1(log_p) * (_log1mexp(log_p) - _log1mexp(log_q))
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return _forward_kl(log_q, log_p)
+def binary_reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q ‖ p)."""
+    return binary_forward_kl(log_q, log_p)
 
 
-def _total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+def binary_total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """|p − q|."""
     # |p − q| without a difference of numbers that may both be near 1.
     return -torch.maximum(log_p, log_q).exp() * torch.expm1(-(log_p - log_q).abs())
 
 
-def _binary_ce(log_p: Tensor, log_q: Tensor) -> Tensor:
+def binary_cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """−p log q − (1 − p) log(1 − q)."""
     return torch.expm1(log_p) * _log1mexp(log_q) - log_p.exp() * log_q
-
-
-BINARY_DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "total_variation": _total_variation,
-    "binary_ce": _binary_ce,
-}

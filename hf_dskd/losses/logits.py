@@ -8,15 +8,119 @@ V_s and V_t vocabularies. Logits come already divided by their temperatures; val
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.linear_divergence import linear_rows
+from .cross_entropy import response_rows
 from .divergences import DivergenceFunction, precise
+from .objective import Objective, Step, Terms
+from .states import ResponseStates
+from .temperature import temperatures
+from .terms import TERMS
 
 
 # With 150,000 tokens this much on each adds 1.5e-7, the rounding of float32; its logarithm is −27.6.
 TARGET_FLOOR = 1e-12
+
+
+class Logits(Objective):
+    """
+    Compares the student's logits with those of the teacher's position that stands for it: `kd`.
+
+    A method of this family says how two logits are compared, and which position stands for which.
+    """
+
+    terms = (TERMS["ce"], TERMS["correct"], TERMS["kd"])
+
+    def compare(self, step: Step) -> Callable[..., Tensor]:
+        """
+        Returns the function that compares rows of logits.
+
+        It takes `student_logits` `[n, V_s]`, `teacher_logits` `[n, V_t]`, the student's `targets` `[n]` and which rows
+        are `paired` `[n]` with one of the teacher, and returns `[n]`. Rows are independent.
+        """
+        raise NotImplementedError
+
+    def partners(self, student: ResponseStates, teacher: ResponseStates) -> Tensor:
+        """Finds the teacher's packed row for each of the student's, `[N_s]`, -1 for none: the i-th for the i-th."""
+        own, theirs = (
+            (states.mask.cumsum(1) - 1).masked_fill(~states.mask, -1) if states.places is None else states.places
+            for states in (student, teacher)
+        )
+        return rows_at_places(own, theirs, student.mask, teacher.mask)
+
+    def __call__(self, student: ResponseStates, teacher: ResponseStates, step: Step) -> Terms:
+        partners, compare = self.partners(student, teacher), self.compare(step)
+        teacher_hidden = teacher.packed(teacher.hidden)
+        if len(teacher_hidden):
+            teacher_hidden = teacher_hidden[partners.clamp(min=0)]
+        else:
+            teacher_hidden = teacher_hidden.new_zeros(len(partners), teacher_hidden.shape[1])
+
+        def terms(own: Tensor, theirs: Tensor, targets: Tensor, paired: Tensor) -> dict[str, Tensor]:
+            return {**response_rows(own, targets), "kd": compare(own, theirs, targets, paired)}
+
+        loss, rows = linear_rows(
+            terms,
+            [student.packed(student.hidden), teacher_hidden],
+            [student.head, teacher.head.detach()],
+            [student.packed(student.targets), partners >= 0],
+            weights=self.weights(step),
+            **self.chunks(student.hidden.device),
+        )
+        assert loss is not None
+        return Terms(
+            {name: student.per_example(values) for name, values in rows.items()},
+            *(student.counts, loss, None, teacher.counts, rows["ce"]),
+        )
+
+
+class SharedVocabulary(Logits):
+    """f(p, q) of two models with one tokenizer (arXiv 1503.02531): `kd`."""
+
+    def compare(self, step: Step) -> Callable[..., Tensor]:
+        divergence = self.divergence("logits", step)
+
+        def rows(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> Tensor:
+            return shared_prefix_kd(student_logits, teacher_logits, divergence) * paired
+
+        return rows
+
+
+class SortedProbabilities(Logits):
+    """L1 distance of sorted probabilities (arXiv 2402.12030): `uld`."""
+
+    def compare(self, step: Step) -> Callable[..., Tensor]:
+        def rows(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> Tensor:
+            return uld(student_logits, teacher_logits) * paired
+
+        return rows
+
+
+class MappedVocabulary(Logits):
+    """f(M p, q), tokens and vocabularies mapped by least edit distance (arXiv 2401.10491): `min_edit`."""
+
+    def __init__(self, config: Any, pair: Any, device: torch.device):
+        super().__init__(config, pair, device)
+        self.vocabulary_map: Tensor = pair.vocabulary_map.to(device)
+
+    def partners(self, student: ResponseStates, teacher: ResponseStates) -> Tensor:
+        """Packs the partners that were found by edit distance when the data was tokenized."""
+        assert student.partners is not None
+        return packed_partners(student.partners, student.mask, teacher.mask)
+
+    def compare(self, step: Step) -> Callable[..., Tensor]:
+        divergence, vocabulary_map = self.divergence("logits", step), self.vocabulary_map
+        temperature = temperatures(self.config, "logits", step.progress).teacher
+
+        def rows(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> Tensor:
+            return mapped_kd(student_logits, teacher_logits, paired, vocabulary_map, targets, divergence, temperature)
+
+        return rows
 
 
 def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence: DivergenceFunction) -> Tensor:

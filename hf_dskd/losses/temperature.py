@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .divergences import DivergenceFunction, precise
+from .divergences import DivergenceFunction, divergence_function, precise
+
+
+if TYPE_CHECKING:
+    from ..config import DSKDConfig
 
 
 @dataclass(frozen=True)
@@ -59,3 +64,28 @@ def schedule_factor(kind: str, end_ratio: float, progress: float) -> float:
     if kind == "cosine":
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     return 1.0 + (end_ratio - 1.0) * progress
+
+
+def temperatures(config: DSKDConfig, space: str, progress: float = 0.0) -> Temperatures:
+    """Returns those of both models' logits in `space`, after `progress` (0 to 1) of the training."""
+    student = config.student_temperature or config.kd_temperature
+    teacher = config.teacher_temperature or config.kd_temperature
+    if space == "teacher" and config.teacher_space_temperature is not None:
+        student = teacher = config.teacher_space_temperature
+    ratio = (config.final_kd_temperature or config.kd_temperature) / config.kd_temperature
+    factor = schedule_factor(config.temperature_schedule, ratio, progress)
+    return Temperatures(student * factor, teacher * factor)
+
+
+def space_divergence(config: DSKDConfig, space: str, progress: float = 0.0) -> DivergenceFunction:
+    """
+    Returns the divergence of raw logits in `space`, with its parameters and temperatures.
+
+    Args:
+        config ([`DSKDConfig`]): Settings.
+        space (`str`): `"student"`, `"teacher"`, or `"logits"` for methods with neither.
+        progress (`float`, *optional*, defaults to `0.0`): How much of the training is done, 0 to 1.
+    """
+    name = {"student": config.student_space_divergence, "teacher": config.teacher_space_divergence}.get(space)
+    divergence = divergence_function(name or config.divergence, config)
+    return with_temperature(divergence, temperatures(config, space, progress), config.temperature_scaling)

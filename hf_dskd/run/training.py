@@ -154,15 +154,15 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
     Writes the report and, where the run made no analyses, a picture of the alignment of a held-out example. Returns
     the files.
     """
-    from ..analysis.heatmap import cross_attention, has_alignment, plot_attention
+    from ..analysis.heatmap import cross_attention, plot_attention
     from ..hub.card import write_own_card
     from ..report.one import write_report
 
     pictures = []
     rows: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    if has_alignment(trainer.args.method_row) and trainer.args.analysis_steps is None:
+    if trainer.args.method_row.has_alignment and trainer.args.analysis_steps is None:
         pictures.append(folder / "alignment.png")
-        plot_attention([cross_attention(trainer, rows[example])], pictures[-1])
+        plot_attention([cross_attention(trainer.distiller, rows[example])], pictures[-1])
     write_own_card(folder, trainer.args.hub_model_id)
     return [*pictures, write_report(folder)]
 
@@ -197,7 +197,9 @@ def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> No
     data = Dataset.from_list(few)
     trainer: Any = make_trainer(run, model_name(run.model.model_name_or_path), teacher, data, None)
     trainer.load_trained(folder)
-    numbers = record(trainer, [dict(row) for row in trainer.train_dataset], output_dir, pictures=True)
+    rows, step = [dict(row) for row in trainer.train_dataset], trainer.state.global_step
+    progress = step / max(trainer.state.max_steps, 1)
+    numbers = record(trainer.distiller, rows, output_dir, True, step, progress)
     width = max(map(len, numbers))
     for name, value in numbers.items():
         print(f"{name:{width}}  {value:.6g}")

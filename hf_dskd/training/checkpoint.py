@@ -150,7 +150,7 @@ class Checkpoints(Steps):
             )
         shapes = {
             name: {key: list(value.shape) for key, value in module.state_dict().items()}
-            for name, module in self._auxiliary_modules().items()
+            for name, module in self.distiller.auxiliary().items()
         }
         needed = [run_folder.DISCRIMINATOR_OPTIMIZER_NAME] if self._trains_critic else []
         needed += ["scaler.pt"] if self.accelerator.scaler is not None else []
@@ -208,7 +208,7 @@ class Checkpoints(Steps):
     def _trained(self) -> dict[str, list[nn.Parameter]]:
         """Returns what a run trains, by its part."""
         parts = {"the student": [weight for weight in self.model.parameters() if weight.requires_grad]}
-        named = self._auxiliary_modules().items()
+        named = self.distiller.auxiliary().items()
         return parts | {f"the {name.replace('_', ' ')}": list(module.parameters()) for name, module in named}
 
     def _refuse_spoilt(self, found: Tensor) -> None:
@@ -236,7 +236,7 @@ class Checkpoints(Steps):
             facts = {**self._facts, "run_id": self._run_id, "skipped_steps": self.skipped_steps}
             if self._staging is not None:
                 facts["settings"] = self._trajectory()
-            run_folder.save_auxiliary(str(folder), self._auxiliary_modules(), facts)
+            run_folder.save_auxiliary(str(folder), self.distiller.auxiliary(), facts)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -246,7 +246,7 @@ class Checkpoints(Steps):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        run_folder.load_auxiliary(resume_from_checkpoint, self._auxiliary_modules())
+        run_folder.load_auxiliary(resume_from_checkpoint, self.distiller.auxiliary())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer: Any = self.optimizer
@@ -278,7 +278,7 @@ class Checkpoints(Steps):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        run_folder.load_auxiliary(str(self.state.best_model_checkpoint), self._auxiliary_modules())
+        run_folder.load_auxiliary(str(self.state.best_model_checkpoint), self.distiller.auxiliary())
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

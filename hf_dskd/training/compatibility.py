@@ -73,7 +73,7 @@ def check_pair(config: DSKDConfig, model: Any, teacher_model: Any) -> None:
     same_object = model is teacher_model and not isinstance(model, str)
     if same_object or ((same_folder or same_name) and same_kind):
         raise UserError(f"teacher_model is the student itself ({names[0]!r}): name a larger model")
-    if row.alignment == "min_edit":
+    if "vocabulary_map" in row.all_needs:
         check_installed("rapidfuzz", "min_edit", f"method={config.method!r}")
 
 
@@ -91,11 +91,7 @@ def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_token
             f"{what} compares the two models token by token, and the vocabularies of {names[0]!r} and {names[1]!r}"
             f" differ: choose {remedy}"
         )
-    if (
-        row.label == "teacher"
-        or row.projector_init == "pseudo_inverse"
-        or row.alignment in ("min_edit", "exact_tokens")
-    ):
+    if "shared_tokens" in row.all_needs:
         shared_tokens(student_tokenizer, teacher_tokenizer)
 
 

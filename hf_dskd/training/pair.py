@@ -242,7 +242,7 @@ class Pair:
     @cached_property
     def vocabulary_map(self) -> Tensor | None:
         """The teacher's nearest token by edit distance for each of the student's, where the method aligns by it."""
-        if self.args.method_row.alignment != "min_edit":
+        if "vocabulary_map" not in self.args.method_row.all_needs:
             return None
         assert self.teacher is not None
         with self.args.main_process_first(desc="vocabulary map"):

@@ -15,6 +15,7 @@ from ..data.tokenized import check_tokenized
 from ..errors import UserError
 from ..models.pretrained import options_of
 from ..teacher.responses import write_responses
+from .published import padded_length
 
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ class Preparation:
         return DualCollator(
             student_pad_token_id=self.student.pad_token_id,
             teacher_pad_token_id=None if self.teacher is None else self.teacher.pad_token_id,
-            # The released code pads every batch to the full length, and its losses depend on it. The last position
-            # has no next token, hence one more.
-            pad_to_length=self.args.max_length + 1 if self.args.as_published else None,
+            pad_to_length=padded_length(self.args),
             teacher_states=None if self.cache is None else self.cache.batch,
         )
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ..adversary import Adversary, clip, reduce_over_ranks
 from ..errors import NonFiniteLossError
 from ..running_log import REMEDY, RunningLog
+from .adversary import Adversary, clip, reduce_over_ranks
 from .arguments import making
 from .finite import largest_gradient
 
 
 if TYPE_CHECKING:
     from ..config import DSKDConfig
-    from ..projectors import Projectors
+    from ..losses.projectors import Projectors
+    from .distiller import Distiller
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Steps(Trainer):
 
     args: DSKDConfig
     model: nn.Module
+    distiller: Distiller
     projectors: Projectors | None
     adversary: Adversary | None
     running_log: RunningLog
@@ -57,21 +59,9 @@ class Steps(Trainer):
     skipped_steps = 0
     _skipped_in_a_row = 0
 
-    def _auxiliary_modules(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = {}
-        if self.projectors is not None:
-            modules["projectors"] = self.projectors
-        if self.adversary is not None:
-            modules[self._critic_name] = self.adversary.critic
-        return modules
-
-    @property
-    def _critic_name(self) -> str:
-        return "discriminator" if self.args.method_row.matching == "gan" else "transport_critics"
-
     @property
     def _trains_critic(self) -> bool:
-        return self.adversary is not None and not self.args.as_published
+        return self.adversary is not None and self.distiller.trains_critic
 
     def _dropout_seed(self) -> int:
         """Seeds the discriminator's dropout: another one in every step, the same one after a resume."""
@@ -168,7 +158,8 @@ class Steps(Trainer):
             query_tokens, key_tokens = self._items / self.accelerator.num_processes
             report |= {"query_tokens": query_tokens, "key_tokens": key_tokens}
             running.add(discriminator_grad_norm=report.pop("grad_norm"), **report)
-            gradients[f"the {self._critic_name.replace('_', ' ')}'s gradient"] = self.adversary.largest_gradient
+            name = self.distiller.critic_name.replace("_", " ")
+            gradients[f"the {name}'s gradient"] = self.adversary.largest_gradient
         running.watch(step, None, gradients)
         if skips and (bad := running.found(self.accelerator)):
             if self._trains_critic:

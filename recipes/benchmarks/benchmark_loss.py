@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from measuring import DEVICES, Parser, PeakMemory, available, choose_device, device_name, positive
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hf_dskd import DSKDConfig
-    from hf_dskd.losses.dual_space import ResponseStates
+    from hf_dskd.losses.objective import Terms
+    from hf_dskd.losses.projectors import Projectors
     from hf_dskd.models.causal_lm import LMHead
-    from hf_dskd.projectors import Projectors
 
 METHODS = ("dskd_cma", "sft", "uld")
 DTYPES = ("float32", "bfloat16")
@@ -76,7 +77,8 @@ TINY_SIZES: Sizes = (SHAPES["tiny"], 2, 16, 5)
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and check it as far as that needs no torch."""
-    from hf_dskd.settings import DIVERGENCE_NAMES, SPACES
+    from hf_dskd.methods import DIVERGENCES
+    from hf_dskd.settings import SPACES
 
     def names(known: tuple[str, ...]) -> str:
         return ", ".join(known)
@@ -89,14 +91,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--response-tokens", type=positive, default=80, metavar="N", help="mean per example, give or take half (80)")
     add("--method", default="dskd_cma", metavar="NAME", help=f"{names(METHODS)} (dskd_cma)")
     add("--spaces", default="both", metavar="NAME", help=f"of dskd_cma: {names(SPACES)} (both)")
-    add("--divergence", default="forward_kl", metavar="NAME", help=f"{names(DIVERGENCE_NAMES)} (forward_kl)")
+    add("--divergence", default="forward_kl", metavar="NAME", help=f"{names(tuple(DIVERGENCES))} (forward_kl)")
     add("--dtype", default="float32", metavar="NAME", help=f"of hidden states and heads: {names(DTYPES)} (float32)")
     add("--device", metavar="NAME", help=f"{names(DEVICES)} (cuda where there is one)")
     add("--repeats", type=positive, metavar="N", help="passes of which the median counts (1; on cuda 5)")
     add("--loss-memory-mb", type=positive, default=512, metavar="MB", help="ours: budget of a chunk (512)")
     add("--json", action="store_true", help="print one line of JSON last")
     args = parser.parse_args(arguments)
-    known = {"shape": SHAPES, "method": METHODS, "spaces": SPACES, "divergence": DIVERGENCE_NAMES, "dtype": DTYPES}
+    known = {"shape": SHAPES, "method": METHODS, "spaces": SPACES, "divergence": DIVERGENCES, "dtype": DTYPES}
     for name, choices in {**known, "device": DEVICES}.items():
         if getattr(args, name) is not None:
             check_name(f"--{name} ", getattr(args, name), choices)
@@ -181,8 +183,8 @@ def make_problem(
     """
     import torch
 
+    from hf_dskd.losses.projectors import Projectors
     from hf_dskd.models.causal_lm import LMHead
-    from hf_dskd.projectors import Projectors
 
     generator = torch.Generator().manual_seed(0)
 
@@ -229,26 +231,36 @@ def response_lengths(batch_size: int, max_length: int, response_tokens: int, gen
 # ---- Ours
 
 
-def our_loss(config: DSKDConfig, problem: Problem) -> Tensor:
-    """Compute the loss as the trainer does."""
+def our_terms(config: DSKDConfig, problem: Problem) -> Terms:
+    """Compute the terms as the trainer does."""
     import torch
+    from transformers import GPT2Config
 
-    from hf_dskd.losses.dual_space import response_states
-    from hf_dskd.objective import distillation_terms, student_terms, total_loss
-
-    def states(side: Side) -> ResponseStates:
-        return response_states(side.hidden, side.input_ids, side.labels, side.head.weight)
+    from hf_dskd.losses.objective import Step
+    from hf_dskd.losses.states import response_states
 
     student, teacher = problem.student, problem.teacher
+    configs = [SimpleNamespace(config=GPT2Config(n_embd=side.hidden.shape[-1])) for side in (student, teacher)]
+    objective = config.method_row.load()(
+        config, SimpleNamespace(student=configs[0], teacher=configs[1]), student.hidden.device
+    )
+    objective.projectors = problem.projectors
     dtype = student.hidden.dtype
     with torch.autocast(student.hidden.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        mine = states(student)
-        if config.method_row.needs_teacher:
-            terms = distillation_terms(config, mine, states(teacher), student.head, teacher.head, problem.projectors)
-        else:
-            terms = student_terms(config, mine, student.head)
+        mine, theirs = (
+            response_states(side.hidden, side.input_ids, side.labels, side.head.weight, head=side.head)
+            for side in (student, teacher)
+        )
+        return objective(mine, theirs, Step())
+
+
+def our_loss(config: DSKDConfig, problem: Problem) -> Tensor:
+    """Compute the loss as the trainer does."""
+    from hf_dskd.losses.objective import total_loss
+
+    terms = our_terms(config, problem)
     teacher_tokens = terms.student_tokens if terms.teacher_tokens is None else terms.teacher_tokens
-    return total_loss(config, terms, terms.student_tokens.sum(), teacher_tokens.sum())
+    return total_loss(terms, terms.student_tokens.sum(), teacher_tokens.sum())
 
 
 # ---- Dense: the published formulation (axes B examples, S and T padded positions)
@@ -317,7 +329,7 @@ def dense_dual_space(
     import torch.nn.functional as F
 
     from hf_dskd.alignment.cross_model import unit_std
-    from hf_dskd.objective import space_divergence
+    from hf_dskd.losses.temperature import space_divergence
 
     student, teacher, projectors = problem.student, problem.teacher, problem.projectors
     assert projectors is not None

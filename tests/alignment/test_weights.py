@@ -4,7 +4,7 @@ import pytest
 import runs
 import torch
 
-from hf_dskd import objective
+from hf_dskd.alignment import weights as module
 from hf_dskd.alignment.chunked import chunk_mask
 from hf_dskd.alignment.cross_model import cross_model_attention
 from hf_dskd.alignment.weights import AlignmentWeights, TiledAttention
@@ -45,17 +45,15 @@ def test_tiles_equal_matrices(chunked, at_once):
 def test_a_loss_in_tiles_is_the_same(method, tmp_path, monkeypatch):
     run = runs.trainer(tmp_path, method=method)
     rows = run.data_collator([run.train_dataset[i] for i in range(3)])
-    results, kinds = [], []
-    aligned = objective.aligned
-
-    def spy(*args):
-        kinds.append(type(aligned(*args)))
-        return aligned(*args)
-
-    monkeypatch.setattr(objective, "aligned", spy)
-    for above in (objective.TILED_ABOVE, 0):
-        monkeypatch.setattr(objective, "TILED_ABOVE", above)
+    results, kinds, shown = [], [], []
+    for above in (module.TILED_ABOVE, 0):
+        monkeypatch.setattr(module, "TILED_ABOVE", above)
+        views = run.distiller.views(run.model, rows)
+        aligned = run.distiller.align(views.student, views.teacher)
+        kinds.append(type(aligned))
+        shown.append((aligned.t2s, aligned.s2t))
         loss = run.compute_loss(run.model, rows)
         results.append([loss, *torch.autograd.grad(loss, list(run.projectors.parameters()))])
     assert kinds == [AlignmentWeights, TiledAttention]
     torch.testing.assert_close(*results)
+    torch.testing.assert_close(*shown)

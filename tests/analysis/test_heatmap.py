@@ -13,7 +13,8 @@ from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from hf_dskd import UserError, objective
+from hf_dskd import UserError
+from hf_dskd.alignment import weights
 from hf_dskd.alignment.cross_model import cross_model_attention
 from hf_dskd.analysis.heatmap import (
     MOST_ON_SHEET,
@@ -31,7 +32,8 @@ from hf_dskd.analysis.heatmap import (
     uniform_in_chunk,
     uniform_on_text,
 )
-from hf_dskd.losses.dual_space import queries_and_keys, response_states
+from hf_dskd.losses.dual_space import queries_and_keys
+from hf_dskd.losses.states import response_states
 from hf_dskd.models.causal_lm import input_embedding
 
 
@@ -88,14 +90,14 @@ def test_is_the_attention_of_training(tmp_path, monkeypatch, settings):
         seen.append((args[2], args[3], cross_model_attention(*args)))
         return seen[-1][2]
 
-    monkeypatch.setattr(objective, "cross_model_attention", recorded)
+    monkeypatch.setattr(weights, "cross_model_attention", recorded)
     for index in range(4):
         row = run.train_dataset[index]
         run.model.train()
         seen.clear()
         run.compute_loss(run.model, run._prepare_inputs(run.data_collator([row])))
         [(student_mask, teacher_mask, (t2s, s2t))] = seen
-        shown = cross_attention(run, row)
+        shown = cross_attention(run.distiller, row)
         rows, columns = student_mask[0], teacher_mask[0]
         assert torch.equal(shown.t2s, t2s[0][rows][:, columns].detach().float())
         assert torch.equal(shown.s2t, s2t[0][columns][:, rows].detach().float())
@@ -107,7 +109,7 @@ def test_neighbours_in_the_batch_change_nothing(trainer):
     """By hand, with the models run, from a padded batch of several rows."""
     batch = runs.first_batch(trainer, 4)
     with torch.no_grad():
-        hidden = trainer._last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
+        hidden = trainer.distiller.last_hidden_state(trainer.model, batch["input_ids"], batch["attention_mask"])
         student = response_states(hidden, batch["input_ids"], batch["labels"], input_embedding(trainer.model))
         hidden = trainer.teacher(batch["teacher_input_ids"], batch["teacher_attention_mask"])
         teacher = response_states(
@@ -116,7 +118,7 @@ def test_neighbours_in_the_batch_change_nothing(trainer):
         queries, keys = queries_and_keys(student, teacher, trainer.projectors)
         t2s, s2t = cross_model_attention(queries, keys, student.mask, teacher.mask)
     for index in range(4):
-        shown = cross_attention(trainer, trainer.train_dataset[index])
+        shown = cross_attention(trainer.distiller, trainer.train_dataset[index])
         rows, columns = shown.t2s.shape
         torch.testing.assert_close(shown.t2s, t2s[index, :rows, :columns], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(shown.s2t, s2t[index, :columns, :rows], atol=1e-5, rtol=1e-4)
@@ -125,7 +127,7 @@ def test_neighbours_in_the_batch_change_nothing(trainer):
 
 
 def test_rows_sum_to_one(trainer):
-    shown = cross_attention(trainer, trainer.train_dataset[1], caption="a caption")
+    shown = cross_attention(trainer.distiller, trainer.train_dataset[1], caption="a caption")
     torch.testing.assert_close(shown.t2s.sum(1), torch.ones(len(shown.student_tokens)))
     torch.testing.assert_close(shown.s2t.sum(1), torch.ones(len(shown.teacher_tokens)))
     assert shown.caption == "a caption"
@@ -133,9 +135,9 @@ def test_rows_sum_to_one(trainer):
 
 def test_follows_the_projector(tmp_path):
     run = runs.trainer(tmp_path, rows=4)
-    before = cross_attention(run, run.train_dataset[0]).t2s
+    before = cross_attention(run.distiller, run.train_dataset[0]).t2s
     run.train()
-    assert not torch.allclose(cross_attention(run, run.train_dataset[0]).t2s, before, atol=1e-6)
+    assert not torch.allclose(cross_attention(run.distiller, run.train_dataset[0]).t2s, before, atol=1e-6)
 
 
 # ---- Labels
@@ -158,7 +160,7 @@ def test_labels_spell_the_response(tmp_path):
     data = Dataset.from_list([{"prompt": "Q: ", "completion": text} for text in TEXTS])
     run = runs.trainer(tmp_path, train_dataset=data)
     for row, text in zip(run.train_dataset, TEXTS):
-        shown = cross_attention(run, row)
+        shown = cross_attention(run.distiller, row)
         assert "".join(shown.student_tokens) == visible(text) + "<|endoftext|>"
         assert "".join(shown.teacher_tokens) == visible(text) + "</s>"
         assert shown.has_eos
@@ -178,13 +180,13 @@ def test_space_that_decoding_drops(tmp_path):
     student = tiny.llama(len(tokenizer))
     run = runs.trainer(tmp_path, student=student, processing_class=tokenizer, train_dataset=data)
     for row, text in zip(run.train_dataset, TEXTS):
-        shown = cross_attention(run, row)
+        shown = cross_attention(run.distiller, row)
         assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens) == visible(text) + "</s>"
 
 
 def test_label_is_the_token_that_is_predicted(trainer):
     row = trainer.train_dataset[0]
-    shown = cross_attention(trainer, row)
+    shown = cross_attention(trainer.distiller, row)
     first = row["input_ids"][row["prompt_length"]]
     assert shown.student_tokens[0] == visible(trainer.processing_class.decode([first]))
 
@@ -192,7 +194,7 @@ def test_label_is_the_token_that_is_predicted(trainer):
 def test_parts_of_a_character_are_bytes(tmp_path):
     data = Dataset.from_list([{"prompt": "Q: ", "completion": "é東"}])
     run = runs.trainer(tmp_path, train_dataset=data)
-    shown = cross_attention(run, run.train_dataset[0])
+    shown = cross_attention(run.distiller, run.train_dataset[0])
     assert shown.teacher_tokens == ("\\xc3", "\\xa9", "\\xe6", "\\x9d", "\\xb1", "</s>")
 
 
@@ -200,7 +202,7 @@ def test_cut_response_has_no_eos(tmp_path):
     data = Dataset.from_list([{"prompt": "Q: ", "completion": "The cat sat on the mat and looked at the moon. " * 9}])
     run = runs.trainer(tmp_path, train_dataset=data, max_length=30)
     row = run.train_dataset[0]
-    shown = cross_attention(run, row)
+    shown = cross_attention(run.distiller, row)
     assert row["cut"] and not shown.has_eos
     assert shown.student_tokens[-1] != "<|endoftext|>"
     assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens)
@@ -210,7 +212,7 @@ def test_cut_response_has_no_eos(tmp_path):
 def test_labels_without_the_text(trainer):
     """Where neither tokenizer gives the text back, each token is decoded alone."""
     row = {**trainer.train_dataset[1], "response_bytes": 10**6}
-    shown = cross_attention(trainer, row)
+    shown = cross_attention(trainer.distiller, row)
     ids = row["input_ids"][row["prompt_length"] :]
     decode = trainer.processing_class.decode
     assert shown.student_tokens == tuple(visible(decode([token])) for token in ids)
@@ -252,7 +254,7 @@ def test_tokens_without_text_do_not_count():
 def test_chunks_of_a_row(trainer):
     for index in range(8):
         row = trainer.train_dataset[index]
-        shown = cross_attention(trainer, row)
+        shown = cross_attention(trainer.distiller, row)
         chunks = tuple(row["chunk_ids"]), tuple(row["teacher_chunk_ids"])
         assert chunks_of(shown) == (shown.student_chunks, shown.teacher_chunks) == chunks
         # The bytes alone say the same.
@@ -300,7 +302,7 @@ def test_size_grows_with_the_tokens(tmp_path, count, least, most):
 
 
 def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
-    shown = [cross_attention(trainer, trainer.train_dataset[index], f"row {index}") for index in (0, 2)]
+    shown = [cross_attention(trainer.distiller, trainer.train_dataset[index], f"row {index}") for index in (0, 2)]
     plot(shown, tmp_path / "two.png", title="Tiny models at $5 and $6")
     assert not caplog.records
     [figure] = figures
@@ -404,7 +406,7 @@ def sheet_panels(figure):
 
 
 def test_contact_sheet_of_a_run(tmp_path, trainer, figures, caplog):
-    shown = [cross_attention(trainer, trainer.train_dataset[index], f"row {index}") for index in range(8)]
+    shown = [cross_attention(trainer.distiller, trainer.train_dataset[index], f"row {index}") for index in range(8)]
     plot(shown, tmp_path / "folder" / "sheet.png", draw=contact_sheet, title="Eight $x$ rows")
     assert not caplog.records
     [figure] = figures
@@ -475,6 +477,6 @@ def test_errors(tmp_path, trainer):
     assert not (tmp_path / "none.png").exists()
     alone = runs.trainer(tmp_path, method="sft", rows=4)
     with pytest.raises(UserError, match="method='sft' has no alignment to show"):
-        cross_attention(alone, alone.train_dataset[0])
+        cross_attention(alone.distiller, alone.train_dataset[0])
     with pytest.raises(UserError, match="no column 'input_ids': pass a tokenized one"):
-        cross_attention(trainer, tiny.dataset(1)[0])
+        cross_attention(trainer.distiller, tiny.dataset(1)[0])

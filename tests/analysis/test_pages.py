@@ -89,7 +89,7 @@ def write(examples, tmp_path, title="A title"):
 
 def test_page_of_a_run(tmp_path):
     run = runs.trainer(tmp_path, rows=8)
-    shown = [cross_attention(run, run.train_dataset[index], f"row {index}") for index in range(8)]
+    shown = [cross_attention(run.distiller, run.train_dataset[index], f"row {index}") for index in range(8)]
     page = write(shown, tmp_path)
     assert len(page.sections) == 8
     for section, one in zip(page.sections, shown):

@@ -79,7 +79,7 @@ def loaded(run, folder, **settings):
 @pytest.mark.parametrize("case", NAMES)
 def test_what_applies_is_there(case, tmp_path):
     run = runs.trainer(tmp_path, rows=5, **runs.CASES[case])
-    analysis = analyse(run, run.train_dataset)
+    analysis = analyse(run.distiller, run.train_dataset)
     assert set(analysis.numbers) == NAMES[case]
     assert all(type(value) is float and math.isfinite(value) for value in analysis.numbers.values())
     assert analysis.step == 0 and len(analysis.examples) == 5
@@ -91,14 +91,14 @@ def test_what_applies_is_there(case, tmp_path):
 def test_methods_without_alignment_are_refused(method, tmp_path):
     run = runs.trainer(tmp_path, method=method, rows=4)
     with pytest.raises(UserError, match=f"method='{method}' has no alignment to show"):
-        analyse(run, run.train_dataset)
+        analyse(run.distiller, run.train_dataset)
 
 
 def test_bad_rows_are_refused(trained):
     with pytest.raises(UserError, match=r"no rows: pass tokenized ones, such as trainer\.eval_dataset"):
-        analyse(trained, [])
+        analyse(trained.distiller, [])
     with pytest.raises(UserError, match="no column 'input_ids'"):
-        analyse(trained, tiny.dataset(2))
+        analyse(trained.distiller, tiny.dataset(2))
 
 
 # ---- What they are
@@ -106,9 +106,9 @@ def test_bad_rows_are_refused(trained):
 
 def test_alignment_is_that_of_the_examples(trained):
     rows = trained.train_dataset.select(range(3))
-    analysis = analyse(trained, rows)
+    analysis = analyse(trained.distiller, rows)
     assert analysis.step == 25
-    examples = [cross_attention(trained, row) for row in rows]
+    examples = [cross_attention(trained.distiller, row) for row in rows]
     for mine, expected in zip(analysis.examples, examples):
         assert torch.equal(mine.t2s, expected.t2s) and torch.equal(mine.s2t, expected.s2t)
     expected = alignment_metrics(examples)
@@ -119,7 +119,7 @@ def test_alignment_is_that_of_the_examples(trained):
 def test_queries_keys_and_discriminator_are_those_of_training(settings, tmp_path):
     run = learnt(tmp_path, steps=3, per_device_train_batch_size=8, **settings)
     rows = [run.train_dataset[index] for index in range(5)]
-    analysis = analyse(run, rows, batch_size=2)
+    analysis = analyse(run.distiller, rows, batch_size=2)
     # What a training pass leaves for the discriminator.
     run.adversary.forget()
     run.model.train()
@@ -142,7 +142,7 @@ def test_queries_keys_and_discriminator_are_those_of_training(settings, tmp_path
 def test_accuracies_are_those_of_evaluate(settings, tmp_path):
     run = learnt(tmp_path, **settings)
     rows = run.train_dataset
-    numbers, evaluated = analyse(run, rows).numbers, run.evaluate(rows)
+    numbers, evaluated = analyse(run.distiller, rows).numbers, run.evaluate(rows)
     for name in ("t2s_accuracy", "t2s_ce_loss", "s2t_agreement"):
         assert numbers[name] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-4), name
     # Or the comparison would say little.
@@ -161,7 +161,7 @@ def test_accuracies_by_hand(tmp_path):
     student_tokens = teacher_tokens = 0
     rows = [trained.train_dataset[index] for index in range(8)]
     for row in rows:
-        shown = cross_attention(trained, row)
+        shown = cross_attention(trained.distiller, row)
         ids, teacher_ids = (torch.tensor(row[f"{side}input_ids"]) for side in ("", "teacher_"))
         first, teacher_first = row["prompt_length"], row["teacher_prompt_length"]
         with torch.no_grad():
@@ -186,7 +186,7 @@ def test_accuracies_by_hand(tmp_path):
             sums["s2t_agreement"] += float(logits.argmax() == prediction)
         student_tokens += len(targets)
         teacher_tokens += len(teacher_targets)
-    numbers = analyse(trained, rows).numbers
+    numbers = analyse(trained.distiller, rows).numbers
     for name, value in sums.items():
         expected = value / (student_tokens if name.startswith("t2s") else teacher_tokens)
         assert numbers[name] == pytest.approx(expected, rel=1e-3), name
@@ -199,7 +199,7 @@ def test_tokens_without_a_partner_are_never_right(tmp_path):
     row = dict(run.train_dataset[0])
     prompt = row["teacher_prompt_length"]
     row["teacher_input_ids"] = row["teacher_input_ids"][:prompt] + [0] * len(row["teacher_byte_ends"])
-    numbers = analyse(run, [row]).numbers
+    numbers = analyse(run.distiller, [row]).numbers
     assert numbers["s2t_aligned_rate"] < 0.8 and numbers["s2t_accuracy"] < 0.1
 
 
@@ -207,7 +207,7 @@ def test_tokens_without_a_partner_are_never_right(tmp_path):
 def test_probing_is_the_other_method_with_the_same_projectors(method, kind, trained, tmp_path):
     other = loaded(trained, tmp_path, method=method)
     rows = trained.train_dataset
-    probed, own = analyse(trained, rows).numbers, analyse(other, rows).numbers
+    probed, own = analyse(trained.distiller, rows).numbers, analyse(other.distiller, rows).numbers
     for name in SPACES:
         assert probed[f"probe_{kind}_{name}"] == pytest.approx(own[name], rel=1e-5), name
         assert own[f"probe_{kind}_{name}"] == pytest.approx(own[name], rel=1e-5), name
@@ -218,14 +218,14 @@ def test_probing_is_the_other_method_with_the_same_projectors(method, kind, trai
 def test_chunks_are_worked_out_where_rows_have_none(trained):
     rows = trained.train_dataset.select(range(4))
     bare = rows.remove_columns(["chunk_ids", "teacher_chunk_ids"])
-    assert analyse(trained, bare).numbers == analyse(trained, rows).numbers
+    assert analyse(trained.distiller, bare).numbers == analyse(trained.distiller, rows).numbers
 
 
 def test_batches_change_nothing(trained):
     rows = trained.train_dataset
-    whole = analyse(trained, rows, batch_size=8)
+    whole = analyse(trained.distiller, rows, batch_size=8)
     for size in (1, 3):
-        parts = analyse(trained, rows, batch_size=size)
+        parts = analyse(trained.distiller, rows, batch_size=size)
         assert parts.numbers == pytest.approx(whole.numbers, rel=1e-3, abs=1e-3)
         torch.testing.assert_close(parts.queries, whole.queries)
         torch.testing.assert_close(parts.keys, whole.keys)
@@ -234,7 +234,7 @@ def test_batches_change_nothing(trained):
 def test_a_cached_teacher_does_as_well(tmp_path):
     live = runs.trainer(tmp_path / "live", rows=6)
     cached = runs.trainer(tmp_path / "cached", rows=6, teacher_cache=str(tmp_path / "states"))
-    expected, numbers = (analyse(run, run.train_dataset).numbers for run in (live, cached))
+    expected, numbers = (analyse(run.distiller, run.train_dataset).numbers for run in (live, cached))
     # The cache has bfloat16 states; queries and keys don't read them.
     for name in ATTENTION | QUERIES | {"discriminator_auc"}:
         assert numbers[name] == pytest.approx(expected[name], rel=1e-6), name
@@ -242,14 +242,14 @@ def test_a_cached_teacher_does_as_well(tmp_path):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-2, abs=0.02), name
     rows = runs.trainer(tmp_path / "more", rows=8).train_dataset
     with pytest.raises(UserError, match="no states of example"):
-        analyse(cached, rows)
+        analyse(cached.distiller, rows)
 
 
 def test_as_published_each_row_is_alone(tmp_path):
     run = runs.trainer(tmp_path, rows=4, as_published=True, max_length=200)
-    analysis = analyse(run, run.train_dataset)
+    analysis = analyse(run.distiller, run.train_dataset)
     assert set(analysis.numbers) == NAMES["dskd_cma_ga"]
-    again = analyse(run, run.train_dataset, batch_size=1)
+    again = analyse(run.distiller, run.train_dataset, batch_size=1)
     assert again.numbers == analysis.numbers
     assert len(analysis.queries) == sum(len(row["byte_ends"]) for row in run.train_dataset)
 
@@ -262,7 +262,7 @@ class Analysing(TrainerCallback):
         self.analyses = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.analyses.append(analyse(self.trainer, self.trainer.train_dataset.select(range(3))))
+        self.analyses.append(analyse(self.trainer.distiller, self.trainer.train_dataset.select(range(3))))
 
 
 def trained_run(folder, callbacks, **settings):
@@ -312,7 +312,7 @@ def test_modes_gradients_and_random_numbers_stay(trained):
     kept = len(trained.adversary._features)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
-    analyse(trained, trained.train_dataset)
+    analyse(trained.distiller, trained.train_dataset)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     assert [part.training for module in modules for part in module.modules()] == modes
     assert True in modes and False in modes
@@ -323,8 +323,8 @@ def test_modes_gradients_and_random_numbers_stay(trained):
 
 def test_the_same_state_gives_the_same_numbers(trained):
     trained.model.train()
-    first = analyse(trained, trained.train_dataset)
+    first = analyse(trained.distiller, trained.train_dataset)
     torch.rand(7)
     trained.model.eval()
-    assert analyse(trained, trained.train_dataset).numbers == first.numbers
+    assert analyse(trained.distiller, trained.train_dataset).numbers == first.numbers
     assert not first.queries.requires_grad and not first.keys.requires_grad

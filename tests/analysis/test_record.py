@@ -9,7 +9,7 @@ import torch
 
 from hf_dskd import UserError
 from hf_dskd.analysis.record import gradient_norms, probe_rows, read_numbers, record
-from hf_dskd.objective import total_loss
+from hf_dskd.losses.objective import Step, total_loss
 from hf_dskd.training.run_folder import forget_run
 
 
@@ -88,7 +88,7 @@ def test_gradient_norms_are_those_of_the_terms(tmp_path):
     """By hand: the terms alone and the difference that leaving one out makes, in the gradient of everything."""
     run = runs.trainer(tmp_path, rows=4, kd_rate=0.3)
     rows = probe_rows(run.train_dataset, 4)
-    norms = gradient_norms(run, rows)
+    norms = gradient_norms(run.distiller, rows)
     parameters = [p for p in run.model.parameters() if p.requires_grad] + list(run.projectors.parameters())
     assert all(parameter.grad is None for parameter in parameters)
     run.model.eval()
@@ -97,9 +97,8 @@ def test_gradient_norms_are_those_of_the_terms(tmp_path):
     def gradient(**settings):
         for name, value in settings.items():
             setattr(run.args, name, value)
-        hidden = run._last_hidden_state(run.model, batch["input_ids"], batch["attention_mask"])
-        terms = run._terms(*run._both_states(hidden, batch), batch, training=False)
-        loss = total_loss(run.args, terms, terms.student_tokens.sum(), terms.teacher_tokens.sum())
+        terms = run.distiller.terms(run.distiller.views(run.model, batch), Step())
+        loss = total_loss(terms, terms.student_tokens.sum(), terms.teacher_tokens.sum())
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found)])
 
@@ -123,7 +122,7 @@ def test_of_a_cached_teacher(tmp_path):
     live = runs.trainer(tmp_path / "live", **settings)
     cached = runs.trainer(tmp_path / "cached", teacher_cache=str(tmp_path / "cache"), **settings)
     for run in (live, cached):
-        record(run, probe_rows(run.train_dataset, 2), run.analysis_folder, pictures=False)
+        record(run.distiller, probe_rows(run.train_dataset, 2), run.analysis_folder, pictures=False)
     for name, value in read_numbers(live.analysis_folder)[0].items():
         assert read_numbers(cached.analysis_folder)[0][name] == pytest.approx(value, rel=0.1, abs=0.05), name
 

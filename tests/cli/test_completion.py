@@ -9,8 +9,7 @@ import pytest
 from hf_dskd import cli
 from hf_dskd.cli import completion
 from hf_dskd.errors import UserError
-from hf_dskd.methods import METHODS
-from hf_dskd.settings import DIVERGENCE_NAMES
+from hf_dskd.methods import DIVERGENCES, METHODS
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_bash_completes_options_of_each_command(offers):
 
 def test_bash_completes_values(offers):
     assert offers("train", "--method", "dskd_") == {name for name in METHODS if name.startswith("dskd_")}
-    assert offers("cache-teacher", "--divergence", "") == set(DIVERGENCE_NAMES)
+    assert offers("cache-teacher", "--divergence", "") == set(DIVERGENCES)
     assert offers("train", "--teacher_dtype", "b") == {"bfloat16"}
     assert offers("train", "--use_peft", "") == {"true", "false"}
     assert "cosine" in offers("train", "--lr_scheduler_type", "co")

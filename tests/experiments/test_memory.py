@@ -28,8 +28,8 @@ from hf_dskd.experiments.memory import (
 )
 from hf_dskd.losses.conditional_transport import TransportCritics
 from hf_dskd.losses.key_query import Discriminator
+from hf_dskd.losses.projectors import Projectors
 from hf_dskd.models.causal_lm import backbone
-from hf_dskd.projectors import Projectors
 
 
 LLAMA, QWEN = "meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-7B"

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from hf_dskd import DSKDConfig
-from hf_dskd.adversary import Adversary, Features, matching_term, published_matching_term
-from hf_dskd.losses.conditional_transport import TransportCritics, published_transport_loss, transport_cost
-from hf_dskd.losses.dual_space import ResponseStates
+from hf_dskd.losses.conditional_transport import TransportCritics, transport_cost
 from hf_dskd.losses.key_query import Discriminator, generator_loss, mmd, moment_matching, row_noise
+from hf_dskd.losses.matching import Features
+from hf_dskd.losses.states import ResponseStates
+from hf_dskd.methods import MATCHINGS
+from hf_dskd.training.adversary import Adversary
+from hf_dskd.training.published import published_matching_term, published_transport_loss
 
 
 D, H = 6, 5  # width of features, of the networks' outputs
@@ -208,10 +211,21 @@ def test_published_loss_pushes_queries_as_ours_does_and_networks_the_other_way()
 ONE_PROCESS = SimpleNamespace(num_processes=1)
 
 
-def make_adversary(tmp_path, critics=None, **settings):
+def make_matching(tmp_path, matching="ct", critic=None, **settings):
+    """A matching of small networks, or one that has `critic`."""
+    small = {"discriminator_hidden_size": H, "use_cpu": True, "bf16": False, "report_to": "none"}
+    config = DSKDConfig(str(tmp_path), **{**small, **settings})
+    found = MATCHINGS[matching].load()(config, D, 3, torch.device("cpu"))
+    if critic is not None:
+        found.critic = critic
+    return found
+
+
+def make_adversary(tmp_path, critics=None, matching="ct", **settings):
     settings = {"discriminator_learning_rate": 3e-3, "max_grad_norm": 0.0, **settings}
-    config = DSKDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
-    adversary = Adversary(make_critics(dtype=torch.float32) if critics is None else critics, config)
+    critics = make_critics(dtype=torch.float32) if critics is None else critics
+    found = make_matching(tmp_path, matching, critics, **settings)
+    adversary = Adversary(found, found.config)
     adversary.create_optimizer(10)
     return adversary
 
@@ -265,7 +279,7 @@ def test_how_the_batch_is_cut_up_changes_nothing(matching, tmp_path):
     results = []
     for cuts in ([(0, 4)], [(0, 2), (2, 4)], [(2, 4), (1, 2), (0, 1)]):
         critic = (TransportCritics if matching == "ct" else Discriminator)(D, H, 0.3, seed=3)
-        adversary = make_adversary(tmp_path, critic, discriminator_steps=3, max_grad_norm=0.1)
+        adversary = make_adversary(tmp_path, critic, matching, discriminator_steps=3, max_grad_norm=0.1)
         for cut in cuts:
             adversary.keep(part(*cut))
         report = adversary.update(whole.query_mask.sum(), whole.key_mask.sum(), ONE_PROCESS, seed=7)
@@ -295,9 +309,10 @@ def test_optimizer_state_survives_saving(tmp_path):
 
 
 def states(mask):
-    """A view that holds nothing but which rows are real."""
+    """A view that holds nothing but which rows are real, and of which examples."""
     nothing = torch.zeros(*mask.shape, 1)
-    return ResponseStates(nothing, nothing, nothing, torch.zeros_like(mask, dtype=torch.long), mask, mask)
+    targets = torch.zeros_like(mask, dtype=torch.long)
+    return ResponseStates(nothing, nothing, nothing, targets, mask, mask, example_ids=IDS)
 
 
 IDS = torch.tensor([70, 11, 5, 42])
@@ -307,13 +322,11 @@ IDS = torch.tensor([70, 11, 5, 42])
 def test_matching_term(matching, tmp_path):
     queries, keys, query_mask, key_mask = padded_features(dtype=torch.float32)
     queries.requires_grad_()
-    critic = {"gan": Discriminator(D, H, 0.3), "ct": TransportCritics(D, H, 0.3)}.get(matching)
+    found = make_matching(tmp_path, matching, discriminator_dropout=0.3)
+    critic = found.critic
     if critic is not None:
         critic.train().requires_grad_(False)
-    config = DSKDConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    term, features = matching_term(
-        matching, critic, config, states(query_mask), states(key_mask), queries, keys, IDS, 9
-    )
+    term, features = found(states(query_mask), states(key_mask), queries, keys, 9)
     query_names = IDS.repeat_interleave(query_mask.sum(1)) * 2**20 + torch.cat([torch.arange(n) for n, _ in LENGTHS])
     key_names = IDS.repeat_interleave(key_mask.sum(1)) * 2**20 + torch.cat([torch.arange(m) for _, m in LENGTHS])
     if matching == "gan":
@@ -341,9 +354,9 @@ def test_published_matching_term_takes_every_position(matching):
     critic = {"gan": Discriminator, "ct": TransportCritics}[matching](D, H, 0.3).train()
     g = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 5, D, generator=g, requires_grad=True), torch.randn(2, 5, D, generator=g)
-    loss = published_matching_term(matching, critic, queries, keys, 4)
+    loss = published_matching_term(critic, queries, keys, 4)
     assert loss.shape == ()
-    torch.testing.assert_close(published_matching_term(matching, critic, queries, keys, 4), loss, rtol=0, atol=0)
-    assert published_matching_term(matching, critic, queries, keys, 5) != loss
+    torch.testing.assert_close(published_matching_term(critic, queries, keys, 4), loss, rtol=0, atol=0)
+    assert published_matching_term(critic, queries, keys, 5) != loss
     (gradient,) = torch.autograd.grad(loss, queries)
     assert (gradient.abs().sum(-1) > 0).all()

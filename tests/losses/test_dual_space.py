@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from hf_dskd.alignment.cross_model import cross_model_attention, unit_std
-from hf_dskd.alignment.weights import AlignmentWeights
-from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
-from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys, response_states
+from hf_dskd.losses.divergences import divergence_function
+from hf_dskd.losses.dual_space import dual_space_terms, queries_and_keys
+from hf_dskd.losses.projectors import Projectors
+from hf_dskd.losses.states import response_states
 from hf_dskd.losses.temperature import Temperatures, with_temperature
-from hf_dskd.methods import DUAL_SPACE_ALIGNMENTS
+from hf_dskd.methods import ALIGNMENTS, DIVERGENCES
 from hf_dskd.models.causal_lm import LMHead
-from hf_dskd.objective import alignment_weights
-from hf_dskd.projectors import Projectors
 
 
 def make(dtype=torch.float64, seed=0):
@@ -121,7 +120,10 @@ def plain_terms(b, projectors, divergence, tau, masked, scale_queries, compositi
 def our_terms(b, projectors, divergence, tau, masked, scale_queries, composition=CMA, spaces=("student", "teacher")):
     alignment, teacher_value, label = composition
     student, teacher = (
-        response_states(*(b[f"{side}_{part}"] for part in ("hidden", "ids", "labels", "embedding", "chunks")))
+        response_states(
+            *(b[f"{side}_{part}"] for part in ("hidden", "ids", "labels", "embedding", "chunks")),
+            head=LMHead(b[f"{side}_head"]),
+        )
         for side in ("student", "teacher")
     )
     queries = keys = None
@@ -131,10 +133,8 @@ def our_terms(b, projectors, divergence, tau, masked, scale_queries, composition
     _, terms, *_ = dual_space_terms(
         student,
         teacher,
-        AlignmentWeights(*alignment_weights(alignment, student, teacher, queries, keys)),
+        ALIGNMENTS[alignment].load()(student, teacher, queries, keys),
         projectors,
-        LMHead(b["student_head"]),
-        LMHead(b["teacher_head"]),
         student_space_divergence=divergence if "student" in spaces else None,
         teacher_space_divergence=divergence if "teacher" in spaces else None,
         teacher_value=teacher_value,
@@ -185,7 +185,7 @@ def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_que
 
 
 # The teacher's own prediction needs one teacher token per student token.
-LABELLED = [(alignment, "response") for alignment in DUAL_SPACE_ALIGNMENTS]
+LABELLED = [(alignment, "response") for alignment in ALIGNMENTS]
 LABELLED += [("exact_tokens", "teacher"), ("identity", "teacher")]
 
 
@@ -249,7 +249,7 @@ def test_attention_rows_sum_to_one_and_masked_positions_have_none():
     assert (t2s[0, :, 2] == 0).all() and (s2t[:, :, 3] == 0).all()
 
 
-@pytest.mark.parametrize("alignment", DUAL_SPACE_ALIGNMENTS)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_an_example_without_response_gives_zero_and_no_nan(alignment):
     b, projectors = make()
     for side in ("student", "teacher"):

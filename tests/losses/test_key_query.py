@@ -7,10 +7,10 @@ from hf_dskd.losses.key_query import (
     generator_loss,
     mmd,
     moment_matching,
-    published_key_query_loss,
     row_noise,
     squared_distances,
 )
+from hf_dskd.training.published import published_key_query_loss
 
 
 def test_architecture_is_highway_linear_leaky_linear():

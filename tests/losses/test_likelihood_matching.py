@@ -6,7 +6,6 @@ import tiny
 import torch
 
 from hf_dskd.losses.likelihood import (
-    BINARY_DIVERGENCES,
     binary_divergence,
     boundary_after,
     boundary_probability,
@@ -15,7 +14,7 @@ from hf_dskd.losses.likelihood import (
     likelihood_matching,
     merge_chunks,
 )
-from hf_dskd.settings import BINARY_DIVERGENCE_NAMES
+from hf_dskd.methods import BINARY_DIVERGENCES
 
 
 # Chunks of each example's student and teacher tokens; the third example has no response.
@@ -320,7 +319,3 @@ def test_boundary_tokens_begin_with_white_space_or_are_special(make_tokenizer):
     assert 0 < mask.sum() < len(tokenizer) / 2
     # A head with fewer rows than the tokenizer has tokens.
     assert torch.equal(boundary_tokens(tokenizer, 100), mask[:100])
-
-
-def test_settings_name_the_same_divergences():
-    assert set(BINARY_DIVERGENCES) == set(BINARY_DIVERGENCE_NAMES)

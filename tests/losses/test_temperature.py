@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from hf_dskd.losses.divergences import DIVERGENCES, divergence_function
+from hf_dskd.losses.divergences import divergence_function
 from hf_dskd.losses.temperature import Temperatures, schedule_factor, with_temperature
+from hf_dskd.methods import DIVERGENCES
 
 
 def gradient_of(name, z, v, tau, scaling="none"):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .utils.random import cpu_seed
+from ..utils.random import cpu_seed
 
 
 if TYPE_CHECKING:
-    from .models.causal_lm import LMHead
+    from ..models.causal_lm import LMHead
 
 
 class Projectors(nn.Module):

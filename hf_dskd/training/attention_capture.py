@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,32 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .losses.attention import AttentionInputs, common_heads, head_shape
-from .models.causal_lm import backbone, base_causal_lm
+from ..errors import UserError
+from ..losses.attention import AttentionInputs, common_heads, head_shape
+from ..models.causal_lm import backbone, base_causal_lm
+from ..settings import parse_layers
 
 
 # The name under which transformers finds `_recorded_attention`.
 _RECORDED = "hf_dskd_recorded"
-
-
-def parse_layers(attention_layers: str) -> list[tuple[int, int]] | None:
-    """
-    The pairs of an `attention_layers` like `"3:7,5:11"`, student:teacher and counted from 0; `None` for `"last"` and
-    `"uniform"`.
-
-    Raises:
-        UserError: If it is none of these.
-    """
-    if attention_layers in ("last", "uniform"):
-        return None
-    if not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", attention_layers):
-        raise UserError(
-            f"attention_layers={attention_layers!r} is none of 'last', 'uniform' and pairs of layers, student:teacher"
-            " and counted from 0, such as '3:7,5:11'"
-        )
-    pairs = (pair.split(":") for pair in attention_layers.split(","))
-    return [(int(student), int(teacher)) for student, teacher in pairs]
 
 
 def layer_pairs(attention_layers: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -48,7 +29,7 @@ def layer_pairs(attention_layers: str, student_layers: int, teacher_layers: int)
         attention_layers (`str`):
             `"last"`: the last with the last (MiniLM, arXiv 2002.10957). `"uniform"`: every layer of the student, with
             teacher layers evenly spaced up to the last (as TinyBERT, arXiv 1909.10351, has it). Or pairs (see
-            [`parse_layers`]).
+            [`~hf_dskd.settings.parse_layers`]).
         student_layers, teacher_layers (`int`): How many they have.
 
     Raises:

@@ -37,14 +37,14 @@ Refuse = Callable[[str, str], None]
 
 
 def format_of(name: str) -> str | None:
-    """The suffix that says of what format a file is, without `.gz`; `None` if none of [`FORMATS`]."""
+    """Finds the suffix that says of what format a file is, without `.gz`; `None` if none of [`FORMATS`]."""
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in FORMATS else None
 
 
 def load_file(name: str, *, streaming: bool = False, skip_bad: bool = False) -> Dataset | IterableDataset:
     """
-    The rows of a file.
+    Loads the rows of a file.
 
     Args:
         name (`str`): A path that ends as one of [`FORMATS`], or as one of them and `.gz`.
@@ -87,13 +87,13 @@ def load_file(name: str, *, streaming: bool = False, skip_bad: bool = False) -> 
 
 
 def rows_of(name: str, skip_bad: bool, version: Any = None, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """[`read_rows`] as a generator that datasets can keep; all rows have these `columns`."""
+    """Makes [`read_rows`] a generator that datasets can keep; all rows have these `columns`."""
     for row in read_rows(name, _pass if skip_bad else _stop):
         yield {**dict.fromkeys(columns), **row}
 
 
 def read_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
-    """Rows of a text file; `refuse` raises an error, or else the row is left out."""
+    """Reads the rows of a text file; `refuse` raises an error, or else the row is left out."""
     read = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows}.get(str(format_of(name)), _json_lines)
     try:
         yield from read(name, refuse)
@@ -132,7 +132,7 @@ class _LeftOut:
 
 
 def _open(name: str, newline: str = "\n") -> io.TextIOWrapper:
-    """The text of a file, gzipped or not, without its byte-order mark."""
+    """Opens the text of a file, gzipped or not, without its byte-order mark."""
     with open(name, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     binary: Any = gzip.open(name) if packed else open(name, "rb")
@@ -143,7 +143,7 @@ def _open(name: str, newline: str = "\n") -> io.TextIOWrapper:
 
 
 def _undecodable(name: str, error: UnicodeDecodeError) -> tuple[int, int, str]:
-    """Line and byte where the text ends to be in its encoding, and that."""
+    """Finds line and byte where the text ends to be in its encoding, and that."""
     with _open(name) as file:
         encoding = file.encoding.removesuffix("-sig").upper()
         if encoding == "UTF-8":
@@ -187,7 +187,7 @@ def _json_lines(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
-    """Of a file that holds one list, columns of one length, or after all a row a line."""
+    """Reads a file that holds one list, columns of one length, or after all a row a line."""
     with _open(name) as file:
         text = file.read()
     try:
@@ -259,7 +259,7 @@ def _csv_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
 
 
 def _header(cells: list[str], name: str, delimiter: str) -> list[str]:
-    """Names of the columns; one without a name, such as a data frame's index, is called by its place."""
+    """Names the columns; one without a name, such as a data frame's index, is called by its place."""
     header = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, start=1)]
     other = next((mark for mark in ";\t," if mark != delimiter and len(header) == 1 and mark in header[0]), None)
     if other is not None:
@@ -275,7 +275,7 @@ def _header(cells: list[str], name: str, delimiter: str) -> list[str]:
 
 
 def _features(name: str, rows: Iterator[dict[str, Any]]) -> Features:
-    """Types of all columns; a column of several kinds keeps what JSON says of each cell."""
+    """Finds the types of all columns; a column of several kinds keeps what JSON says of each cell."""
     import datasets
     import pyarrow as pa
     from datasets import Features
@@ -305,7 +305,7 @@ def _features(name: str, rows: Iterator[dict[str, Any]]) -> Features:
 
 
 def _common(one: Any, other: Any) -> Any:
-    """A type of Arrow that holds values of both."""
+    """Finds a type of Arrow that holds values of both."""
     import pyarrow as pa
 
     schemas = [pa.schema([("column", kind)]) for kind in (one, other)]

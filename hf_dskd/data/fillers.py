@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 def first_examples(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """
-    The first `count` examples of a batch of B; B or more leave it as it is.
+    Takes the first `count` examples of a batch of B; B or more leave it as it is.
 
     For none it is the first one without a response, which counts nowhere: a rank must have something to run.
 
@@ -34,7 +34,7 @@ def first_examples(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def without_responses(batch: dict[str, Tensor], which: Tensor) -> dict[str, Tensor]:
-    """A batch in which the examples that `which` `[B]` marks have no response, and count nowhere."""
+    """Makes a batch in which the examples that `which` `[B]` marks have no response, and count nowhere."""
     rows, changed = which.unsqueeze(1), dict(batch)
     for name, value in batch.items():
         if name.endswith("labels"):
@@ -47,7 +47,7 @@ def without_responses(batch: dict[str, Tensor], which: Tensor) -> dict[str, Tens
 
 
 def without_fillers(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch in which what a [`FilledStream`] has put at its end has no response."""
+    """Makes a batch in which what a [`FilledStream`] has put at its end has no response."""
     return without_responses(batch, batch["example_ids"] < 0) if "example_ids" in batch else batch
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 def fingerprint(dataset: Any) -> str | None:
     """
-    Hash of all columns of a dataset in order, 32 hex digits; it says nothing of files, paths or times.
+    Hashes all columns of a dataset in order, 32 hex digits; it says nothing of files, paths or times.
 
     `None` for a stream, and for what has no columns in Arrow's format.
     """

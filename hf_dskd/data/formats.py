@@ -212,7 +212,7 @@ class _Turn(NamedTuple):
 
 
 def _without_end(turn: _Turn, ends: Sequence[str]) -> _Turn:
-    """An assistant's turn without an end that its text has already; one that goes on has none."""
+    """Takes an end off an assistant's turn that its text has already; one that goes on has none."""
     content = text = turn.message["content"]
     if turn.message["role"] != "assistant" or not turn.closed:
         return turn
@@ -338,7 +338,7 @@ def _history(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _template_value(row: Mapping[str, Any], name: str) -> Any:
-    """What a row has for chat templates in a column, read from JSON where it is a string."""
+    """Reads what a row has for chat templates in a column, from JSON where it is a string."""
     given = row.get(name)
     # What JSON says is nothing is so; `datasets` fills in others.
     value = _parsed(given) if isinstance(given, str) else _without_nothing(given)
@@ -353,7 +353,7 @@ def _template_value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """JSON in a string as what it says; any other string as it is."""
+    """Reads JSON in a string; leaves any other string as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -363,7 +363,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_nothing(value: Any) -> Any:
-    """Without the keys that `datasets` fills in with `None` where another row has them."""
+    """Leaves out the keys that `datasets` fills in with `None` where another row has them."""
     if isinstance(value, Mapping):
         return {key: _without_nothing(item) for key, item in value.items() if item is not None}
     return [_without_nothing(item) for item in value] if isinstance(value, list) else value
@@ -405,7 +405,7 @@ def _conversation(value: Any, column: str) -> list[_Turn]:
 
 
 def _joined(content: Any) -> Any:
-    """The text of a content that is a list of text parts; anything else as it is."""
+    """Joins a content that is a list of text parts; leaves anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
     parts = [

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def as_dataset(data: Any, parameter: str) -> Any:
     """
-    A dataset of rows; lists of rows, data frames and torch datasets of rows become one.
+    Makes a dataset of lists of rows, data frames and torch datasets of rows; takes one as it is.
 
     Args:
         data: What was given as `parameter`.
@@ -63,14 +63,14 @@ def as_dataset(data: Any, parameter: str) -> Any:
 
 
 def as_datasets(data: Any, parameter: str) -> Any:
-    """A dataset, or several by name (see [`as_dataset`])."""
+    """Makes a dataset, or several by name (see [`as_dataset`])."""
     if isinstance(data, Mapping):
         return {name: as_dataset(part, f"{parameter}[{name!r}]") for name, part in data.items()}
     return as_dataset(data, parameter)
 
 
 def as_tokenizer(tokenizer: Any, parameter: str) -> Any:
-    """A tokenizer, that of a processor included."""
+    """Takes a tokenizer, that of a processor included."""
     if tokenizer is None:
         return None
     if isinstance(tokenizer, (str, os.PathLike)):

@@ -69,7 +69,7 @@ def prompt_tokens(
 
 
 def uses_template(tokenizer: PreTrainedTokenizerBase, prompt_style: str) -> bool:
-    """Whether a model's prompts are written by its chat template."""
+    """Tells whether a model's prompts are written by its chat template."""
     return prompt_style == "chat" and bool(tokenizer.chat_template)
 
 
@@ -92,7 +92,7 @@ def answer_frame(
 
 
 def closing_tokens(tokenizer: PreTrainedTokenizerBase, closing: str) -> list[int]:
-    """Tokens of what a template puts after an answer, up to the last control token; one is added if there is none."""
+    """Tokenizes what a template puts after an answer, up to the last control token; one is added if there is none."""
     closings, end = traits_of(tokenizer).closings, tokenizer.eos_token_id
     if (closing, end) not in closings:
         ids = response_tokens(tokenizer, closing, control=True)[0] if closing.strip() else []
@@ -111,7 +111,7 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 def rendered_tokens(template: Template, example: Example, cut: int = 0) -> tuple[list[int], str | None]:
     """
-    Tokens of a prompt without its last `cut` characters, in which control tokens are those of the template, not those
+    Tokenizes a prompt without its last `cut` characters; in it control tokens are those of the template, not those
     in the messages.
 
     To tell the two apart the prompt is rendered once more with stand-ins of the same length for the latter.
@@ -147,8 +147,8 @@ def rendered_tokens(template: Template, example: Example, cut: int = 0) -> tuple
 
 def written_tokens(template: Template, example: Example, turn: Turn) -> tuple[list[int], list[int], bool, str | None]:
     """
-    Tokens of an answer in the template's own format, and the bytes at which they end; control tokens are those of the
-    template, not those in the example's text. Also whether they give the text back, and a note as of
+    Finds the tokens of an answer in the template's own format, and the bytes at which they end; control tokens are
+    those of the template, not those in the example's text. Also whether they give the text back, and a note as of
     [`rendered_tokens`].
     """
     tokenizer = template.tokenizer
@@ -196,7 +196,7 @@ class _Masks(NamedTuple):
         return text
 
     def pieces(self, whole: str, masked: str) -> Iterator[tuple[str, bool, list[int]]]:
-        """The parts of `whole`, whether each is the first, and the template's own control token after it, if any."""
+        """Yields parts of `whole`, whether each is the first, and the template's own control token after it."""
         start = 0
         for match in [*control_pattern(self.tokenizer).finditer(masked), None]:
             end = len(whole) if match is None else match.start()
@@ -206,7 +206,7 @@ class _Masks(NamedTuple):
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value but roles and names of keys."""
+    """Yields every text in a value but roles and names of keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -216,7 +216,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with every text changed."""
+    """Changes every text in a value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -227,7 +227,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def check_eos(tokenizer: Any, role: str) -> None:
-    """A response must be able to end."""
+    """Refuses a tokenizer with which no response can end."""
     if tokenizer.eos_token_id is None:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise UserError(f"the {role}'s tokenizer {name!r} has no EOS token: set tokenizer.eos_token first")

@@ -76,7 +76,7 @@ class LengthGroupedEpochSampler(EpochSampler):
 
 
 def example_lengths(dataset: Dataset) -> Tensor:
-    """Tokens of both models (prompt and response) of each row that [`tokenize_dataset`] wrote, int64 `[N]`."""
+    """Counts both models' tokens (prompt and response) of each row of [`tokenize_dataset`], int64 `[N]`."""
     import pyarrow.compute
 
     lengths = torch.zeros(len(dataset), dtype=torch.int64)

@@ -105,7 +105,7 @@ class Template:
 
     @cached_property
     def frame(self) -> tuple[str, str]:
-        """What it puts before and after a plain answer."""
+        """Finds what it puts before and after a plain answer."""
         for messages in (_PROBE, [{"role": "system", "content": "Hello"}, *_PROBE]):
             example = Example(messages, "", MARK)
             written = self._with_answer(example, MARK)
@@ -122,7 +122,7 @@ class Template:
         return self._render(example, example.messages, **asks)
 
     def turn(self, example: Example, text: str = MARK) -> Turn | None:
-        """The turn of an answer that is written as `text`; `None` where the template writes it in another way."""
+        """Finds the turn of an answer that is written as `text`; `None` where the template writes it otherwise."""
         prompt = self.prompt(example)
         written = self._with_answer(example, text)
         if written is None:
@@ -143,7 +143,7 @@ class Template:
         return Turn(prompt, "", text, closing)
 
     def written(self, example: Example) -> Turn | None:
-        """The turn of an answer as the template writes it, calls of tools and thoughts included."""
+        """Finds the turn of an answer as the template writes it, calls of tools and thoughts included."""
         prompt, written = self.prompt(example), self._with_answer(example, example.response, example.extras)
         if written is None or not written.startswith(prompt):
             return None
@@ -162,7 +162,7 @@ class Template:
         return Turn(prompt, lead, answer[len(lead) :], closing, verbatim=False)
 
     def foreign(self, example: Example, text: str) -> Turn:
-        """The turn of an answer in another format than the template's."""
+        """Writes the turn of an answer in another format than the template's."""
         prompt = self.prompt(example)
         begun = _THOUGHT.search(prompt)
         if begun is not None and text.lstrip().startswith(begun.group().strip()):
@@ -171,12 +171,12 @@ class Template:
         return Turn(prompt, "", text, self.frame[1])
 
     def renders(self, example: Example, without: Example) -> bool:
-        """Whether the template writes something of the one that it doesn't of the other."""
+        """Tells whether the template writes something of the one that it doesn't of the other."""
         whole, part = (self._with_answer(e, e.response, e.extras) for e in (example, without))
         return whole is not None and whole != part
 
     def refusal(self, example: Example) -> str:
-        """Why the template takes no conversation like this one; nothing if it does."""
+        """Says why the template takes no conversation like this one; nothing if it does."""
         try:
             self._render(example, self._answered(example, example.response, example.extras))
         except UserError as error:
@@ -191,7 +191,7 @@ class Template:
 
     @staticmethod
     def _answered(example: Example, text: str, extras: Mapping[str, Any] | None) -> list[Message]:
-        """The conversation with its answer."""
+        """Adds its answer to the conversation."""
         if not example.continued:
             return [*example.messages, {"role": "assistant", "content": text, **(extras or {})}]
         *before, last = example.messages
@@ -262,8 +262,8 @@ def check_rendered(example: Example, templates: list[Template], sides: int) -> b
 
 def _parts(example: Example) -> Iterator[tuple[str, Example, Example, bool]]:
     """
-    What an example has beside the user's and the assistant's words: its name, an example that has it, the same without
-    it, and whether plain text has it. Of what is alike, as each result of a tool, the first.
+    Yields what an example has beside the user's and the assistant's words: its name, an example that has it, the same
+    without it, and whether plain text has it. Of what is alike, as each result of a tool, the first.
     """
     for name in example.template.keys() - {"chat_template_kwargs"}:
         yield f"column {name!r}", example, example._replace(template=_without(example.template, name)), False
@@ -291,7 +291,7 @@ def _parts(example: Example) -> Iterator[tuple[str, Example, Example, bool]]:
 
 
 def _of_answer(example: Example, key: str, where: str) -> Iterator[tuple[str, Example, Example, bool]]:
-    """The `key` of an answer, and its text beside that."""
+    """Yields the `key` of an answer, and its text beside that."""
     yield f"{key!r} of {where}", example, example._replace(extras=_without(example.extras, key)), False
     if example.response.strip():
         yield f"the text of {where} beside {key!r}", example, example._replace(response=example.response + MARK), False

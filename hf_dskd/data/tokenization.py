@@ -101,7 +101,7 @@ class TokenizationReport:
 
     @property
     def remarkable(self) -> bool:
-        """Whether there is something that the user should see."""
+        """Tells whether there is something that the user should see."""
         return self.kept < self.rows or self.cut > 0 or len(self._remarks()) > 0
 
     def _remarks(self) -> list[str]:
@@ -173,12 +173,12 @@ class _Answer(NamedTuple):
 
 
 def _opening(lead: str, byte_ends: list[int]) -> int:
-    """How many tokens a template has put before the text."""
+    """Counts the tokens that a template has put before the text."""
     return next((place for place, end in enumerate(byte_ends) if end), 0) if lead else 0
 
 
 def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool = True) -> _Answer | None:
-    """The answer that fits on every side; `None` if nothing of it does."""
+    """Cuts an answer to what fits on every side; `None` if nothing of it does."""
     size = len(text.encode())
     lengths = [len(side.prompt) + len(side.ids) + len(side.end) for side in sides.values()]
     if finished and max(lengths) <= max_length:
@@ -194,7 +194,7 @@ def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool 
 
 
 def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
-    """The columns of a row whose answers follow each other: the prompt of each begins with all tokens before it."""
+    """Joins answers that follow each other to a row: the prompt of each begins with all tokens before it."""
     row: dict[str, Any] = {
         "response_bytes": sum(answer.size for answer in answers),
         "example_id": example_id,
@@ -419,7 +419,7 @@ def tokenize_dataset(
 
 
 def is_tokenized(dataset: Any) -> bool:
-    """Whether a data set has been tokenized already: its columns say so, whatever else they are called."""
+    """Tells whether a data set has been tokenized already: its columns say so, whatever else they are called."""
     return {"input_ids", "prompt_length"} <= set(getattr(dataset, "column_names", None) or [])
 
 
@@ -488,7 +488,7 @@ class _RowTokenizer:
         return {name: [row[name] for row in tokenized] for name in tokenized[0]}
 
     def listed(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """The rows that one row of a stream becomes, in one column."""
+        """Puts the rows that one row of a stream becomes, in one column."""
         return {"tokenized": self._rows(row, index, self._models())}
 
     def _models(self) -> "dict[str, _Model]":
@@ -500,7 +500,7 @@ class _RowTokenizer:
         }
 
     def _rows(self, row: dict[str, Any], index: int, models: "dict[str, _Model]") -> list[dict[str, Any]]:
-        """The rows that a row becomes, or one without tokens that says why there is none."""
+        """Makes the rows that a row becomes, or one without tokens that says why there is none."""
         try:
             answers, notes = self._answers(row, models)
             rows = [_row(part, index) for part in _joined(answers)]
@@ -517,7 +517,7 @@ class _RowTokenizer:
             return [self._nothing(index, f"{_BAD}{message}")]
 
     def _answers(self, row: dict[str, Any], models: "dict[str, _Model]") -> tuple[list[_Answer], list[str]]:
-        """The answers of a row that are learnt, and what is to be noted of it."""
+        """Tokenizes the answers of a row that are learnt, and says what is to be noted of it."""
         examples = read_examples(
             row,
             prompt_column=self.prompt_column,
@@ -588,7 +588,7 @@ class _Model(NamedTuple):
 
 
 def _sides(example: Example, models: dict[str, _Model], notes: set[str]) -> tuple[str, dict[str, _Side]]:
-    """The text of an answer, the same for both models, and what each of them reads; adds to `notes`."""
+    """Finds the text of an answer, the same for both models, and what each of them reads; adds to `notes`."""
     text, turns = _turns(example, {name: model.template for name, model in models.items() if model.template})
     if len({name not in turns or turns[name].verbatim for name in models}) > 1:
         notes.add("foreign_calls")
@@ -623,14 +623,14 @@ def _sides(example: Example, models: dict[str, _Model], notes: set[str]) -> tupl
 
 
 def _unknown(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The token of what a tokenizer doesn't know, where it has one for that alone."""
+    """Finds the token of what a tokenizer doesn't know, where it has one for that alone."""
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def _turns(example: Example, templates: dict[str, Template]) -> tuple[str, dict[str, Turn]]:
     """
-    The text of an answer and each template's view of it.
+    Finds the text of an answer and each template's view of it.
 
     It is the row's own, or that without white space around it where a template trims it. Calls of tools and thoughts
     have the format of the first template that writes them; to another model, which has another format, they are text.

@@ -85,7 +85,7 @@ def _check_batch(batch: pa.Table, start: int, split: str, sizes: Mapping[str, in
 
 
 def _faults(batch: pa.Table, prefix: str, size: int, max_length: int) -> Iterator[tuple[int, str]]:
-    """Rows of the batch that can't be right, the first of each kind, with what is wrong."""
+    """Yields rows of the batch that can't be right, the first of each kind, with what is wrong."""
     ids, lengths = _lists(batch, f"{prefix}input_ids")
     for token in _first(~((ids >= 0) & (ids < size))):
         what = f"has the token {ids[token]} in {prefix}input_ids, and the tokenizer knows 0 to {size - 1}"
@@ -123,7 +123,7 @@ def _first(wrong: np.ndarray) -> list[int]:
 
 
 def _row_of(place: int, lengths: np.ndarray) -> int:
-    """The row that an element of a flat column belongs to."""
+    """Finds the row that an element of a flat column belongs to."""
     return int(np.searchsorted(np.cumsum(lengths), place, side="right"))
 
 
@@ -138,7 +138,7 @@ def _numbers(batch: pa.Table, name: str) -> np.ndarray:
 
 
 def _lists(batch: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers of a column of lists, and how many each row has."""
+    """Reads all numbers of a column of lists, and how many each row has."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -155,7 +155,7 @@ def _lists(batch: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_texts(rows: list[dict[str, Any]], split: str, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """
-    The first responses must say the same to both tokenizers; those of another pair say anything.
+    Checks that the first responses say the same to both tokenizers; those of another pair say anything.
 
     A tokenizer may lose characters, so that it is what the shorter text has of the longer that counts.
     """

@@ -63,7 +63,7 @@ def response_tokens(
 
 
 def located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> tuple[list[int], list[int], bool]:
-    """Token ids and byte ends as in [`response_tokens`], and whether the tokens give the text back."""
+    """Finds token ids and byte ends as in [`response_tokens`], and whether the tokens give the text back."""
     traits = traits_of(tokenizer)
     for anchor in ANCHORS if traits.adds_space else ():
         ids = encode(tokenizer, anchor + text, control)
@@ -98,7 +98,7 @@ def located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: bool)
 def answer_tokens(
     tokenizer: PreTrainedTokenizerBase, lead: str, text: str, control: bool = False
 ) -> tuple[list[int], list[int], bool]:
-    """As [`located_tokens`], of an answer after what a template puts there, which is none of its bytes."""
+    """Does as [`located_tokens`] for an answer after what a template puts there, which is none of its bytes."""
     head = lead.rstrip()
     before = located_tokens(tokenizer, head, control=True)[0] if head else []
     # White space can be one token with what follows it.
@@ -108,7 +108,7 @@ def answer_tokens(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list[int]:
-    """Token ids of a text; control tokens that are spelled out in it are such only with `control`."""
+    """Encodes a text; control tokens that are spelled out in it are such only with `control`."""
     return tokenizer(
         text,
         add_special_tokens=False,
@@ -119,7 +119,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """Bytes of each token; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
+    """Finds the bytes of each token; empty for vocabularies whose pieces don't spell the text, such as WordPiece's."""
     return traits_of(tokenizer).token_bytes
 
 

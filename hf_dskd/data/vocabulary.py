@@ -22,7 +22,7 @@ def shared_tokens(
     ends: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
-    Tokens of the two vocabularies that stand for the same bytes, and the two tokens that end an answer as one pair.
+    Pairs tokens of two vocabularies that stand for the same bytes, and as one pair the two tokens that end an answer.
 
     Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken.
 
@@ -57,7 +57,7 @@ def shared_tokens(
 
 
 def same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every token that both have is the same piece under the same id; one may have more at its end."""
+    """Tells whether every token that both have is the same piece under the same id; one may have more at its end."""
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     common = min(max(student.values()), max(teacher.values())) + 1
     first = {piece: token for piece, token in student.items() if token < common}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def complete(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int = 96) -> str:
-    """The model's greedy continuation of a tokenized prompt, without special tokens."""
+    """Continues a tokenized prompt greedily, and decodes that without special tokens."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt_ids], device=device)
     was_training = model.training

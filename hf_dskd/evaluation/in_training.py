@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from ..running_log import RunningLog, exact_dtype
 from ..training.batches import Batches
 from .generation import score_generation
 from .likelihood import covers_text
+from .scores import bits_of_a_byte
 
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Evaluations(Batches):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """
-        As in [`~transformers.Trainer`], with exact means: each term per response token over the whole dataset.
+        Evaluates with exact means: each term per response token over the whole dataset.
 
         Adds `{prefix}_ce_loss` and the other terms, and `{prefix}_bits_per_byte`: bits that the student spends on
         the responses' text (without EOS) per UTF-8 byte, comparable across tokenizers. With
@@ -110,11 +110,11 @@ class Evaluations(Batches):
         metrics = ratios(totals, evaluated=True)
         if self.distiller.exact_means:
             metrics["loss"] = self.distiller.mean_loss(totals) + totals.get("aux", 0.0) / len(rows)
-        metrics["bits_per_byte"] = text / math.log(2) / response_bytes
+        metrics["bits_per_byte"] = bits_of_a_byte(text, response_bytes)
         return metrics
 
     def _answer(self, dataset: Any) -> dict[str, float]:
-        """Scores of greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
+        """Scores greedy answers to the first prompts; each rank writes its share. Keeps them in `self.samples`."""
         tokenizer, frame = self._pair.student.tokenizer, self._pair.frames["student"]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         count = self.args.eval_generation_samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.collator import DualCollator
 from ..models.causal_lm import backbone, lm_head
+from .scores import bits_of_a_byte
 
 
 # Logits that are there at a time, in bytes of float32.
@@ -38,7 +38,7 @@ def row_likelihoods(
     model: nn.Module, rows: list[dict[str, Any]], *, side: str = "student", dtype: torch.dtype | None = None
 ) -> list[RowLikelihood]:
     """
-    The likelihood of each response, in one batch. The model is taken in the mode it is in.
+    Computes the likelihood of each response, in one batch. The model is taken in the mode it is in.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): A causal language model.
@@ -99,7 +99,7 @@ def bits_per_byte(
     description: str | None = None,
 ) -> float:
     """
-    Bits per UTF-8 byte of the responses' text: comparable between models with different tokenizers.
+    Computes bits per UTF-8 byte of the responses' text: comparable between models with different tokenizers.
 
     The EOS token is left out; it is no text, and each tokenizer has its own.
 
@@ -122,4 +122,4 @@ def bits_per_byte(
         batch = [rows[index] for index in order[start : start + batch_size]]
         found += row_likelihoods(model, batch, side=side, dtype=dtype)
     model.train(was_training)
-    return sum(row.nats for row in found) / math.log(2) / sum(row.bytes for row in found)
+    return bits_of_a_byte(sum(row.nats for row in found), sum(row.bytes for row in found))

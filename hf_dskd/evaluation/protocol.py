@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -35,7 +34,7 @@ from ..models.generation import end_token_ids, padding_token_id, read_response, 
 from ..models.pretrained import commit, loading
 from ..offline.packaged import model_name
 from ..utils.environment import hardware, versions
-from ..utils.files import write_text
+from ..utils.files import whole_lines, write_json_lines, write_text
 from .likelihood import row_likelihoods
 from .scores import answer_scores, average, reference_scores
 from .sets import PROMPT_STYLES, QuestionSet, load_set, question_tokens
@@ -176,7 +175,7 @@ class Evaluation:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's, or that of the base of an adapter which has none beside it."""
+        """Loads the model's, or that of the base of an adapter which has none beside it."""
         from transformers import AutoTokenizer
 
         name, base = model_and_base(self.settings)
@@ -189,17 +188,17 @@ class Evaluation:
 
     @functools.cached_property
     def model(self) -> Any:
-        """Loaded when the first answer is asked for: a finished evaluation needs none."""
+        """Loads it when the first answer is asked for: a finished evaluation needs none."""
         return load_model(self.settings, self.state.device)
 
     @functools.cached_property
     def frame(self) -> Frame:
-        """What stands around an answer: in chat style what the template puts there."""
+        """Finds what stands around an answer: in chat style what the template puts there."""
         style = "chat" if self.settings.prompt_style == "chat" else "plain"
         return answer_frame(self.tokenizer, style, self.settings.chat_template_kwargs)
 
     def prompts(self, questions: QuestionSet) -> list[list[int]]:
-        """Token ids of a set's prompts, whole."""
+        """Tokenizes a set's prompts, whole."""
         if questions.name not in self._prompts:
             settings = self.settings
             self._prompts[questions.name] = [
@@ -209,16 +208,16 @@ class Evaluation:
         return self._prompts[questions.name]
 
     def answers_path(self, questions: QuestionSet, seed: int | None) -> Path:
-        """Where the answers to a set are: the greedy ones without a seed, else the sampled ones."""
+        """Names the file of the answers to a set: the greedy ones without a seed, else the sampled ones."""
         kind = "greedy" if seed is None else f"seed{seed}"
         return self.settings.output_dir / "answers" / f"{questions.name}-{kind}.jsonl"
 
     def references_path(self, questions: QuestionSet) -> Path:
-        """Where the likelihoods of a set's references are."""
+        """Names the file of the likelihoods of a set's references."""
         return self.settings.output_dir / "references" / f"{questions.name}.jsonl"
 
     def answers(self, questions: QuestionSet, seed: int | None) -> Task:
-        """The answers to a set: greedy without a seed, else sampled."""
+        """Makes the task of answering a set: greedily without a seed, else by sampling."""
         prompts = [prompt[: self.settings.max_prompt_length] for prompt in self.prompts(questions)]
         path = self.answers_path(questions, seed)
         lines = functools.partial(self.answer, questions, prompts, seed)
@@ -227,7 +226,7 @@ class Evaluation:
     def answer(
         self, questions: QuestionSet, prompts: list[list[int]], seed: int | None, examples: list[int]
     ) -> list[dict[str, Any]]:
-        """One line of an answers file for each of `examples`, written in one batch."""
+        """Writes one line of an answers file for each of `examples`, in one batch."""
         from transformers import GenerationConfig
 
         settings, tokenizer = self.settings, self.tokenizer
@@ -264,7 +263,7 @@ class Evaluation:
         return lines
 
     def references(self, questions: QuestionSet) -> Task:
-        """What the model makes of a set's references, after whole prompts."""
+        """Makes the task of reading a set's references after whole prompts."""
         prompts = self.prompts(questions)
         lengths = [
             len(prompt) + max(len(text.encode()) for text in question.references)
@@ -276,7 +275,7 @@ class Evaluation:
     def reference_likelihoods(
         self, questions: QuestionSet, prompts: list[list[int]], examples: list[int]
     ) -> list[dict[str, Any]]:
-        """One line for each of `examples`: sums over its references."""
+        """Computes one line for each of `examples`: sums over its references."""
         # Not `max_length`: where a tokenization has more tokens, another text would be cut away.
         room = getattr(base_causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None) or 2**31
         lines = {
@@ -304,7 +303,7 @@ class Evaluation:
         return [{**line, "nats": round(line["nats"], 3)} for line in lines.values()]
 
     def tasks(self) -> Iterable[Task]:
-        """Set by set: its references, the greedy answers, those of each seed."""
+        """Yields set by set its references, the greedy answers, those of each seed."""
         for questions in self.sets:
             yield self.references(questions)
             for seed in (None, *self.settings.seeds):
@@ -330,7 +329,7 @@ class Evaluation:
             disable=not self.state.is_main_process,
         )
         own.parent.mkdir(parents=True, exist_ok=True)
-        drop_half_line(own)
+        whole_lines(own)
         with bar, own.open("a", encoding="utf-8", newline="\n") as file:
             for batch in batches:
                 # The whole batch even where a part is there: rounding may depend on what else is in it.
@@ -347,7 +346,7 @@ class Evaluation:
         self.state.wait_for_everyone()
 
     def scores(self) -> dict[str, Any]:
-        """Everything that `scores.json` says, from the files."""
+        """Collects everything that `scores.json` says, from the files."""
         sets = {questions.name: self.set_scores(questions) for questions in self.sets}
         given = {**asdict(self.settings), "seeds": list(self.settings.seeds)}
         left_out = ("model", "base_model", "output_dir", "sets", "in_distribution", "batch_size")
@@ -366,7 +365,7 @@ class Evaluation:
         }
 
     def set_scores(self, questions: QuestionSet) -> dict[str, Any]:
-        """Of one set."""
+        """Scores one set."""
         found = {
             seed: list(read_lines(self.answers_path(questions, seed)).values())
             for seed in (None, *self.settings.seeds)
@@ -386,7 +385,7 @@ class Evaluation:
 
 def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     """
-    The whole evaluation, or the rest of one that was stopped; writes `scores.json` and `table.md`.
+    Runs the whole evaluation, or the rest of one that was stopped; writes `scores.json` and `table.md`.
 
     Args:
         settings ([`EvaluationSettings`]): What is evaluated, and how.
@@ -438,7 +437,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def model_and_base(settings: EvaluationSettings) -> tuple[str, str | None]:
-    """Name or folder of the model, and that of its base where it is an adapter."""
+    """Finds name or folder of the model, and of its base where it is an adapter."""
     name = str(model_name(settings.model))
     adapter = Path(name) / "adapter_config.json"
     if not adapter.is_file():
@@ -455,7 +454,7 @@ def model_and_base(settings: EvaluationSettings) -> tuple[str, str | None]:
 
 
 def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
-    """The model on its device, in eval mode."""
+    """Loads the model on its device, in eval mode."""
     from transformers import AutoConfig, GenerationConfig
 
     from ..models.causal_lm import check_config
@@ -491,7 +490,7 @@ def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
 
 
 def facts(settings: EvaluationSettings, sets: list[QuestionSet]) -> dict[str, Any]:
-    """What the answers depend on; an evaluation may go on with another batch size and from a folder that moved."""
+    """Collects what answers depend on; an evaluation may go on with another batch size, from a folder that moved."""
     given = asdict(settings)
     own = ("model", "base_model", "output_dir", "sets", "in_distribution", "batch_size")
     kept = {name: value for name, value in given.items() if name not in own}
@@ -507,7 +506,7 @@ def facts(settings: EvaluationSettings, sets: list[QuestionSet]) -> dict[str, An
 
 
 def model_files(name: str, role: str = "the model") -> list[tuple[str, str]]:
-    """Files of a model's folder with their sha256; for a model on the hub, its revision."""
+    """Lists the files of a model's folder with their sha256; for a model on the hub, its revision."""
     folder = Path(name)
     if not folder.is_dir():
         from transformers import AutoConfig
@@ -552,7 +551,7 @@ def check_own(folder: Path) -> None:
 
 
 def read_known(path: Path) -> dict[str, Any]:
-    """What an evaluation before this one in the folder was of."""
+    """Reads what an evaluation before this one in the folder was of."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"evaluated": dict(found["evaluated"]), "seconds": dict(found["seconds"])}
@@ -560,22 +559,14 @@ def read_known(path: Path) -> dict[str, Any]:
         raise UserError(f"{str(path)!r} isn't what `hf-dskd evaluate` writes: choose another --output_dir") from None
 
 
-def drop_half_line(path: Path) -> None:
-    """Cuts off the line that was being written when the process ended."""
-    if path.is_file():
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
-
-
 def parts(path: Path) -> list[Path]:
-    """The file itself and those that processes have written beside it."""
+    """Lists the file itself and those that processes have written beside it."""
     pattern = re.compile(rf"{re.escape(path.stem)}\.part\d+\.jsonl")
     return [path, *sorted(part for part in path.parent.glob("*.jsonl") if pattern.fullmatch(part.name))]
 
 
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """The whole lines of a file and of the parts beside it, by their example, in the order of the examples."""
+    """Reads the whole lines of a file and of the parts beside it, by their example, in the order of the examples."""
     lines: dict[int, dict[str, Any]] = {}
     for part in parts(path):
         if part.is_file():
@@ -591,7 +582,6 @@ def read_lines(path: Path) -> dict[int, dict[str, Any]]:
 
 def merge(path: Path) -> None:
     """Puts the parts of a file together, in the order of the examples."""
-    lines = read_lines(path).values()
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json_lines(path, read_lines(path).values())
     for part in parts(path)[1:]:
         part.unlink()

@@ -22,7 +22,7 @@ def _scorer() -> Any:
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """
-    The F-measure of ROUGE-L (Lin, 2004) with stemming, that of the best reference.
+    Computes the F-measure of ROUGE-L (Lin, 2004) with stemming, that of the best reference.
 
     Args:
         prediction (`str`): An answer.
@@ -35,17 +35,17 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> bool:
-    """Whether an answer is one of the references, but for case, punctuation and spaces (SQuAD's, articles kept)."""
-    return _normalised(prediction) in {_normalised(reference) for reference in references}
+    """Tells whether an answer is a reference but for case, punctuation and spaces (SQuAD's, articles kept)."""
+    return _normalized(prediction) in {_normalized(reference) for reference in references}
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
 
 
 def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
     """
-    The interval in which the mean lies with 95% confidence (percentile bootstrap over examples; Efron, 1979).
+    Finds the interval in which the mean lies with 95% confidence (percentile bootstrap over examples; Efron, 1979).
 
     Args:
         values (sequence of `float`): One per example.
@@ -63,7 +63,7 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, s
 
 def answer_scores(decodings: list[list[dict[str, Any]]]) -> dict[str, Any]:
     """
-    Scores of the answers to one set, in percent.
+    Scores the answers to one set, in percent.
 
     Args:
         decodings (`list[list[dict]]`): The answers of each seed, or the greedy ones alone; all to the same examples.
@@ -90,13 +90,18 @@ def answer_scores(decodings: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return result
 
 
+def bits_of_a_byte(nats: float, count: float) -> float:
+    """Converts the nats spent on a text of `count` bytes to bits for each of them."""
+    return nats / math.log(2) / count
+
+
 def reference_scores(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Bits per byte and token accuracy (in percent) over all references of a set, and how many were cut or skipped."""
+    """Sums up a set's references: bits per byte, token accuracy in percent, and how many were cut or skipped."""
     lines = list(lines)
     total = {name: math.fsum(line[name] for line in lines) for name in lines[0] if name != "example"}
     some = total["tokens"] > 0
     return {
-        "bits_per_byte": rounded(total["nats"] / math.log(2) / total["bytes"]) if some else None,
+        "bits_per_byte": rounded(bits_of_a_byte(total["nats"], total["bytes"])) if some else None,
         "token_accuracy": rounded(100.0 * total["correct"] / total["tokens"]) if some else None,
         "references_cut": int(total["cut"]),
         "references_skipped": int(total["skipped"]),
@@ -104,7 +109,7 @@ def reference_scores(lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def average(sets: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over sets, each counting the same; standard deviations are those of the means of each seed."""
+    """Averages over sets, each counting the same; standard deviations are those of the means of each seed."""
 
     def mean(values: list[Any]) -> float | None:
         return None if None in values else rounded(statistics.fmean(values))
@@ -125,5 +130,5 @@ def average(sets: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rounded(number: float) -> float:
-    """To six digits after the point: what is left of rounding within the model doesn't show."""
+    """Rounds to six digits after the point: what is left of rounding within the model doesn't show."""
     return round(number, 6)

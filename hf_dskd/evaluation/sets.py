@@ -71,7 +71,7 @@ class QuestionSet(NamedTuple):
 
 def parse_sets(text: str) -> dict[str, str | None]:
     """
-    Names of sets, each with a file or, where it comes from the hub, with `None`.
+    Reads names of sets, each with a file or, where it comes from the hub, with `None`.
 
     Args:
         text (`str`): Such as `"dolly=path/test.jsonl,vicuna"`.
@@ -174,7 +174,7 @@ def question_tokens(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """
-    Tokens of a prompt, as in training.
+    Tokenizes a prompt as in training.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one.

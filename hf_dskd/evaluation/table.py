@@ -13,7 +13,7 @@ AVERAGES = {"in_distribution": "in distribution", "out_of_distribution": "out of
 
 def table(scores: Mapping[str, Any]) -> str:
     """
-    Scores as Markdown: a row for each set, then the averages where there are several.
+    Writes scores as Markdown: a row for each set, then the averages where there are several.
 
     Args:
         scores (`Mapping[str, Any]`): The content of `scores.json`.

@@ -56,14 +56,14 @@ class Derived:
 
     @property
     def flags(self) -> list[str]:
-        """The settings as a command line has them."""
+        """Writes the settings as a command line has them."""
         return [
             f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"
             for name, value in self.settings.items()
         ]
 
     def __str__(self) -> str:
-        """YAML with the reasons as comments."""
+        """Writes YAML with the reasons as comments."""
         import yaml
 
         lines = [
@@ -88,7 +88,7 @@ def derive(
     processes: int = 1,
 ) -> Derived:
     """
-    Settings for a pair of models, from their configurations and tokenizers alone: no weights are loaded.
+    Derives settings for a pair of models, from their configurations and tokenizers alone: no weights are loaded.
 
     Args:
         student, teacher (`str`): Folders, names on the hub, or of packaged models.
@@ -147,7 +147,7 @@ def check_two(student: str, teacher: str) -> None:
 
 
 def output_dir(student: str, teacher: str) -> str:
-    """`runs/STUDENT_TEACHER`, without organisations and folders."""
+    """Names the run `runs/STUDENT_TEACHER`, without organizations and folders."""
     return f"runs/{_short(student)}_{_short(teacher)}"
 
 
@@ -273,7 +273,7 @@ def _fit(
     dtype: str,
     processes: int,
 ) -> dict[str, tuple[Any, str]]:
-    """Settings, with reasons, of the first way to train that fits."""
+    """Finds the settings, with reasons, of the first way to train that fits."""
     from .memory import Size
 
     student, teacher = (Size.of(configs[role], options[role]) for role in ("student", "teacher"))
@@ -338,7 +338,7 @@ def _millions(model: Size) -> str:
 
 
 def _why_no_four_bit(config: Any, name: str, device: str, options: dict[str, Any]) -> str | None:
-    """Why the teacher can't run in 4 bits on `device`, or `None` if it can."""
+    """Says why the teacher can't run in 4 bits on `device`, or `None` if it can."""
     from ..teacher.load import check_four_bit, check_four_bit_shapes
 
     try:
@@ -377,7 +377,7 @@ def _too_large(
 
 def train(description: str | None, config_file: Path, arguments: list[str] | None = None) -> None:
     """
-    A run of two models that the command line names: `STUDENT TEACHER [--any_setting VALUE ...]`.
+    Trains two models that the command line names: `STUDENT TEACHER [--any_setting VALUE ...]`.
 
     What the two need is derived and printed with its reasons. `--dry_run` prints the other settings too, which makes
     a configuration file for `hf-dskd train --config`, and stops there.
@@ -449,7 +449,7 @@ def train(description: str | None, config_file: Path, arguments: list[str] | Non
 
 
 def two_names(arguments: list[str]) -> tuple[str, str, list[str]]:
-    """Student, teacher and the flags after them."""
+    """Splits arguments into student, teacher and the flags after them."""
     count = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     if count != 2:
         got = " ".join(map(repr, arguments[:count])) or "nothing"

@@ -172,7 +172,7 @@ class Step:
 
     @property
     def responses(self) -> list[int]:
-        """Response tokens of each example, spread evenly over ±50% of their mean."""
+        """Spreads the response tokens of each example evenly over ±50% of their mean."""
         mean = self.response_tokens or self.max_length // 3
         lengths = [round(mean * (0.5 + (place + 0.5) / self.batch_size)) for place in range(self.batch_size)]
         return [min(max(length, 2), self.max_length - 1) for length in lengths]
@@ -314,12 +314,12 @@ def step_memory(student: Size, teacher: Size | None, step: Step) -> Memory:
 
 
 def room(needed: float, device: str) -> float:
-    """Bytes that have to be free for tensors of `needed` bytes: an allocator can't use all that it holds."""
+    """Computes what must be free for tensors of `needed` bytes: an allocator can't use all that it holds."""
     return needed * (CPU_HEAP if device == "cpu" else FRAGMENTATION)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a process on `device` can have now, what it takes itself included."""
+    """Measures the bytes that a process on `device` can have now, what it takes itself included."""
     import torch
 
     if device.type in ("cpu", "mps"):
@@ -378,7 +378,7 @@ def teacher_pass(teacher: Size, step: Step) -> float:
 
 
 def teacher_weights(teacher: Size, step: Step) -> float:
-    """Bytes of the teacher, or of what the cache leaves of it."""
+    """Computes the bytes of the teacher, or of what the cache leaves of it."""
     c, matrix = bytes_of(step.dtype), teacher.vocabulary * teacher.width
     if step.teacher == "cached":
         return c * matrix * (1 if teacher.tied else 2)
@@ -391,7 +391,7 @@ def teacher_weights(teacher: Size, step: Step) -> float:
 
 
 def auxiliary_parameters(student: Size, teacher: Size, method: str) -> tuple[int, int]:
-    """Parameters of the projectors, and of the networks that match queries to keys."""
+    """Counts the parameters of the projectors, and of the networks that match queries to keys."""
     import torch
 
     from ..losses.conditional_transport import TransportCritics
@@ -411,7 +411,7 @@ def auxiliary_parameters(student: Size, teacher: Size, method: str) -> tuple[int
 
 
 def loss(student: Size, teacher: Size | None, step: Step) -> float:
-    """Bytes of the losses in the two spaces, of which one is computed after the other."""
+    """Estimates the bytes of the losses in the two spaces, of which one is computed after the other."""
     import torch
 
     from ..kernels.linear_divergence import TILE_COPIES, chunk_sizes

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -19,7 +18,7 @@ from ..data.prompts import Frame, answer_frame, prompt_tokens
 from ..errors import UserError
 from ..models.causal_lm import base_causal_lm
 from ..models.generation import end_token_ids, read_response, sample
-from ..utils.files import write_text
+from ..utils.files import whole_lines, write_json
 
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def write_responses(
     }
     _check_facts(folder, facts)
     path = folder / RESPONSES_NAME
-    done = _whole_lines(path)
+    done = whole_lines(path)
     if done < len(dataset):
         frame = answer_frame(teacher_tokenizer, prompt_style, chat_template_kwargs)
 
@@ -112,7 +111,7 @@ def write_responses(
             for index, row in enumerate(dataset)
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        _write_facts(folder, facts)
+        write_json(folder / ABOUT_NAME, facts)
         with path.open("a", encoding="utf-8", newline="\n") as file:
             _write_rows(
                 dataset, done, file, columns, load_teacher(), teacher_tokenizer, max_length, frame, prompts, batch_size
@@ -249,18 +248,3 @@ def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
                 f"{str(folder)!r} holds a teacher's responses with {name}={known.get(name)!r}, which is now"
                 f" {facts.get(name)!r}: choose another folder or delete this one"
             )
-
-
-def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    write_text(folder / ABOUT_NAME, json.dumps(facts, indent=2) + "\n")
-
-
-def _whole_lines(path: Path) -> int:
-    """Counts the lines, after cutting off the one that was being written when the process ended."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        whole = [len(line) for line in file if line.endswith(b"\n")]
-    if sum(whole) < path.stat().st_size:
-        os.truncate(path, sum(whole))
-    return len(whole)

@@ -32,6 +32,17 @@ def write_json_lines(path: Path, values: Any) -> None:
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
+def whole_lines(path: Path) -> int:
+    """Counts the lines of a file, after cutting off the one that was being written when a process ended."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        whole = [len(line) for line in file if line.endswith(b"\n")]
+    if sum(whole) < path.stat().st_size:
+        os.truncate(path, sum(whole))
+    return len(whole)
+
+
 def write_yaml(path: Path, settings: dict[str, Any], sort: bool = True) -> None:
     """Writes a configuration file for `--config`."""
     import yaml

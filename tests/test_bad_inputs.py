@@ -269,8 +269,6 @@ OBJECTS: list[tuple[Callable[[], dict[str, Any]], str]] = [
         lambda: {"teacher_model": Path("student")},
         "teacher_model is the student itself ('student'): name a larger model",
     ),
-    (lambda: {"model": "no/such-model"}, "the student 'no/such-model' can't be loaded ("),
-    (lambda: {"teacher_model": "missing/folder/here"}, "the teacher 'missing/folder/here' can't be loaded ("),
     (
         lambda: {"processing_class": "student"},
         "processing_class='student' is a name: pass AutoTokenizer.from_pretrained('student')",
@@ -351,24 +349,8 @@ OBJECTS: list[tuple[Callable[[], dict[str, Any]], str]] = [
         lambda: {"eval_dataset": {"prompt": ["a"], "completion": ["b"]}},
         "eval_dataset['prompt']: row 0 is a str, not a mapping: write rows as {'prompt': ..., 'completion': ...}",
     ),
-    (
-        lambda: {"train_dataset": tiny.dataset(2).select([])},
-        "the train data set has no rows; pass a data set with at least one",
-    ),
-    (
-        lambda: {"train_dataset": [{"text": "a", "label": "b"}]},
-        "no column 'messages', 'prompt' and 'completion', or 'instruction' and 'output': ",
-    ),
     (lambda: {"peft_config": {"r": 4}}, "peft_config is a dict: write peft_config=LoraConfig(**peft_config)"),
     (lambda: {"peft_config": LoraConfig}, "peft_config is the class LoraConfig: write peft_config=LoraConfig(...)"),
-    (
-        lambda: {"peft_config": LoraConfig(target_modules=["q_proj"])},
-        "peft_config.target_modules=['q_proj'] names no module of the student: choose among c_attn, c_fc, ",
-    ),
-    (
-        lambda: {"peft_config": LoraConfig(target_modules=["c_attn"], modules_to_save=["transformer.wte"])},
-        "peft_config.modules_to_save=['transformer.wte'] covers 'transformer.wte': ",
-    ),
     (
         lambda: {"quantization_config": {"load_in_4bit": True}},
         "quantization_config is a dict: write quantization_config=BitsAndBytesConfig(**quantization_config)",
@@ -492,15 +474,9 @@ OBJECTS: list[tuple[Callable[[], dict[str, Any]], str]] = [
         "teacher_cache='student' isn't a teacher cache, it holds config.json, generation_config.json, ",
     ),
     (
-        lambda: {"args": config(prompt_column="question")},
-        "column 'question' is missing: the data set has 'prompt', 'completion'; set prompt_column to one of these",
-    ),
-    (lambda: {"args": config(max_length=4096)}, "max_length=4096 is too long for the student 'student', "),
-    (
         lambda: {"args": config(loss_memory_mb=0.001)},
         "loss_memory_mb=0.001 can't hold one row of logits over 450 and 450 tokens: ",
     ),
-    (lambda: {"args": config(method="kd")}, "method='kd' compares the two models token by token, "),
     (lambda: {"args": config(teacher_device="gpu")}, "teacher_device='gpu' is no device of this machine: "),
     (
         lambda: {"args": config(lr_scheduler_type="cosine_with_min_lr")},
@@ -805,15 +781,6 @@ AFTER_LOADING: list[tuple[Callable[[], dict[str, Any]], str]] = [
         "optimizers: 2 of the optimizer's 2 parameters are none of the student's: ",
     ),
     (lambda: {"peft_config": LoraConfig(r=-1, target_modules="all-linear")}, "peft_config doesn't fit the student: "),
-    (
-        lambda: {"train": "nothere"},
-        "resume_from_checkpoint='nothere' isn't a folder: name a checkpoint-N folder of a run",
-    ),
-    (
-        lambda: {"train": "student"},
-        "resume_from_checkpoint='student' is not a checkpoint, it has no trainer_state.json: ",
-    ),
-    (lambda: {"train": True}, "resume_from_checkpoint=True: 'out' has no checkpoint; start without it"),
 ]
 
 
@@ -889,10 +856,7 @@ def train(options):
     given = {"model": "student", "teacher_model": "teacher", "train_dataset": tiny.dataset(4)}
     if "args" not in options:
         options["args"] = config()
-    checkpoint = options.pop("train", None)
-    trainer = DSKDTrainer(**{**given, **options})
-    if checkpoint is not None:
-        trainer.train(resume_from_checkpoint=checkpoint)
+    DSKDTrainer(**{**given, **options})
 
 
 @pytest.mark.parametrize("options, expected", OBJECTS, ids=[str(index) for index in range(len(OBJECTS))])

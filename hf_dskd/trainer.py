@@ -26,19 +26,15 @@ from .hub.identity import identity
 from .hub.publishing import Publishing
 from .losses.objective import Step
 from .losses.projectors import Projectors
-from .models.causal_lm import hidden_size, lm_head
-from .models.generation import check_generation_config
-from .running_log import RunningLog
+from .models.causal_lm import lm_head
 from .teacher.source import TeacherSource, open_source
 from .training.adversary import Adversary
-from .training.arguments import check_args, check_collator, check_given, check_optimized
+from .training.arguments import check_args, check_callbacks, check_functions, check_given, settle
 from .training.checkpoint import Checkpoints
-from .training.compatibility import check_trainable
 from .training.distiller import Distiller
 from .training.pair import Pair
 from .training.prepare import Preparation, check_steps
 from .training.published import PublishedDistiller
-from .training.steps import StepCallback
 from .words import ARGUMENTS, understands
 
 
@@ -153,67 +149,38 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
     ):
         args = DSKDConfig("dskd_output") if args is None else args
         check_args(args)
-        row = args.method_row
         # What can be refused is refused first; models are loaded last.
         train_dataset = as_dataset(train_dataset, "train_dataset")
         eval_dataset = as_datasets(eval_dataset, "eval_dataset")
-        check_given(
-            args,
-            model,
-            eval_dataset,
-            data_collator,
-            compute_metrics,
-            preprocess_logits_for_metrics,
-            callbacks,
-            optimizers,
-            peft_config,
-            quantization_config,
-            teacher_quantization_config,
-        )
+        check_functions(data_collator=data_collator, compute_metrics=compute_metrics)
+        check_functions(preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        check_callbacks(callbacks)
+        check_given(args, model, eval_dataset, data_collator, compute_metrics, optimizers)
         self._pair = pair = Pair(
-            args,
-            model,
-            teacher_model,
-            processing_class,
-            teacher_processing_class,
+            *(args, model, teacher_model, processing_class, teacher_processing_class),
             peft_config=peft_config,
             quantization_config=quantization_config,
             teacher_quantization_config=teacher_quantization_config,
         )
-        pair.check_student(trains=train_dataset is not None)
+        trains = train_dataset is not None
+        pair.check_student(trains)
         self._identity = identity(pair.student.name, bool(pair.adapters), args.method, pair.student.config.model_type)
         self._origins = {side.role: side.origin for side in (pair.student, pair.teacher) if side is not None}
         if args.push_to_hub:
             self._check_hub(args)
-        cache = pair.open_cache(args.teacher_cache)
-        self._preparation = Preparation(pair, cache)
-        self.tokenization_reports = self._preparation.reports
-        train_dataset, eval_dataset = self._preparation.begin(train_dataset, eval_dataset)
-        if train_dataset is not None:
-            check_steps(args, train_dataset)
-        if data_collator is not None:
-            check_collator(data_collator, train_dataset, row.needs_teacher)
-        self._preparation.fill(train_dataset, eval_dataset)
-
+        self._preparation = preparation = Preparation(pair, pair.open_cache(args.teacher_cache))
+        self.tokenization_reports = preparation.reports
+        train_dataset, eval_dataset = preparation.begin(train_dataset, eval_dataset, data_collator)
         student = pair.load_student()
-        if train_dataset is not None:
-            check_trainable(student)
-            check_optimized(optimizers[0], student)
-        if args.on_policy_fraction:
-            check_generation_config(student, "the student")
+        pair.check_loaded(student, optimizers[0], trains)
         self.teacher: TeacherSource | None = None
-        if row.needs_teacher:
-            self.teacher = open_source(cache, pair.load_teacher, args.device)
-        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        if args.world_size > 1 and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
-            # One rank would cut the batches of all out of its own, which are padded to lengths of their own.
-            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        if args.method_row.needs_teacher:
+            self.teacher = open_source(preparation.cache, pair.load_teacher, args.device)
+        settle(args)
         super().__init__(
             model=student,
             args=args,
-            data_collator=self._preparation.collator() if data_collator is None else data_collator,
+            data_collator=preparation.collator() if data_collator is None else data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=pair.student.tokenizer,
@@ -222,32 +189,13 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.args: DSKDConfig
-        self.model: nn.Module
         # compute_loss divides by the tokens of the global batch itself. The first name is read by transformers from
         # 5.19 on, the second before.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.teacher_processing_class = pair.tokenizers[1]
-        teacher = pair.teacher if row.needs_teacher else None
-        sizes = hidden_size(pair.student.config), None if teacher is None else hidden_size(teacher.config)
         self._prepare_pair(student)
-        self._facts = {
-            "method": args.method,
-            **row.composition,
-            "as_published": args.as_published,
-            "student": pair.student.short_name,
-            "teacher": None if teacher is None else teacher.short_name,
-            "student_hidden_size": sizes[0],
-            "teacher_hidden_size": sizes[1],
-            "adapter": hasattr(student, "peft_config"),
-        }
-        self.running_log = RunningLog(self.accelerator.device)
-        self._learning_rates: dict[str, float] = {}
-        self._begun: dict[str, str | None] = {}
-        self._evaluated: list[Tensor] = []
-        self.samples: list[dict[str, Any]] = []
-        self.add_callback(StepCallback(self))
+        self._facts = {**pair.facts, "adapter": hasattr(student, "peft_config")}
         self.add_callback(AnalysisCallback(self))
 
     def _prepare_pair(self, student: Any) -> None:

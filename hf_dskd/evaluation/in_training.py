@@ -32,10 +32,13 @@ class Evaluations(Batches):
 
     distiller: Distiller
     running_log: RunningLog
-    # A row of sums for each example of the evaluation that is under way, and the names of its columns.
-    _evaluated: list[Tensor]
     _evaluated_names: list[str]
-    samples: list[dict[str, Any]]
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        # A row of sums for each example of the evaluation that is under way; its columns are named above.
+        self._evaluated: list[Tensor] = []
+        self.samples: list[dict[str, Any]] = []
 
     def prediction_step(
         self,

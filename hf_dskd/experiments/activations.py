@@ -70,7 +70,7 @@ class FakeStudent:
     A student without data, plain or with LoRA, whose forward passes are counted.
 
     Args:
-        config, init_kwargs: As [`~hf_dskd.pretrained.empty_model`] takes them.
+        config, init_kwargs: As [`~hf_dskd.models.pretrained.empty_model`] takes them.
         dtype (`torch.dtype`): Of the weights.
         adapter_rank (`int`, *optional*): Of LoRA; without, all weights are trained.
         adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.

@@ -25,33 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def check_given(
-    args: DSKDConfig,
-    model: Any,
-    eval_dataset: Any,
-    data_collator: Any,
-    compute_metrics: Any,
-    preprocess_logits_for_metrics: Any,
-    callbacks: Any,
-    optimizers: Any,
-    peft_config: Any,
-    quantization_config: Any,
-    teacher_quantization_config: Any,
+    args: DSKDConfig, model: Any, eval_dataset: Any, data_collator: Any, compute_metrics: Any, optimizers: Any
 ) -> None:
     """Checks what [`~hf_dskd.DSKDTrainer`] is given as far as that takes neither models nor the rows of data."""
-    check_functions(
-        data_collator=data_collator,
-        compute_metrics=compute_metrics,
-        preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-    )
-    check_callbacks(callbacks)
     check_evaluation(args, eval_dataset, compute_metrics)
     check_backends(args)
     check_optimizers(args, optimizers, model)
     check_optimization(args, optimizers[0])
-    check_adapter_config(peft_config)
-    check_quantization(
-        quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
-    )
     check_launch(args)
     check_output_dir(str(args.output_dir))
     check_metric(args, eval_dataset)
@@ -74,6 +54,16 @@ def check_args(args: Any) -> None:
     elif isinstance(args, (str, os.PathLike)):
         remedy = f"write DSKDConfig({os.fspath(args)!r}), if that is the output folder"
     raise UserError(f"args is {kind_of(args)}, which isn't a DSKDConfig: {remedy}")
+
+
+def settle(args: DSKDConfig) -> None:
+    """Sets what the other settings of a run leave open."""
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+        # Reentrant checkpointing needs an input that requires a gradient, which a frozen embedding doesn't give.
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    if args.world_size > 1 and args.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+        # One rank would cut the batches of all out of its own, which are padded to lengths of their own.
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
 
 
 def check_functions(**given: Any) -> None:
@@ -190,25 +180,6 @@ def check_optimized(optimizer: Optimizer | None, student: nn.Module) -> None:
             "optimizers: none of the optimizer's parameters is trained (those of an adapter are made later): pass the"
             " student with its adapter, or set optim"
         )
-
-
-def check_adapter_config(peft_config: Any) -> None:
-    """Checks that an adapter is described by a [`~peft.PeftConfig`]."""
-    if peft_config is None:
-        return
-    from peft import PeftConfig
-
-    if not isinstance(peft_config, PeftConfig):
-        remedy = "LoraConfig(**peft_config)" if isinstance(peft_config, Mapping) else "LoraConfig(...)"
-        raise UserError(f"peft_config is {kind_of(peft_config)}: write peft_config={remedy}")
-
-
-def check_quantization(**given: Any) -> None:
-    """Checks that a quantization is described by one of transformers' configs."""
-    for name, config in given.items():
-        if config is not None and (isinstance(config, type) or not hasattr(config, "quant_method")):
-            remedy = f"BitsAndBytesConfig(**{name})" if isinstance(config, Mapping) else "BitsAndBytesConfig(...)"
-            raise UserError(f"{name} is {kind_of(config)}: write {name}={remedy}")
 
 
 def check_evaluation(args: DSKDConfig, eval_dataset: Any, compute_metrics: Any) -> None:

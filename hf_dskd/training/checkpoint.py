@@ -49,8 +49,6 @@ class Checkpoints(Steps):
 
     # What must agree for a checkpoint to be resumed from.
     _facts: dict[str, Any]
-    # The runs of this trainer, by their folders.
-    _begun: dict[str, str | None]
     _run_id: str | None = None
     # Fingerprint of the training data, made when it is needed.
     _data: str | None = None
@@ -59,6 +57,11 @@ class Checkpoints(Steps):
     _staging: Path | None = None
     # Of a search.
     _trial: Any = None
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        # The runs of this trainer, by their folders.
+        self._begun: dict[str, str | None] = {}
 
     @property
     def analysis_folder(self) -> Path:

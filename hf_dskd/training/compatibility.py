@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..data.vocabulary import same_vocabulary, shared_tokens
@@ -107,6 +107,25 @@ def check_positions(config: DSKDConfig, model_config: PretrainedConfig, name: st
             f"max_length={config.max_length} is too long for {role} {name or model_config.model_type!r}, which has"
             f" {positions} positions (max_position_embeddings): set max_length={longest} or less"
         )
+
+
+def check_adapter_config(peft_config: Any) -> None:
+    """Checks that an adapter is described by a [`~peft.PeftConfig`]."""
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        remedy = "LoraConfig(**peft_config)" if isinstance(peft_config, Mapping) else "LoraConfig(...)"
+        raise UserError(f"peft_config is {kind_of(peft_config)}: write peft_config={remedy}")
+
+
+def check_quantization(**given: Any) -> None:
+    """Checks that a quantization is described by one of transformers' configs."""
+    for name, config in given.items():
+        if config is not None and (isinstance(config, type) or not hasattr(config, "quant_method")):
+            remedy = f"BitsAndBytesConfig(**{name})" if isinstance(config, Mapping) else "BitsAndBytesConfig(...)"
+            raise UserError(f"{name} is {kind_of(config)}: write {name}={remedy}")
 
 
 def check_quantized_student(device: Any, config: PretrainedConfig, name: str, chosen: Any, adapted: bool) -> None:

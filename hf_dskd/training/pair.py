@@ -17,8 +17,8 @@ from ..data.kinds import as_tokenizer
 from ..data.prompts import Frame, answer_frame, check_eos, depends_on_the_day, set_pad_token
 from ..errors import UserError
 from ..kernels.linear_divergence import chunk_sizes
-from ..models.causal_lm import base_causal_lm, check_config, check_vocabulary, lm_head
-from ..models.generation import add_end_tokens, check_saved_generation
+from ..models.causal_lm import base_causal_lm, check_config, check_vocabulary, hidden_size, lm_head
+from ..models.generation import add_end_tokens, check_generation_config, check_saved_generation
 from ..models.pretrained import (
     check_options,
     dtype_option,
@@ -34,13 +34,16 @@ from ..models.pretrained import (
 )
 from ..teacher.cache import TeacherCache, open_cache
 from ..teacher.load import check_teacher_options, load_causal_lm, load_teacher_model, teacher_quantization
+from .arguments import check_optimized
 from .compatibility import (
     as_model,
+    check_adapter_config,
     check_not_exchanged,
     check_own_tokenizer,
     check_pair,
     check_peft,
     check_positions,
+    check_quantization,
     check_quantized_student,
     check_trainable,
     check_vocabularies,
@@ -167,6 +170,10 @@ class Pair:
         model, teacher_model = as_model(model, "model"), as_model(teacher_model, "teacher_model")
         processing_class = as_tokenizer(processing_class, "processing_class")
         teacher_processing_class = as_tokenizer(teacher_processing_class, "teacher_processing_class")
+        check_adapter_config(peft_config)
+        check_quantization(
+            quantization_config=quantization_config, teacher_quantization_config=teacher_quantization_config
+        )
         check_pair(args, model, teacher_model)
         for setting, wanted, given in (
             ("quantization_config", quantization_config, model),
@@ -273,6 +280,28 @@ class Pair:
         if folder is None or side is None or not self.args.method_row.needs_teacher:
             return None
         return open_cache(folder, self.args, side.model, side.config, side.tokenizer, self.teacher_quantization)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to be resumed from: method, models and their widths."""
+        row, teacher = self.args.method_row, self.teacher if self.args.method_row.needs_teacher else None
+        return {
+            "method": self.args.method,
+            **row.composition,
+            "as_published": self.args.as_published,
+            "student": self.student.short_name,
+            "teacher": None if teacher is None else teacher.short_name,
+            "student_hidden_size": hidden_size(self.student.config),
+            "teacher_hidden_size": None if teacher is None else hidden_size(teacher.config),
+        }
+
+    def check_loaded(self, student: Any, optimizer: Any, trains: bool) -> None:
+        """Raises a [`UserError`] for a student, now that it is there, that can't be trained or can't write."""
+        if trains:
+            check_trainable(student)
+            check_optimized(optimizer, student)
+        if self.args.on_policy_fraction:
+            check_generation_config(student, "the student")
 
     def load_teacher(self) -> Any:
         """Returns the teacher on its device, in the dtype of the settings where it is given by name."""

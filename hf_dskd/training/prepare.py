@@ -15,6 +15,7 @@ from ..data.tokenized import check_tokenized
 from ..errors import UserError
 from ..models.pretrained import options_of
 from ..teacher.responses import write_responses
+from .arguments import check_collator
 from .published import padded_length
 
 
@@ -84,23 +85,29 @@ class Preparation:
         found = pair.vocabulary_map if aligned else None
         self.partners = None if found is None else _Partners(self.student, self.teacher, found)
 
-    def begin(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
-        """Tokenizes the data of a run, whose training data the teacher writes first where the method says so."""
+    def begin(self, train: Any, evaluation: Any, collator: Any = None) -> tuple[Any, Any]:
+        """
+        Prepares the data of a run, whose training data the teacher writes first where the method says so.
+
+        A `collator` of the user's is tried on them.
+        """
         if self.args.method_row.text == "teacher":
             train = written_by_teacher(train, self.pair)
+        splits = {"eval": evaluation}
+        if isinstance(evaluation, dict):
+            splits = {f"eval_{name}": split for name, split in evaluation.items()}
         with self.args.main_process_first(desc="tokenization"):
             train = self.tokenize(train, "train")
-            if isinstance(evaluation, dict):
-                return train, {name: self.tokenize(split, f"eval_{name}") for name, split in evaluation.items()}
-            return train, self.tokenize(evaluation, "eval")
-
-    def fill(self, train: Any, evaluation: Any) -> None:
-        """Computes what the cache hasn't of the data of a run."""
+            splits = {name: self.tokenize(split, name) for name, split in splits.items()}
+        if train is not None:
+            check_steps(self.args, train)
+        if collator is not None:
+            check_collator(collator, train, self.args.method_row.needs_teacher)
         if self.cache is not None:
-            splits = {"eval": evaluation}
-            if isinstance(evaluation, dict):
-                splits = {f"eval_{name}": split for name, split in evaluation.items()}
             self.cache.fill({"train": train, **splits}, self.pair.load_teacher)
+        if isinstance(evaluation, dict):
+            return train, dict(zip(evaluation, splits.values()))
+        return train, splits["eval"]
 
     def later(self, dataset: Any, parameter: str, split: str) -> Any:
         """Tokenizes data that a run is given to evaluate on later, as `parameter`, and fills the cache with them."""

@@ -59,6 +59,12 @@ class Steps(Trainer):
     skipped_steps = 0
     _skipped_in_a_row = 0
 
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self.running_log = RunningLog(self.accelerator.device)
+        self._learning_rates = {}
+        self.add_callback(StepCallback(self))
+
     @property
     def _trains_critic(self) -> bool:
         return self.adversary is not None and self.distiller.trains_critic

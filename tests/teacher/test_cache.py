@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 from hf_dskd import UserError, cli
 from hf_dskd.data.collator import DualCollator
 from hf_dskd.data.tokenization import tokenize_dataset
-from hf_dskd.losses.dual_space import response_states
+from hf_dskd.losses.states import response_states
 from hf_dskd.models.causal_lm import input_embedding, lm_head
 from hf_dskd.teacher import cache as module
 from hf_dskd.teacher.cache import TeacherCache, cache_facts, example_key, files_digest, open_cache

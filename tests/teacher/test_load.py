@@ -3,9 +3,10 @@ import tiny
 import torch
 
 from hf_dskd.errors import UserError
-from hf_dskd.losses.dual_space import published_states, response_states
+from hf_dskd.losses.states import response_states
 from hf_dskd.models.causal_lm import check_head, check_student_head, input_embedding, lm_head
 from hf_dskd.teacher.load import Teacher, load_causal_lm, named_device
+from hf_dskd.training.published import published_states
 
 
 IDS = torch.arange(3, 15).view(2, 6)

@@ -49,7 +49,7 @@ Lines = Iterator[tuple[str, str]]
 @dataclass(frozen=True)
 class Finding:
     """
-    A line of the report.
+    Stands for a line of the report.
 
     Attributes:
         check (`str`): What was looked at.
@@ -84,7 +84,7 @@ def examine(config: str | Path | None = None) -> Iterator[Finding]:
 
 
 def findings(name: str, check: Callable[[], Lines]) -> Iterator[Finding]:
-    """What `check` finds; whatever it raises is a problem."""
+    """Yields what `check` finds; whatever it raises is a problem."""
     try:
         for status, text in check():
             yield Finding(name, status, shown(text))
@@ -95,7 +95,7 @@ def findings(name: str, check: Callable[[], Lines]) -> Iterator[Finding]:
 
 
 def shown(text: str) -> str:
-    """On one line, and without the name of the home folder."""
+    """Puts text on one line, without the name of the home folder."""
     return " ".join(text.split()).replace(f"{Path.home()}/", "~/")
 
 
@@ -107,7 +107,7 @@ def _gigabytes(size: float) -> str:
 
 
 def python() -> Lines:
-    """Against what the package's own metadata asks for."""
+    """Compares Python with what the package's own metadata asks for."""
     from packaging.specifiers import SpecifierSet
 
     wanted = SpecifierSet(metadata("hf-dskd")["Requires-Python"])
@@ -118,7 +118,7 @@ def python() -> Lines:
 
 
 def packages() -> Lines:
-    """The bounds are those of hf_dskd, and of transformers where hf_dskd has none."""
+    """Compares versions with the bounds of hf_dskd, and of transformers where hf_dskd has none."""
     bounds = {**_bounds("transformers"), **_bounds("hf-dskd")}
     good = []
     for name in PACKAGES:
@@ -148,7 +148,7 @@ def _bounds(package: str) -> dict[str, Any]:
 
 
 def torch_build() -> Lines:
-    """A CPU build beside an NVIDIA driver is the usual accident."""
+    """Looks at torch's build: one for CPUs beside an NVIDIA driver is the usual accident."""
     import torch
 
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
@@ -174,7 +174,7 @@ def torch_build() -> Lines:
 
 
 def gpus() -> Lines:
-    """Memory, and whether it computes in bf16; several need a launcher."""
+    """Lists GPUs with their memory and whether they compute in bf16; several need a launcher."""
     import torch
 
     count = torch.cuda.device_count()
@@ -196,7 +196,7 @@ def gpus() -> Lines:
 
 
 def precision() -> Lines:
-    """What a run takes where nothing is said about it but by its launcher."""
+    """Tells the precision of a run where nothing is said about it but by its launcher."""
     from .precision import launched_precision
     from .run.arguments import fastest_precision
 
@@ -224,7 +224,7 @@ print(device.type, float((found - exact).norm() / exact.norm()))
 
 
 def four_bit() -> Lines:
-    """A product of matrices in NF4, whose error must be that of 4 bits."""
+    """Tries a product of matrices in NF4, whose error must be that of 4 bits."""
     from .teacher.load import check_four_bit
 
     try:
@@ -236,7 +236,7 @@ def four_bit() -> Lines:
 
 
 def try_four_bit(code: str) -> tuple[str, str]:
-    """The line that says how `code` went, which prints the device and the relative error."""
+    """Runs `code`, which prints the device and the relative error, and says how it went."""
     remedy = "leave load_teacher_in_4bit out (the teacher then loads in 16 bits)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     if done.returncode:
@@ -249,7 +249,7 @@ def try_four_bit(code: str) -> tuple[str, str]:
 
 
 def kernels() -> Lines:
-    """Optional ones."""
+    """Looks for the optional kernels."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -269,7 +269,7 @@ def kernels() -> Lines:
 
 
 def launcher() -> Lines:
-    """What accelerate was configured to do that a run refuses."""
+    """Looks for what accelerate was configured to do and a run refuses."""
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
     for name in ("FSDP", "DEEPSPEED"):
@@ -291,7 +291,7 @@ def launcher() -> Lines:
 
 
 def memory() -> Lines:
-    """Of the system."""
+    """Looks at the memory of the system."""
     import psutil  # comes with accelerate
 
     found = psutil.virtual_memory()
@@ -299,7 +299,7 @@ def memory() -> Lines:
 
 
 def disk() -> Lines:
-    """Where models, converted models and runs go."""
+    """Looks at the disks that models, converted models and runs go to."""
     from huggingface_hub import constants
 
     from .offline.packaged import default_cache_dir
@@ -308,7 +308,7 @@ def disk() -> Lines:
 
 
 def _disks(folders: dict[str, Path]) -> Lines:
-    """A line for each file system."""
+    """Yields a line for each file system."""
     named: dict[int, list[str]] = {}
     free: dict[int, int] = {}
     for name, folder in folders.items():
@@ -324,12 +324,12 @@ def _disks(folders: dict[str, Path]) -> Lines:
 
 
 def _existing(folder: Path) -> Path:
-    """The path, or the nearest above it that is there."""
+    """Finds the path, or the nearest above it that is there."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def offline() -> Lines:
-    """Flags that keep the clients from the hub."""
+    """Looks for flags that keep the clients from the hub."""
     flags = [f"{name}={os.environ[name]}" for name in OFFLINE if _is_on(os.environ.get(name))]
     if flags:
         yield NOTE, f"{', '.join(flags)}: names are looked up in the cache only; unset it to download"
@@ -342,7 +342,7 @@ def _is_on(value: str | None) -> bool:
 
 
 def token() -> Lines:
-    """Whose, and what it may do; never what it is."""
+    """Asks whose the token is and what it may do, and never says what it is."""
     from huggingface_hub import HfApi, constants, get_token
 
     found = get_token()
@@ -382,7 +382,7 @@ def token() -> Lines:
 
 
 def packaged() -> Lines:
-    """Models out of packages."""
+    """Tells which models out of packages are ready."""
     from .offline.packaged import PACKAGED_MODELS, ready_folder
 
     for name, model in PACKAGED_MODELS.items():
@@ -398,7 +398,7 @@ def packaged() -> Lines:
 
 
 def reporters() -> Lines:
-    """What `report_to` can name."""
+    """Lists what `report_to` can name."""
     from transformers.integrations import get_available_reporting_integrations
 
     found = get_available_reporting_integrations()
@@ -439,7 +439,7 @@ def _config(path: str | Path, parsed: list[Run]) -> Lines:
 
 
 def method(run: Run) -> Lines:
-    """What it is composed of, and whether the two models are named."""
+    """Tells what the method is composed of, and whether the two models are named."""
     from .methods import METHODS
     from .run.trl_settings import student_options, teacher_options
     from .training.compatibility import check_pair
@@ -451,7 +451,7 @@ def method(run: Run) -> Lines:
 
 
 def _sides(run: Run) -> dict[str, Side | None]:
-    """The models that are to be loaded, by role; `None` for one that must be fetched first."""
+    """Names the models that are to be loaded, by role; `None` for one that must be fetched first."""
     from .offline.packaged import PACKAGED_MODELS, ready_folder
     from .run.trl_settings import student_options, teacher_options
     from .training.pair import Side
@@ -494,7 +494,7 @@ def models(run: Run, role: str) -> Lines:
 
 
 def tokenizers(run: Run) -> Lines:
-    """Whether they load and fit their models, and have one vocabulary or two."""
+    """Tells whether the tokenizers load and fit their models, and have one vocabulary or two."""
     from .data.prompts import answer_frame
     from .data.vocabulary import same_vocabulary
     from .models.pretrained import options_of
@@ -527,7 +527,7 @@ def tokenizers(run: Run) -> Lines:
 
 
 def data(run: Run) -> Lines:
-    """Its first examples, without loading the rest."""
+    """Reads the first examples, without loading the rest."""
     from .data.formats import detect_format, read_example
     from .run.arguments import variant
     from .run.data import load_data
@@ -558,7 +558,7 @@ def data(run: Run) -> Lines:
 
 
 def output(run: Run) -> Lines:
-    """Whether files can be written there, and whether a run is there already."""
+    """Tells whether files can be written to the output folder, and whether a run is there already."""
     from .training.run_folder import RESULT_NAME, check_output_dir, checkpoints
 
     folder = Path(str(run.config.output_dir))
@@ -572,7 +572,7 @@ def output(run: Run) -> Lines:
 
 
 def step_memory(run: Run) -> Lines:
-    """What a training step needs, by the formulas of [`hf_dskd.experiments.memory`], beside what is free."""
+    """Compares what a training step needs (see [`hf_dskd.experiments.memory`]) with what is free."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     from .experiments.memory import Size, estimate, free_memory, room

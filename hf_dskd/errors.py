@@ -11,7 +11,7 @@ from .redaction import redact
 
 class UserError(ValueError):
     """
-    Something in the input has to be changed by the user.
+    Says that the user has to change something in the input.
 
     The message is one line: the offending value and the remedy, without tokens. Commands print it without a traceback.
     """
@@ -22,7 +22,7 @@ class UserError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """
-    A loss term, a gradient or a weight became NaN or infinite.
+    Says that a loss term, a gradient or a weight became NaN or infinite.
 
     Training stops before anything is saved, so the last checkpoint on disk is from before it broke. The message names
     the term or the part, the optimizer step and the ids of the examples in the batch.
@@ -30,7 +30,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def nearest(value: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that `value` is a slip or the beginning of, or `None` where none is near."""
+    """Finds the one of `known` that `value` is a slip or the beginning of; `None` where none is near."""
     plain = {name.casefold().replace("-", "_"): name for name in known}
     word = value.casefold().replace("-", "_")
     begun = [name for name in plain if len(word) > 1 and name.startswith(word)]
@@ -48,7 +48,7 @@ def check_name(what: str, value: Any, known: Iterable[str]) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in a sentence: `"a list"`."""
+    """Says what a value is, as in a sentence: `"a list"`."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def launched_processes() -> int:
-    """How many processes there are, as the launcher of this one says; 1 without a launcher."""
+    """Counts the processes, as the launcher of this one says; 1 without a launcher."""
     return max(int(os.environ.get(name) or 1) for name in VARIABLES)
 
 
@@ -55,7 +55,7 @@ def check_sharding(config: Any) -> None:
 
 def must_use_cpu() -> bool:
     """
-    Whether Accelerate is to be told that the processes of a launcher run on the CPU.
+    Tells whether Accelerate must hear that the processes of a launcher run on the CPU.
 
     Where it isn't and finds no accelerator, it lets torch connect them but counts one, and each would train alone.
     """

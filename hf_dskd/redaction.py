@@ -32,12 +32,12 @@ _FORMS = (
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting or a variable of that name holds a token, a key or a password."""
+    """Tells whether a setting or a variable of that name holds a token, a key or a password."""
     return _SECRET.fullmatch(name) is not None
 
 
 def without_values(text: str) -> str:
-    """The text without tokens, as far as their form or this process's environment tells."""
+    """Takes tokens out of a text, as far as their form or this process's environment tells."""
     for pattern, shown in _FORMS:
         text = pattern.sub(shown, text)
     for name, value in os.environ.items():
@@ -52,12 +52,12 @@ def without_values(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """[`without_values`] of a command or a message, and without what follows the name of a secret."""
+    """Takes tokens, and what follows the name of a secret, out of a command or a message."""
     return without_values(_NAMED.sub(lambda found: f"{found['name']}{REDACTED}", text))
 
 
 def redact_words(words: list[str]) -> list[str]:
-    """The words of a command line without tokens, however an option is written."""
+    """Takes tokens out of the words of a command line, however an option is written."""
     shown, follows = [], False
     for word in words:
         name, equals, _ = word.partition("=")
@@ -73,7 +73,7 @@ def redact_words(words: list[str]) -> list[str]:
 
 
 def without_secrets(value: Any) -> Any:
-    """Settings without the entries that hold secrets, at any depth, and without tokens in their texts."""
+    """Leaves out the entries of settings that hold secrets, at any depth, and tokens in their texts."""
     if isinstance(value, dict):
         return {name: without_secrets(part) for name, part in value.items() if not is_secret(str(name))}
     if isinstance(value, (list, tuple)):
@@ -82,7 +82,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def secret_names(value: Any) -> list[str]:
-    """Names of the entries of settings that hold secrets, at any depth, with dots between."""
+    """Names the entries of settings that hold secrets, at any depth, with dots between."""
     if not isinstance(value, dict):
         return []
     found = []

@@ -134,7 +134,7 @@ def translated(
     what: str, given: Mapping[str, Any], known: Collection[str], same: Mapping[str, str], otherwise: str
 ) -> dict[str, Any]:
     """
-    Settings under the names that they have here.
+    Gives settings the names that they have here.
 
     Args:
         what (`str`): Where they are given, such as `"DSKDConfig"`.
@@ -158,7 +158,7 @@ def translated(
 
 
 def instead_of(word: str, known: Collection[str], otherwise: str) -> str:
-    """What to write instead of a name, or a flag `--name`, that isn't one of `known`."""
+    """Says what to write instead of a name, or a flag `--name`, that isn't one of `known`."""
     mark = "--" if word.startswith("--") else ""
     name = word.removeprefix(mark).replace("-", "_")
     near = nearest(name, known)

@@ -55,7 +55,7 @@ def tree() -> tuple[Parser, dict[str, Parser]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry of `hf-dskd` and of `python -m hf_dskd.cli`."""
+    """Runs `hf-dskd` and `python -m hf_dskd.cli`."""
     given = sys.argv[1:] if arguments is None else arguments
 
     def chosen() -> None:

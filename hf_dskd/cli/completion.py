@@ -95,7 +95,7 @@ def add_every_setting(parser: ArgumentParser) -> None:
 
 
 def offered_values(action: Action) -> list[str] | None:
-    """The few values that a setting of transformers or trl has, or `None`."""
+    """Lists the few values that a setting of transformers or trl has, or gives `None`."""
     if action.choices is not None:
         return [str(value) for value in action.choices]
     return ["true", "false"] if action.nargs == "?" else None

@@ -76,7 +76,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def settings_of(given: dict[str, Any]) -> EvaluationSettings:
     """
-    What a command line asks for.
+    Makes the settings of an evaluation of what a command line says.
 
     Raises:
         UserError: For anything that is wrong with it.
@@ -112,7 +112,7 @@ def settings_of(given: dict[str, Any]) -> EvaluationSettings:
 
 
 def _as_trained(folder: Path) -> dict[str, Any]:
-    """The chat template and what it was told, for the output folder of a run whose student saw it in training."""
+    """Takes over the chat template of a run whose student saw it in training, and what it was told."""
     from ..training.run_folder import RESULT_NAME
 
     template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"

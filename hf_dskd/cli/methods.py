@@ -35,7 +35,7 @@ def run(given: Namespace) -> int:
 
 
 def methods_table(width: int) -> str:
-    """One line a method for what it is composed of, and below it what that means, wrapped to `width` columns."""
+    """Lays out what each method is composed of, and below it what that means, wrapped to `width` columns."""
     names = ("alignment", "spaces", "matching")
     rows: list[tuple[str, ...]] = [("method", *names)]
     for name, method in METHODS.items():

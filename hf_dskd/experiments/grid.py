@@ -62,7 +62,7 @@ SECONDS_TO_STOP = 40.0
 @dataclass
 class Grid:
     """
-    What the command line asks for.
+    Holds what the command line asks for.
 
     Attributes:
         rows: Settings by label, `method` among them.
@@ -78,13 +78,13 @@ class Grid:
     arguments: dict[str, list[str]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that every label has a number early."""
+        """Lists the runs seed by seed, so that every label has a number early."""
         return [Cell(self, label, seed) for seed in self.seeds for label in self.rows]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid."""
+    """Stands for one run of a grid."""
 
     grid: Grid
     label: str
@@ -104,12 +104,12 @@ class Cell:
 
     @property
     def arguments(self) -> dict[str, list[str]]:
-        """Settings of the command line that the row doesn't set itself."""
+        """Holds the settings of the command line that the row doesn't set itself."""
         return {name: values for name, values in self.grid.arguments.items() if name not in self.grid.rows[self.label]}
 
     @property
     def config(self) -> dict[str, Any]:
-        """The content of the cell's configuration file."""
+        """Holds the content of the cell's configuration file."""
         given = {name: value for name, value in self.grid.base.items() if name != "resume_from_checkpoint"}
         if given.get("data_seed") is None:
             # It would follow the seed, and with it the order of the data.
@@ -118,12 +118,12 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that makes the run what it is, wherever it was set. The folder may move."""
+        """Holds everything that makes the run what it is, wherever it was set. The folder may move."""
         merged = {**self.config, **{name: _typed(values) for name, values in self.arguments.items()}}
         return {name: _plain(value) for name, value in sorted(merged.items()) if name != "output_dir"}
 
     def command(self, resume: bool) -> list[str]:
-        """The process that runs the cell."""
+        """Gives the command of the process that runs the cell."""
         launch = []
         if self.grid.num_processes > 1:
             launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
@@ -135,7 +135,7 @@ class Cell:
 
 def parse(arguments: Sequence[str]) -> Grid:
     """
-    The grid that a command line asks for.
+    Reads the grid that a command line asks for.
 
     Raises:
         UserError: For anything that is wrong, before a cell is run.
@@ -173,6 +173,12 @@ def parse(arguments: Sequence[str]) -> Grid:
         check_name("method ", str(row["method"]), METHODS)
     base = read_yaml("--config", config)
     grid = Grid(rows, [int(seed) for seed in seeds], base, Path(path), int(processes), given)
+    check_cells(grid)
+    return grid
+
+
+def check_cells(grid: Grid) -> None:
+    """Refuses settings that would write a secret, train a teacher or push in every cell."""
     for cell in grid.cells():
         for secret in secret_names(cell.settings):
             raise UserError(
@@ -189,11 +195,10 @@ def parse(arguments: Sequence[str]) -> Grid:
                 "push_to_hub=True would push every cell: add --push_to_hub false, and push the cell you choose with"
                 f" `hf-dskd push {cell.folder} REPO`"
             )
-    return grid
 
 
 def named_values(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """The words after each `--name`, or after the `=` in `--name=value`."""
+    """Collects the words after each `--name`, or after the `=` in `--name=value`."""
     given: dict[str, list[str]] = {}
     values: list[str] | None = None
     for word in arguments:
@@ -210,7 +215,7 @@ def named_values(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def add_variants(rows: dict[str, dict[str, Any]], variants: Mapping[Any, Any], path: str) -> dict[str, dict[str, Any]]:
-    """The rows and those of a file of variants."""
+    """Adds the rows of a file of variants."""
     rows = dict(rows)
     for label, settings in variants.items():
         if not re.fullmatch(r"[\w.=+-]*\w[\w.=+-]*", str(label)):
@@ -238,17 +243,17 @@ def _list(given: dict[str, list[str]], name: str) -> list[str]:
 
 
 def _typed(values: list[str]) -> Any:
-    """A setting of the command line as a YAML file would have it."""
+    """Reads a setting of the command line as a YAML file would have it."""
     return True if not values else _plain(values[0]) if len(values) == 1 else values
 
 
 def _is_on(value: Any) -> bool:
-    """As the parser of `hf-dskd train` reads a switch."""
+    """Reads a switch as the parser of `hf-dskd train` does."""
     return str(value).lower() in ("true", "t", "yes", "y", "1")
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON keeps it: YAML takes 1e-3 for a string and the command line everything."""
+    """Makes of a value what JSON keeps: YAML takes 1e-3 for a string and the command line everything."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -261,13 +266,13 @@ def _plain(value: Any) -> Any:
 
 
 def record(cell: Cell) -> dict[str, Any]:
-    """What `cell.json` says; empty if the cell was never started."""
+    """Reads what `cell.json` says; empty if the cell was never started."""
     path = cell.folder / "cell.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def status(cell: Cell) -> str:
-    """`"ok"`, `"failed"`, `"interrupted"` or `"waiting"`."""
+    """Tells how a cell stands: `"ok"`, `"failed"`, `"interrupted"` or `"waiting"`."""
     said = record(cell).get("status")
     # A run may have come to its end after this program was killed; one that failed after its result has not.
     if said != "failed" and (cell.folder / RESULT_NAME).is_file():
@@ -307,7 +312,7 @@ def check_settings(cell: Cell) -> None:
 
 
 def result(cell: Cell) -> dict[str, Any]:
-    """The cell's line in `results.jsonl`."""
+    """Makes the cell's line in `results.jsonl`."""
     noted = record(cell)
     line: dict[str, Any] = {
         "label": cell.label,
@@ -331,7 +336,7 @@ def result(cell: Cell) -> dict[str, Any]:
 
 
 def last_error(log: str) -> str:
-    """The line of a log that says best why the process ended."""
+    """Finds the line of a log that says best why the process ended."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     # What accelerate says of a failed process is no reason.
     told = [line for line in lines if not re.search(r"\b(ChildFailedError|CalledProcessError)\b", line)]
@@ -466,14 +471,14 @@ def write_outputs(cells: Sequence[Cell], folder: Path) -> None:
 
 
 def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In the order of the results."""
+    """Lists the labels in the order of the results."""
     return list(dict.fromkeys(line["label"] for line in results))
 
 
 def metric_values(
     results: Sequence[Mapping[str, Any]], label: str, metric: str, step: int | None = None
 ) -> list[float]:
-    """A metric over the seeds of a label: at the end, or at a step."""
+    """Collects a metric over the seeds of a label: at the end, or at a step."""
     own = [line for line in results if line["label"] == label and line["status"] == "ok"]
     metrics = [line["metrics"] if step is None else line["evaluations"].get(str(step), {}) for line in own]
     return [part[metric] for part in metrics if part.get(metric) is not None]
@@ -545,7 +550,7 @@ def _seeds(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that can stand in a cell of a table."""
+    """Makes text fit for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

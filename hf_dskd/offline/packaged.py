@@ -44,7 +44,7 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 @dataclass(frozen=True)
 class PackagedModel:
     """
-    Where a packaged model lives and what it must look like.
+    Holds where a packaged model lives and what it must look like.
 
     Args:
         name (`str`):
@@ -111,7 +111,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 
 def default_cache_dir() -> Path:
     """
-    Folder that holds the converted models unless the caller names another.
+    Gives the folder of the converted models unless the caller names another.
 
     Returns:
         `Path`: `$HF_DSKD_CACHE`, else `$XDG_CACHE_HOME/hf_dskd`, else `~/.cache/hf_dskd`.
@@ -124,7 +124,7 @@ def default_cache_dir() -> Path:
 
 def ready_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
     """
-    The converted folder of a packaged model if it is already there. Fetches and converts nothing.
+    Finds the converted folder of a packaged model if it is already there. Fetches and converts nothing.
 
     Args:
         name (`str`):
@@ -145,7 +145,7 @@ def ready_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> 
 
 def packaged_model(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """
-    A folder with a real model that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+    Makes a folder of a real model for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
     The first call fetches the pinned packages, checks the sha256 of the model file in them, and converts it to
     bfloat16 (needs `gguf`, about 5 GB of memory and two minutes for the larger model). Later calls, also of other
@@ -495,7 +495,7 @@ def _say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Entry of `python -m hf_dskd.offline.packaged NAME [NAME ...]`: makes the folders and prints them, one a line.
+    Makes the folders of `python -m hf_dskd.offline.packaged NAME [NAME ...]` and prints them, one a line.
 
     Args:
         argv (`Sequence[str]`, *optional*):

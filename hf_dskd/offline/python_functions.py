@@ -42,7 +42,7 @@ def python_functions(
     modules: Collection[str] | None = None,
 ) -> list[dict[str, str]]:
     """
-    All documented functions of the standard library whose body has a given length.
+    Yields all documented functions of the standard library whose body has a given length.
 
     The list is in the same order on every machine with the same Python, and no two functions have the same body.
 
@@ -100,7 +100,7 @@ def load_python_functions(
     methods: bool = False,
 ) -> "datasets.DatasetDict":
     """
-    Training and held-out functions of the standard library, from different modules.
+    Loads training and held-out functions of the standard library, from different modules.
 
     The held-out functions come from top-level modules and packages (`textwrap`, `asyncio`) that give no training
     function, so that a model can't have seen the rest of their file. With the same seed and `held_out_size`, a smaller
@@ -174,7 +174,7 @@ def load_python_functions(
 
 
 def _choose(order: list[str], sizes: dict[str, int], wanted: int) -> set[str]:
-    """Names whose sizes sum to `wanted` or little more, so that few functions fall between the splits."""
+    """Chooses names whose sizes sum to `wanted` or little more, so that few functions fall between the splits."""
     chosen: set[str] = set()
     missing = wanted
     # First without large packages: a held-out split that is half `multiprocessing` says little about the rest.

@@ -76,7 +76,7 @@ _GEMMA = (
 @dataclass(frozen=True)
 class Family:
     """
-    A kind of model, as its repositories on the hub have it.
+    Describes a kind of model, as its repositories on the hub have it.
 
     Attributes:
         model_type (`str`): Of the config in transformers.
@@ -278,7 +278,7 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(name: str) -> str:
     """
-    The family of a model.
+    Finds the family of a model.
 
     Args:
         name (`str`):
@@ -393,7 +393,7 @@ def _write_model(key: str, role: str, folder: Path) -> None:
 
 def learn_bpe(words: Iterable[str], alphabet: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """
-    Byte-pair encoding: a vocabulary of `size` pieces or fewer, which begins with `alphabet`, and its merges.
+    Learns byte-pair encoding: a vocabulary of `size` pieces or fewer, which begins with `alphabet`, and its merges.
 
     The `tokenizers` trainer breaks ties by hash order, which differs from process to process.
     """
@@ -421,7 +421,7 @@ def learn_bpe(words: Iterable[str], alphabet: list[str], size: int) -> tuple[dic
 
 
 def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
-    """Normalizer, pre-tokenizer and decoder by name, as the `tokenizer.json` of the real families has them."""
+    """Makes normalizer, pre-tokenizer and decoder by name, as the `tokenizer.json` of the real families has them."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -455,7 +455,7 @@ def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
 
 
 def _tokenizer(family: Family) -> Tokenizer:
-    """The family's pipeline, with a vocabulary of its size."""
+    """Makes the family's tokenizer, with a vocabulary of its size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     normalizer, pre_tokenizer, decoder = _pipelines()[family.pipeline]
@@ -495,7 +495,7 @@ def _tokenizer(family: Family) -> Tokenizer:
 
 
 def _write_tokenizer(family: Family, folder: Path) -> None:
-    """`tokenizer.json` and `tokenizer_config.json`, as both supported versions of transformers read them."""
+    """Writes `tokenizer.json` and `tokenizer_config.json`, as both supported versions of transformers read them."""
     config = {
         "tokenizer_class": family.tokenizer_class,
         # None of these models takes the token types that transformers 4 would add.
@@ -515,7 +515,7 @@ def _write_tokenizer(family: Family, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m hf_dskd.offline.tiny_models NAME FOLDER [--role ROLE]`: writes the model and prints its folder."""
+    """Does `python -m hf_dskd.offline.tiny_models NAME FOLDER [--role ROLE]`: writes the model, prints its folder."""
     parser = Parser("python -m hf_dskd.offline.tiny_models", description=__doc__)
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("folder", metavar="FOLDER", type=Path)

@@ -141,12 +141,12 @@ def _split_config(argument: str) -> list[str]:
 
 
 def flag_names(arguments: list[str]) -> set[str]:
-    """Names of the settings that a command line sets."""
+    """Names the settings that a command line sets."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
 
 
 def our_flags(arguments: list[str], known: Collection[str], same: Mapping[str, str]) -> list[str]:
-    """A command line whose settings have the names that they have here (see [`hf_dskd.words`])."""
+    """Gives the settings of a command line the names that they have here (see [`hf_dskd.words`])."""
     given, result = flag_names(arguments), []
     for word in arguments:
         flag, equals, value = word.partition("=")
@@ -163,7 +163,7 @@ def our_flags(arguments: list[str], known: Collection[str], same: Mapping[str, s
 
 
 def _not_parsed(message: str, known: list[str]) -> UserError:
-    """What the parser says, or of a word that it doesn't know, the nearest name."""
+    """Says what the parser says, or of a word that it doesn't know, the nearest name."""
     words = re.search(r"not used by the HfArgumentParser: \[(.*?)\]", message)
     word = words.group(1).split(",")[0].strip(" '\"") if words else ""
     if not word:
@@ -201,7 +201,7 @@ def add_settings(parser: argparse.ArgumentParser, config_file: Path | None = Non
 
 
 def values_of(setting: Any) -> tuple[str, ...] | None:
-    """The few values that a setting has, or `None`."""
+    """Lists the few values that a setting has, or gives `None`."""
     if setting.type in ("bool", "bool | None"):
         return ("true", "false")
     try:
@@ -211,7 +211,7 @@ def values_of(setting: Any) -> tuple[str, ...] | None:
 
 
 def fastest_precision() -> list[str]:
-    """Flags for the half precision that this machine computes in, or none."""
+    """Gives the flags of the half precision that this machine computes in, or none."""
     import torch
 
     if torch.cuda.is_available():
@@ -224,7 +224,7 @@ def fastest_precision() -> list[str]:
 
 def variant(config: DSKDConfig, **changes: Any) -> DSKDConfig:
     """
-    The same configuration with some settings changed, checked anew.
+    Makes the same configuration with some settings changed, and checks it anew.
 
     For a method without a teacher in its loss, the settings that it would refuse are left out.
     """

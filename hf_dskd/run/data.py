@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
     """
-    Training and evaluation examples: from the hub, a folder, or a file (see [`~hf_dskd.data.files`]).
+    Loads training and evaluation examples from the hub, a folder, or a file (see [`~hf_dskd.data.files`]).
 
     `python_functions`, where no folder has that name, is [`~hf_dskd.offline.python_functions.load_python_functions`].
     """
@@ -59,7 +59,7 @@ def load_data(run: Run) -> tuple[Dataset, Dataset | None]:
 
 
 def load_named(name: str, config: str | None, streaming: bool) -> Any:
-    """A dataset of the hub or of a folder. Cells of CSV are what is written there: `NA` is a word."""
+    """Loads a dataset of the hub or of a folder. Cells of CSV are what is written there: `NA` is a word."""
     from datasets import load_dataset, load_dataset_builder
 
     kind = type(load_dataset_builder(name, config).config).__name__
@@ -67,7 +67,7 @@ def load_named(name: str, config: str | None, streaming: bool) -> Any:
 
 
 def _why_not_loaded(name: str, error: Exception) -> str:
-    """What stood in the way of a dataset, and what to do about it."""
+    """Says what stood in the way of a dataset, and what to do about it."""
     from huggingface_hub import constants
 
     # datasets puts what was wrong with a file into the cause of an error that says less.
@@ -103,7 +103,7 @@ def check_streaming(config: DSKDConfig) -> None:
 
 
 def standard_library(run: Run) -> DatasetDict:
-    """Functions of the standard library, as many as asked for, under the names of the splits that are asked for."""
+    """Takes functions of the standard library, under the names of the splits that are asked for."""
     from datasets import DatasetDict
 
     options = run.options
@@ -119,7 +119,7 @@ def standard_library(run: Run) -> DatasetDict:
 
 def choose_splits(run: Run, data: Any) -> tuple[Any, Any]:
     """
-    The training split with its columns renamed, and the test split, or examples held out of the training split.
+    Chooses the training split, with its columns renamed, and the test split or examples held out.
 
     Of a stream the first `held_out_size` examples are held out, and kept in memory.
     """

@@ -38,8 +38,9 @@ SMOKE: dict[str, Any] = {
 
 def smoke_flags(settings: dict[str, Any], given: set[str]) -> list[str]:
     """
-    Flags for a short run of a recipe's `settings`, in a folder of its own and on data that are always there; of those
-    data are left out that the command line, which names the settings `given`, replaces.
+    Writes the flags of a short run of a recipe's `settings`, in a folder of its own and on data that are always there.
+
+    Of those data are left out that the command line, which names the settings `given`, replaces.
     """
     changed = {"output_dir": f"{settings.get('output_dir', 'runs/run')}_smoke", **SMOKE}
     if "dataset_name" in given:
@@ -51,7 +52,7 @@ def smoke_flags(settings: dict[str, Any], given: set[str]) -> list[str]:
 
 
 def smoke_models(student: str | None, teacher: str | None, output_dir: Path) -> list[str | None]:
-    """Folders of tiny random models of the same kinds as the two, made in the output folder."""
+    """Makes tiny random models of the same kinds as the two in the output folder, and gives their folders."""
     from ..offline.tiny_models import tiny_model
 
     return [
@@ -61,7 +62,7 @@ def smoke_models(student: str | None, teacher: str | None, output_dir: Path) -> 
 
 
 def wants_smoke(arguments: list[str], settings: dict[str, Any]) -> bool:
-    """Whether `--smoke` is set, on the command line or else in the file."""
+    """Tells whether `--smoke` is set, on the command line or else in the file."""
     wanted = bool(settings.get("smoke", False))
     for word, following in zip(arguments, [*arguments[1:], ""]):
         name, _, value = word.partition("=")

@@ -18,6 +18,8 @@ from .settings import Run
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..config import DSKDConfig
+
 # What a teacher that was trained first is made of.
 TEACHER_NAME = "sft_teacher.json"
 
@@ -29,7 +31,6 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     Done once: a folder that is complete is used again, if it was made of the same.
     """
     from ..trainer import DSKDTrainer
-    from .trl_settings import teacher_options
 
     folder, facts = Path(str(run.config.output_dir)) / "teacher", teacher_facts(run, teacher, train)
     if folder.exists():
@@ -37,34 +38,7 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
         print(f"using the teacher trained before: {folder}")
         return str(folder)
     training = folder.with_name("teacher_training")
-    options = run.options
-    config = variant(
-        run.config,
-        output_dir=str(training),
-        method="sft",
-        num_train_epochs=options.sft_teacher_epochs,
-        max_steps=-1,
-        learning_rate=options.sft_teacher_learning_rate,
-        load_teacher_in_4bit=False,
-        eval_strategy="no",
-        load_best_model_at_end=False,
-        push_to_hub=False,
-        model_init_kwargs={
-            **{name: value for name, value in teacher_options(run).items() if name != "torch_dtype"},
-            "dtype": "bfloat16" if options.sft_teacher_lora_r and run.config.bf16 else "float32",
-        },
-        teacher_model_init_kwargs=None,
-    )
-    adapter = None
-    if options.sft_teacher_lora_r:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(
-            r=options.sft_teacher_lora_r,
-            lora_alpha=2 * options.sft_teacher_lora_r,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
+    config, adapter = _config(run, training), _adapter(run.options.sft_teacher_lora_r)
     trainer = DSKDTrainer(teacher, args=config, train_dataset=train, peft_config=adapter)
     trainer.train(resume_from_checkpoint=bool(checkpoints(training)))
     if trainer.is_world_process_zero():
@@ -80,8 +54,39 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
     return str(folder)
 
 
+def _config(run: Run, output_dir: Path) -> DSKDConfig:
+    from .trl_settings import teacher_options
+
+    options = run.options
+    return variant(
+        run.config,
+        output_dir=str(output_dir),
+        method="sft",
+        num_train_epochs=options.sft_teacher_epochs,
+        max_steps=-1,
+        learning_rate=options.sft_teacher_learning_rate,
+        load_teacher_in_4bit=False,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+        model_init_kwargs={
+            **{name: value for name, value in teacher_options(run).items() if name != "torch_dtype"},
+            "dtype": "bfloat16" if options.sft_teacher_lora_r and run.config.bf16 else "float32",
+        },
+        teacher_model_init_kwargs=None,
+    )
+
+
+def _adapter(rank: int) -> Any:
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def teacher_facts(run: Run, teacher: str, train: Dataset) -> dict[str, Any]:
-    """What a teacher that is trained first depends on, in values of JSON."""
+    """Collects what a teacher that is trained first depends on, in values of JSON."""
     options = ("sft_teacher_epochs", "sft_teacher_learning_rate", "sft_teacher_lora_r", "teacher_model_revision")
     return {
         "teacher": Path(teacher).resolve().name if Path(teacher).is_dir() else teacher,
@@ -110,7 +115,7 @@ def check_trained_teacher(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def chosen_teacher(run: Run, train: Dataset) -> str | None:
-    """The teacher's name or folder; with `sft_teacher` that of the one trained on the data."""
+    """Gives the teacher's name or folder; with `sft_teacher` trains it on the data first."""
     teacher = model_name(run.options.teacher_model_name_or_path)
     if not run.options.sft_teacher:
         return teacher

@@ -32,7 +32,7 @@ def make_trainer(
     held_out: Dataset | None,
     **options: Any,
 ) -> DSKDTrainer:
-    """The trainer of a run; `options` go to [`DSKDTrainer`]."""
+    """Makes the trainer of a run; `options` go to [`DSKDTrainer`]."""
     from trl import get_peft_config
 
     from ..trainer import DSKDTrainer
@@ -69,7 +69,7 @@ def make_trainer(
 
 
 def train(run: Run) -> None:
-    """A whole run: data, models, training, evaluation, its record, report, push; prints the files to look at."""
+    """Does a whole run: data, models, training, evaluation, record, report, push; prints the files to look at."""
     folder = Path(str(run.config.output_dir))
     if not run.config.resume_from_checkpoint:
         check_fresh(folder)
@@ -139,7 +139,7 @@ def distil(run: Run, trainer: DSKDTrainer) -> Path:
 
 
 def changed_settings(run: Run) -> dict[str, Any]:
-    """Everything about a run that isn't at its default: as a configuration file it makes the same run."""
+    """Collects all settings of a run that aren't at their default: as a configuration file they make the same run."""
     from .trl_settings import unused
 
     changed: dict[str, Any] = {}

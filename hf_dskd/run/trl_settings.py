@@ -107,7 +107,7 @@ def check_script_arguments(script: ScriptArguments) -> None:
 
 
 def unused(model: ModelConfig) -> set[str]:
-    """Settings that are of no account beside what others are."""
+    """Names the settings that mean nothing beside what others are."""
     return {*(() if model.use_peft else ADAPTER), *(() if model.load_in_4bit else FOUR_BIT)}
 
 

@@ -32,14 +32,14 @@ def check_installed(package: str, extra: str, what: str) -> None:
 
 
 def command_line() -> str:
-    """The command of this process, without the folder that the program lies in, and without a token."""
+    """Gives the command of this process, without the folder that the program lies in, and without a token."""
     path = Path(sys.argv[0])
     program = "python -m hf_dskd.cli" if path.parts[-2:] == ("cli", "__main__.py") else path.name
     return f"{program} {shlex.join(redact_words(sys.argv[1:]))}".rstrip()
 
 
 def versions() -> dict[str, str]:
-    """Of hf_dskd (with its commit where it is no release), Python, and the libraries that results depend on."""
+    """Lists the versions of hf_dskd (with its commit where it is no release), Python, and what results depend on."""
     from .. import __version__
 
     commit = own_commit()
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 def own_commit() -> str | None:
     """
-    The commit that hf_dskd itself is of, 12 digits, with `.dirty` where files were changed; `None` for a release.
+    Finds the commit that hf_dskd is of, 12 digits, with `.dirty` where files were changed; `None` for a release.
 
     Either it lies in a checkout of its own, or pip was given a repository and wrote down the commit.
     """
@@ -80,7 +80,7 @@ def own_commit() -> str | None:
 
 
 def hardware(processes: int = 1) -> dict[str, Any]:
-    """Processor, cores, memory in GB (10^9 bytes) and GPUs of this machine, and how many processes the run has."""
+    """Lists processor, cores, memory in GB (10^9 bytes) and GPUs of this machine, and the run's processes."""
     import psutil  # comes with accelerate
     import torch
 
@@ -98,13 +98,13 @@ def hardware(processes: int = 1) -> dict[str, Any]:
 
 
 def in_words(found: dict[str, Any]) -> str:
-    """One line of what [`hardware`] found."""
+    """Puts into one line what [`hardware`] found."""
     parts = [*found["gpus"], f"{found['cores']} cores of {found['cpu']}", f"{found['memory_gb']:g} GB"]
     return ", ".join([*parts, f"{found['processes']} process{'es' if found['processes'] > 1 else ''}"])
 
 
 def processor() -> str:
-    """Its name; on Linux `platform` knows only the architecture."""
+    """Names the processor; on Linux `platform` knows only the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace").splitlines():

@@ -11,7 +11,7 @@ import torch
 @contextmanager
 def cpu_seed(seed: int) -> Iterator[None]:
     """
-    What is drawn on the CPU inside is that of `seed`; afterwards everything goes on as if nothing had been drawn.
+    Draws inside, on the CPU, what `seed` says; afterwards everything goes on as if nothing had been drawn.
 
     `torch.manual_seed` would reseed every device, and `fork_rng` brings back only those that it is told of: the
     student's dropout on a GPU would depend on whether a discriminator was made beside it.

@@ -206,28 +206,44 @@ class DistillationSettings:
     """
 
     # Method
-    method: str = _setting("dskd_cma_ga", f"one of {', '.join(METHODS)}", choices=METHODS)
-    alignment: str | None = _setting(
-        None, f"instead of the method's: one of {', '.join(ALIGNMENTS)}", choices=ALIGNMENTS
+    method: str = _setting(
+        "dskd_cma_ga", f"what is learnt from the teacher: one of {', '.join(METHODS)}", choices=METHODS
     )
-    spaces: str | None = _setting(None, f"instead of the method's: {', '.join(SPACES)}", choices=SPACES)
+    alignment: str | None = _setting(
+        None, f"how tokens are aligned, instead of the method's: one of {', '.join(ALIGNMENTS)}", choices=ALIGNMENTS
+    )
+    spaces: str | None = _setting(
+        None, f"spaces that are compared, instead of the method's: {', '.join(SPACES)}", choices=SPACES
+    )
     matching: str | None = _setting(
         None,
-        f"of queries to keys, instead of the method's: {', '.join(MATCHINGS)} or none",
+        f"how queries are matched to keys, instead of the method's: {', '.join(MATCHINGS)} or none",
         choices=ChainMap({"none": None}, MATCHINGS),
     )
     teacher_value: str | None = _setting(
-        None, f"what t2s projects, instead of the method's: {' or '.join(TEACHER_VALUES)}", choices=TEACHER_VALUES
+        None,
+        f"what t2s projects of the teacher, instead of the method's: {' or '.join(TEACHER_VALUES)}",
+        choices=TEACHER_VALUES,
     )
     t2s_label: str | None = _setting(
-        None, f"of the projected teacher, instead of the method's: {' or '.join(LABELS)}", choices=LABELS
+        None,
+        f"what the projected teacher is to predict, instead of the method's: {' or '.join(LABELS)}",
+        choices=LABELS,
     )
     projector_init: str | None = _setting(
-        None, f"instead of the method's: {' or '.join(PROJECTOR_INITS)}", choices=PROJECTOR_INITS
+        None,
+        f"beginning of the projectors, instead of the method's: {' or '.join(PROJECTOR_INITS)}",
+        choices=PROJECTOR_INITS,
     )
-    divergence: str = _setting("skewed_forward_kl", f"one of {', '.join(DIVERGENCES)}", **_DIVERGENCE)
-    student_space_divergence: str | None = _setting(None, "in student space instead", **_DIVERGENCE)
-    teacher_space_divergence: str | None = _setting(None, "in teacher space instead", **_DIVERGENCE)
+    divergence: str = _setting(
+        "skewed_forward_kl", f"distance of the distributions: one of {', '.join(DIVERGENCES)}", **_DIVERGENCE
+    )
+    student_space_divergence: str | None = _setting(
+        None, "divergence in student space, where it is another", **_DIVERGENCE
+    )
+    teacher_space_divergence: str | None = _setting(
+        None, "divergence in teacher space, where it is another", **_DIVERGENCE
+    )
     skew_lambda: float = _setting(
         0.1, "lambda of the skewed divergences, in (0, 1)", above=0, below=1, usual="the papers use 0.1"
     )
@@ -241,22 +257,24 @@ class DistillationSettings:
         2.0, "divides both logits in the divergences, once", above=0, usual="the papers use 2.0"
     )
     student_temperature: float | None = _setting(
-        None, "for the student's logits instead", above=0, usual="the papers use 2.0"
+        None, "divides the student's logits instead of kd_temperature", above=0, usual="the papers use 2.0"
     )
     teacher_temperature: float | None = _setting(
-        None, "for the teacher's logits instead", above=0, usual="the papers use 2.0"
+        None, "divides the teacher's logits instead of kd_temperature", above=0, usual="the papers use 2.0"
     )
     teacher_space_temperature: float | None = _setting(
-        None, "for both logits in teacher space instead", above=0, usual="the papers use 2.0"
+        None, "divides both logits in teacher space instead of kd_temperature", above=0, usual="the papers use 2.0"
     )
     temperature_scaling: str = _setting(
-        "none", f"of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}", choices=TEMPERATURE_SCALINGS
+        "none", f"factor of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}", choices=TEMPERATURE_SCALINGS
     )
     temperature_schedule: str = _setting(
-        "constant", f"of every temperature: {', '.join(TEMPERATURE_SCHEDULES)}", choices=TEMPERATURE_SCHEDULES
+        "constant",
+        f"course of every temperature over the run: {', '.join(TEMPERATURE_SCHEDULES)}",
+        choices=TEMPERATURE_SCHEDULES,
     )
     final_kd_temperature: float | None = _setting(
-        None, "where kd_temperature ends with such a schedule", above=0, usual="the papers use 2.0"
+        None, "where kd_temperature ends with a linear or cosine schedule", above=0, usual="the papers use 2.0"
     )
     kd_rate: float = _setting(
         0.5, "weight of distillation; cross entropy has 1 - kd_rate", least=0, most=1, usual="the papers use 0.5"
@@ -266,14 +284,14 @@ class DistillationSettings:
     )
     alm_divergence: str = _setting(
         "forward_kl",
-        f"of alm: one of {', '.join(BINARY_DIVERGENCES)}",
+        f"divergence between binary likelihoods of alm: one of {', '.join(BINARY_DIVERGENCES)}",
         choices=BINARY_DIVERGENCES,
         aliases=DIVERGENCE_ALIASES,
     )
     alm_temperature: float = _setting(100.0, "divides the log-likelihoods of alm", above=0, usual="the paper uses 100")
     alm_bias_threshold: float | None = _setting(
         None,
-        "of alm: merge chunks that the teacher wouldn't end (the paper has 0.1)",
+        "merge chunks of alm that the teacher wouldn't end (the paper has 0.1)",
         above=0,
         below=1,
         usual="the paper has 0.1",
@@ -284,35 +302,41 @@ class DistillationSettings:
     kq_rate: float = _setting(
         1.0, "weight of key-query matching, per response token", least=0, usual="0 switches matching off"
     )
-    adversarial_loss: str = _setting("minimax", f"one of {', '.join(ADVERSARIAL_LOSSES)}", choices=ADVERSARIAL_LOSSES)
+    adversarial_loss: str = _setting(
+        "minimax",
+        f"loss of the query projector against the discriminator: one of {', '.join(ADVERSARIAL_LOSSES)}",
+        choices=ADVERSARIAL_LOSSES,
+    )
     attention_kd_rate: float = _setting(
         0.0,
         "weight of the divergence of the models' own attention, per response token",
         least=0,
         usual="0 leaves attention out",
     )
-    attention_layers: str = _setting("last", "of that: last, uniform, or pairs student:teacher such as 3:7,5:11")
+    attention_layers: str = _setting(
+        "last", "layers whose attention is compared: last, uniform, or pairs student:teacher such as 3:7,5:11"
+    )
     attention_relation_heads: int | None = _setting(
-        None, "heads that both models' queries and keys are cut into anew for that", least=1
+        None, "heads that both models' queries and keys are cut into anew before attention is compared", least=1
     )
     scale_queries: bool = _setting(False, "give queries the keys' unit standard deviation")
     as_published: bool = _setting(False, "reproduce the released code, defects included")
 
     # Optimizers
     projector_learning_rate: float = _setting(1e-3, "peak learning rate of the projectors", least=0)
-    discriminator_learning_rate: float = _setting(1e-4, "of the discriminator's optimizer", least=0)
+    discriminator_learning_rate: float = _setting(1e-4, "peak learning rate of the discriminator", least=0)
     discriminator_lr_scheduler_type: str = _setting(
-        "constant", "as lr_scheduler_type", choices=DISCRIMINATOR_SCHEDULES
+        "constant", "schedule of the discriminator, as lr_scheduler_type", choices=DISCRIMINATOR_SCHEDULES
     )
     discriminator_adam_beta1: float = _setting(0.5, "beta 1 of the discriminator's AdamW", least=0, below=1)
     discriminator_adam_beta2: float = _setting(0.999, "beta 2 of the discriminator's AdamW", least=0, below=1)
-    discriminator_weight_decay: float = _setting(0.0, "of the discriminator's AdamW", least=0)
+    discriminator_weight_decay: float = _setting(0.0, "weight decay of the discriminator's AdamW", least=0)
     discriminator_steps: int = _setting(1, "discriminator updates per student update", least=1)
-    discriminator_hidden_size: int = _setting(768, "width of its layer before the output", least=1)
-    discriminator_dropout: float = _setting(0.1, "of the discriminator", least=0, below=1)
+    discriminator_hidden_size: int = _setting(768, "width of the discriminator's layer before its output", least=1)
+    discriminator_dropout: float = _setting(0.1, "dropout of the discriminator", least=0, below=1)
     on_nonfinite: str = _setting(
         "stop",
-        "at a step that is NaN or infinite: stop, or skip it (which waits for the device once a step)",
+        "what to do at a step that is NaN or infinite: stop, or skip it (which waits for the device once a step)",
         choices=ON_NONFINITE,
     )
     allow_changed_settings: bool = _setting(False, "resume with other settings than the checkpoint was saved with")
@@ -323,20 +347,22 @@ class DistillationSettings:
     )
     skip_long_prompts: bool = _setting(False, "skip examples whose prompt leaves no room for a response, not an error")
     on_bad_row: str = _setting(
-        "stop", "a row that can't be read: stop, or skip and count it", choices=("stop", "skip")
+        "stop", "what to do about a row that can't be read: stop, or skip and count it", choices=("stop", "skip")
     )
     train_on: str = _setting("all", "which answers of a conversation are learnt: all or last", choices=("all", "last"))
-    prompt_style: str = _setting("chat", "chat (own template where there is one) or plain", choices=PROMPT_STYLES)
+    prompt_style: str = _setting(
+        "chat", "how prompts are written: chat (own template where there is one) or plain", choices=PROMPT_STYLES
+    )
     chat_template_kwargs: dict[str, Any] | str | None = _setting(
         None, "JSON for both chat templates, such as '{\"enable_thinking\": false}'"
     )
-    prompt_column: str | None = _setting(None, "column that holds the prompt")
-    response_column: str | None = _setting(None, "column that holds the response")
-    dataset_num_proc: int | None = _setting(None, "processes that tokenize", least=1)
+    prompt_column: str | None = _setting(None, "column of the dataset that holds the prompt")
+    response_column: str | None = _setting(None, "column of the dataset that holds the response")
+    dataset_num_proc: int | None = _setting(None, "how many processes tokenize", least=1)
 
     # Memory and speed
     teacher_cache: str | None = _setting(None, "folder of the teacher's hidden states, filled on first use")
-    repair_teacher_cache: bool = _setting(False, "make damaged files of the cache anew")
+    repair_teacher_cache: bool = _setting(False, "make damaged files of the teacher's cache anew")
     bf16: bool | None = _setting(
         None,
         "train in bf16; by default as the launcher says, or where the GPU computes in it",
@@ -350,27 +376,33 @@ class DistillationSettings:
     # Logs and evaluation
     logging_steps: float = _setting(10, "optimizer steps between two logs", above=0)
     report_to: None | str | list[str] = _setting(  # noqa: RUF036  # transformers 4 reads the second type
-        "none", "tensorboard, wandb, trackio, ..., several of them, all or none"
+        "none", "trackers of the log: tensorboard, wandb, trackio, ..., several of them, all or none"
     )
     analysis_steps: int | None = _setting(
-        None, "between two analyses of the alignment; 0: before and after training only", least=0
+        None, "optimizer steps between two analyses of the alignment; 0: before and after training only", least=0
     )
-    analysis_examples: int = _setting(12, "examples that every analysis takes", least=1)
+    analysis_examples: int = _setting(12, "how many examples every analysis takes", least=1)
     eval_generation_samples: int = _setting(
         0, "prompts that the student answers in every evaluation, for ROUGE-L", least=0
     )
 
     # Models
     hub_strategy: str = _setting("end", "when push_to_hub pushes: at the end, in one commit", choices=HUB_STRATEGIES)
-    push_auxiliary_to_hub: bool = _setting(False, "push projectors and discriminator too")
-    replace_on_hub: bool = _setting(False, "let a push delete another model that is there")
-    load_teacher_in_4bit: bool = _setting(False, "NF4 teacher through bitsandbytes")
+    push_auxiliary_to_hub: bool = _setting(False, "push projectors and discriminator with the student")
+    replace_on_hub: bool = _setting(False, "let a push delete another model that the repository holds")
+    load_teacher_in_4bit: bool = _setting(False, "quantize the teacher to NF4 through bitsandbytes")
     teacher_device: str | None = _setting(
         None, "where the teacher is, such as cuda:1; by default beside the student", usual="such as 'cuda:1'"
     )
-    teacher_dtype: str = _setting("auto", f"of the teacher: one of {', '.join(DTYPES)}", choices=DTYPES)
-    model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the student")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _setting(None, "JSON for from_pretrained of the teacher")
+    teacher_dtype: str = _setting(
+        "auto", f"precision of a teacher given by name: one of {', '.join(DTYPES)}", choices=DTYPES
+    )
+    model_init_kwargs: dict[str, Any] | str | None = _setting(
+        None, "JSON of options for from_pretrained of the student"
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _setting(
+        None, "JSON of options for from_pretrained of the teacher"
+    )
 
 
 def parse_layers(attention_layers: str) -> list[tuple[int, int]] | None:

@@ -13,8 +13,8 @@ from ..data.fillers import FilledStream, without_fillers
 from ..losses.objective import Terms
 from ..losses.terms import ratios
 from ..models.generation import read_response, response_text
-from ..running_log import RunningLog, exact_dtype
 from ..training.batches import Batches
+from ..training.metrics import RunningLog, exact_dtype
 from .generation import score_generation
 from .likelihood import covers_text
 from .scores import bits_of_a_byte

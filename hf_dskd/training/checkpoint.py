@@ -21,10 +21,10 @@ from ..data.fingerprint import fingerprint
 from ..errors import NonFiniteLossError, UserError
 from ..models.generation import save_generation_config
 from ..redaction import without_secrets
-from ..running_log import REMEDY
 from . import run_folder
 from .compatibility import check_trainable
 from .finite import spoilt
+from .metrics import REMEDY
 from .prepare import check_steps
 from .resume import active_adapter, check_checkpoint, check_settings, rates, set_rates, trajectory
 from .run_folder import (

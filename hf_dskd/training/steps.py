@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import NonFiniteLossError
-from ..running_log import REMEDY, RunningLog
 from .adversary import Adversary, clip, reduce_over_ranks
 from .arguments import making
 from .finite import largest_gradient
+from .metrics import REMEDY, RunningLog
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteLossError
-from .losses.terms import ratios
+from ..errors import NonFiniteLossError
+from ..losses.terms import ratios
 
 
 REMEDY = (
@@ -20,7 +20,7 @@ NEVER = float(2**30)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """What sums over a run are added up in: Apple's GPUs have no float64."""
+    """Chooses what sums over a run are added up in: Apple's GPUs have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

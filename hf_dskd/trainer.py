@@ -48,22 +48,13 @@ logger = logging.getLogger(__name__)
 
 # Settings that go into what the trials of a search share.
 PREPARED_ONCE = (
-    *("method", "alignment", "as_published", "max_length", "prompt_style", "chat_template_kwargs", "prompt_column"),
-    *(
-        "response_column",
-        "skip_long_prompts",
-        "on_bad_row",
-        "train_on",
-        "teacher_cache",
-        "load_teacher_in_4bit",
-        "teacher_device",
-    ),
-    *("teacher_dtype", "output_dir"),
-)
+    "method alignment as_published max_length prompt_style chat_template_kwargs prompt_column response_column"
+    " skip_long_prompts on_bad_row train_on teacher_cache load_teacher_in_4bit teacher_device teacher_dtype output_dir"
+).split()
 
 
 def bits_per_byte(metrics: dict[str, float]) -> float:
-    """Objective of a search: comparable between methods and weights of their terms, as a sum of metrics isn't."""
+    """Measures a trial: comparable between methods and weights of their terms, as a sum of metrics isn't."""
     return metrics["eval_bits_per_byte"]
 
 
@@ -225,7 +216,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """
-        The method's loss on one micro-batch, divided by the response tokens of the global batch.
+        Computes the method's loss on one micro-batch, divided by the response tokens of the global batch.
 
         With `return_outputs` also `{"logits": [B, S, V_s]}`, the student's.
         """
@@ -317,7 +308,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
         check_steps(self.args, self.train_dataset)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new student for a trial, with projectors and discriminator of its own."""
+        """Loads a new student for a trial, with projectors and discriminator of its own."""
         # The old one may hold as much memory as the new one needs.
         self.model = self.model_wrapped = self.optimizer = None  # type: ignore
         self.distiller = self.projectors = self.adversary = None  # type: ignore
@@ -349,7 +340,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
 
 
 def _reads_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, dataset: Any) -> bool:
-    """Whether both models get the same tokens; of a dataset without a length the first row answers for all."""
+    """Tells whether both models get the same tokens; of a dataset without a length by its first row."""
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
     if dataset is None or not same_vocabulary(student_tokenizer, teacher_tokenizer):

@@ -542,7 +542,7 @@ class CachedTeacher:
     model: ClassVar[None] = None
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The states that [`TeacherCache.batch`] put there, `[B, R, d_t]`."""
+        """Returns the states that [`TeacherCache.batch`] put there, `[B, R, d_t]`."""
         return batch["teacher_states"]
 
 
@@ -618,7 +618,7 @@ class TeacherCache:
 
     def states(self, key: str) -> Tensor:
         """
-        The states of an example, `[r, d_t]` in bfloat16, one per response token: those that predict it.
+        Reads the states of an example, `[r, d_t]` in bfloat16, one per response token: those that predict it.
 
         They are read from the file as they are used, without a copy of their own.
         """

@@ -63,7 +63,7 @@ class RunningLog:
             self._first_bad[name] = torch.minimum(self._first_bad[name], bad) if name in self._first_bad else bad
 
     def found(self, accelerator: Any) -> str | None:
-        """What was not finite since the last look, on any rank, at which step and on which examples; waits."""
+        """Finds what was not finite since the last look, on any rank, at which step and on which examples; waits."""
         return self._read(accelerator, with_sums=False)[1]
 
     def check(self, accelerator: Any) -> None:
@@ -76,7 +76,7 @@ class RunningLog:
         self._sums = dict(self._before[1])
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Everything since the last call as ratios over all ranks, in one transfer; checks as `check` does."""
+        """Reads everything since the last call as ratios over all ranks, in one transfer; checks as `check` does."""
         totals, bad = self._read(accelerator, with_sums=True)
         _refuse(bad)
         self._sums = {}
@@ -97,11 +97,11 @@ class RunningLog:
 
     @property
     def mean_loss(self) -> float | None:
-        """Of all steps that were drained; `None` where no loss was added up."""
+        """Mean of all steps that were drained; `None` where no loss was added up."""
         return self._loss / self._steps if self._steps else None
 
     def restart_clock(self) -> None:
-        """Evaluation and saving are not training time."""
+        """Begins to count anew: evaluation and saving are not training time."""
         self._since = time.perf_counter()
 
     def _read(self, accelerator: Any, with_sums: bool) -> tuple[dict[str, float], str | None]:

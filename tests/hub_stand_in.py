@@ -37,7 +37,7 @@ RELATIONS = ("adapter", "finetune", "merge", "quantized")
 # What a new repository's .gitattributes sends to large file storage, of it what occurs here.
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".parquet", ".arrow", ".npy", ".npz", ".zip", ".gz", ".png")
 REPO_ID = r"[\w.-]+(?:/[\w.-]+)?"
-ACTIONS = "revision|tree|paths-info|refs|preupload|commits?"
+ACTIONS = "revision|tree|paths-info|branch|preupload|commit"
 # A name of two parts, or of one that no action follows.
 NAME = rf"([^/]+(?:/(?!(?:{ACTIONS}|resolve)(?:/|$))[^/]+)?)"
 DEFAULT_USERS = {"hf_write": {"name": "ann", "role": "write"}, "hf_read": {"name": "ann", "role": "read"}}
@@ -483,12 +483,6 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.create(repo_id, kind, private=private)
         self.answer({"url": url, "name": repo_id, "id": repo_id})
 
-    def delete(self) -> None:
-        kind, repo_id, _ = self.named()
-        self.repository(kind + "s", repo_id, write=True)
-        del self.hub.repositories[kind, repo_id]
-        self.send(b"", "text/plain")
-
     def validate(self) -> None:
         errors, warnings = check_card(json.loads(self.content)["content"])
         said = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
@@ -547,21 +541,6 @@ class Handler(BaseHTTPRequestHandler):
             wanted = parse_qs(self.content.decode()).get("paths", [])
         found = [described(path, files[path]) for path in wanted if path in files]
         self.answer(found + [described_folder(path) for path in wanted if path in folders(files)])
-
-    def references(self, kind: str, repo_id: str) -> None:
-        found: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-        for name, sha in self.repository(kind, repo_id).refs.items():
-            is_pr = name.startswith("refs/pr/")
-            ref = {"name": name, "ref": name if is_pr else f"refs/heads/{name}", "targetCommit": sha}
-            found["pullRequests" if is_pr else "branches"].append(ref)
-        self.answer(found)
-
-    def history(self, kind: str, repo_id: str, revision: str) -> None:
-        repository = self.repository(kind, repo_id)
-        self.hub.at(repository, revision)
-        date = "2024-01-01T00:00:00.000Z"
-        entries = [{"id": sha, "title": "", "message": "", "authors": [], "date": date} for sha in repository.commits]
-        self.answer(entries[::-1])
 
     def resolve(self, kind: str | None, repo_id: str, revision: str, path: str) -> None:
         repository = self.repository(kind, repo_id)
@@ -652,13 +631,10 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.objects:
                     raise Refused(400, f"{value['path']} points at {value['oid']}, which was not uploaded")
                 added[value["path"]] = File(self.hub.objects[value["oid"]], True)
-            elif key in ("deletedFile", "deletedFolder"):
-                path = value["path"]
-                start = path.rstrip("/") + "/" if key == "deletedFolder" else None
-                gone = [name for name in before if (name.startswith(start) if start else name == path)]
-                if not gone:
-                    raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                deleted += gone
+            elif key == "deletedFile":
+                if value["path"] not in before:
+                    raise Refused(404, f"A file with this name doesn't exist: {value['path']}", "EntryNotFound")
+                deleted.append(value["path"])
             else:
                 raise Refused(400, f"{key!r} is not an operation of a commit")
         if header.get("parentCommit", parent) != parent:
@@ -686,13 +662,10 @@ LINK = rf"/(?:(datasets|spaces)/)?{NAME}"
 ROUTES = [
     ("/api/whoami-v2", ("GET",), Handler.whoami),
     ("/api/repos/create", ("POST",), Handler.create),
-    ("/api/repos/delete", ("DELETE",), Handler.delete),
     ("/api/validate-yaml", ("POST",), Handler.validate),
     (rf"{KIND}(?:/revision/([^/]+))?", ("GET",), Handler.info),
     (rf"{KIND}/tree/([^/]+)(?:/(.+))?", ("GET",), Handler.tree),
     (rf"{KIND}/paths-info/([^/]+)", ("POST",), Handler.paths_info),
-    (rf"{KIND}/refs", ("GET",), Handler.references),
-    (rf"{KIND}/commits/([^/]+)", ("GET",), Handler.history),
     (rf"{KIND}/preupload/([^/]+)", ("POST",), Handler.preupload),
     (rf"{KIND}/commit/([^/]+)", ("POST",), Handler.commit),
     (rf"{LINK}\.git/info/lfs/objects/batch", ("POST",), Handler.batch),

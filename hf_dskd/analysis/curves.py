@@ -114,7 +114,7 @@ def training_panels() -> list[Panel]:
 
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """
-    Steps and values of `key`, by step. Logged twice at one step (after a resume), the later value stays.
+    Finds steps and values of `key`, by step. Logged twice at one step (after a resume), the later value stays.
 
     Entries without the key, such as the summary at the end of training, and values that aren't finite are left out.
     """

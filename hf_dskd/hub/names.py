@@ -18,7 +18,7 @@ def check_repo_id(repo_id: str, word: str) -> None:
 
 
 def page(name: str, kind: str = "model") -> str:
-    """Address of a model's or dataset's page, on the hub that HF_ENDPOINT names."""
+    """Gives the address of a model's or dataset's page, on the hub that HF_ENDPOINT names."""
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"

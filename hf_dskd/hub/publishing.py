@@ -50,7 +50,7 @@ class Publishing(Trainer):
             self._repository = check_training(args, self._identity, token)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Unlike in [`~transformers.Trainer`] the repository is made with the push, not before training."""
+        """Checks the repository, which is made with the push and not, as in [`~transformers.Trainer`], before it."""
         self._check_hub(self.args, token)
         self.hub_model_id = self._repository  # type: ignore[assignment]
         self.push_in_progress = None

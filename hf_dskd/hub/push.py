@@ -43,7 +43,7 @@ TRAINING = Words(
 
 
 def check_training(config: DSKDConfig, folder_facts: Mapping[str, Any], token: str | None = None) -> str:
-    """[`check_access`] for a run that will push its student with the settings of `config`."""
+    """Does [`check_access`] for a run that will push its student with the settings of `config`."""
     return check_access(
         config.hub_model_id or Path(str(config.output_dir)).absolute().name,
         token=token or config.hub_token,
@@ -157,7 +157,7 @@ def push_run(
     Raises:
         UserError: For what stands in the way (see [`check_access`]), and where the connection is lost.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import HfApi
 
     run = FinishedRun(folder)
     full = check_access(
@@ -170,7 +170,7 @@ def push_run(
         create_pr=create_pr,
         words=words,
     )
-    api = HfApi(token=token)
+    api, message = HfApi(token=token), commit_message or f"A student trained by {run.record.method} with hf_dskd"
     # In the run's folder, that is on its disk: weights are linked, not copied.
     with tempfile.TemporaryDirectory(dir=run.folder, prefix=".push-") as scratch:
         written = write_model_folder(
@@ -178,41 +178,51 @@ def push_run(
         )
         # Before there is a repository, which would stay empty.
         _check_card(full, (written / "README.md").read_text(encoding="utf-8"), token)
-        paths = {path.relative_to(written).as_posix(): path for path in sorted(written.rglob("*")) if path.is_file()}
         try:
             if not create_pr:
                 api.create_repo(full, private=private, exist_ok=True)
                 if revision is not None:
                     api.create_branch(full, branch=revision, exist_ok=True)
             there = set() if create_pr and not replace else set(api.list_repo_files(full, revision=revision))
-            left = {name for name in there - {*paths, ".gitattributes"} if replace or _is_pushed(name)}
             # Not `upload_folder`, which cuts large folders into several commits.
             return api.create_commit(
                 full,
-                [
-                    *(CommitOperationAdd(name, path) for name, path in paths.items()),
-                    *(CommitOperationDelete(name) for name in sorted(left)),
-                ],
-                commit_message=without_values(
-                    commit_message or f"A student trained by {run.record.method} with hf_dskd"
-                ),
+                _operations(written, there, replace),
+                commit_message=without_values(message),
                 revision=revision,
                 create_pr=create_pr,
             )
         except Exception as error:  # the client's own, and those of two HTTP libraries
-            if _status(error) in (401, 403):
-                raise UserError(
-                    f"{full!r} may not be written with this token ({_line(error)}): give it write access to that"
-                    " repository, nothing was published"
-                ) from None
-            # The client asks about the metadata as well, and raises a bare ValueError.
-            if _status(error) == 400 or "Invalid metadata" in str(error):
-                raise _refused(full, _line(error)) from None
-            raise _unreachable(full, error, ", nothing was published and the same command goes on") from None
+            raise _failed(full, error) from None
+
+
+def _operations(written: Path, there: set[str], replace: bool) -> list[Any]:
+    """Adds every file that was written, and deletes what an earlier push left, or all that is there."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    paths = {path.relative_to(written).as_posix(): path for path in sorted(written.rglob("*")) if path.is_file()}
+    left = sorted(name for name in there - {*paths, ".gitattributes"} if replace or _is_pushed(name))
+    return [
+        *(CommitOperationAdd(name, path) for name, path in paths.items()),
+        *(CommitOperationDelete(name) for name in left),
+    ]
+
+
+def _failed(repo_id: str, error: Exception) -> UserError:
+    """What to say of a push that the hub didn't take."""
+    if _status(error) in (401, 403):
+        return UserError(
+            f"{repo_id!r} may not be written with this token ({_line(error)}): give it write access to that"
+            " repository, nothing was published"
+        )
+    # The client asks about the metadata as well, and raises a bare ValueError.
+    if _status(error) == 400 or "Invalid metadata" in str(error):
+        return _refused(repo_id, _line(error))
+    return _unreachable(repo_id, error, ", nothing was published and the same command goes on")
 
 
 def full_name(repo_id: str) -> str:
-    """`namespace/name` for a look at what would be pushed; the word NAMESPACE where the user's own can't be asked."""
+    """Writes `namespace/name` for a look at what would be pushed, NAMESPACE where the user's own can't be asked."""
     from huggingface_hub import HfApi
 
     if "/" in repo_id:

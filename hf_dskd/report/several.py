@@ -85,7 +85,7 @@ def numbered(name: str, index: int) -> str:
 
 def comparable(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
     """
-    What makes each run what it is, but for its seeds: settings, models and data, under the same names for all.
+    Finds what makes each run what it is, but for its seeds: settings, models and data, under the same names for all.
 
     What one of them doesn't say is at its default, or `None` if it was written by a version that said less.
     """
@@ -108,7 +108,7 @@ def comparable(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 
 
 def grouped(runs: Sequence[RunFiles]) -> list[Group]:
-    """The runs by everything but their seeds, under the label of a comparison, or the method and what differs."""
+    """Groups runs by everything but their seeds, under the label of a comparison, or the method and what differs."""
     everything = comparable(runs)
     by_key: dict[str, list[int]] = {}
     for index, (run, part) in enumerate(zip(runs, everything)):
@@ -129,7 +129,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def run_names(groups: Sequence[Group]) -> dict[str, RunFiles]:
-    """The runs by their group and, where it has several, their seed."""
+    """Names the runs by their group and, where it has several, their seed."""
     names: dict[str, RunFiles] = {}
     for group in groups:
         for run in group.runs:
@@ -181,7 +181,7 @@ def _differences(groups: Sequence[Group]) -> Markdown | None:
 
 
 def drawn_together(groups: Sequence[Group], histories: Runs) -> list[Runs]:
-    """Runs of runs by the picture that they go into: where colours are too few for all, the means of groups."""
+    """Shares histories of runs out to pictures; where colors are too few for all, they are the means of groups."""
     most = len(COLORS)
     if len(histories) > most and len(groups) < len(histories):
         # In the order of the groups, as `run_names` has them.
@@ -192,7 +192,7 @@ def drawn_together(groups: Sequence[Group], histories: Runs) -> list[Runs]:
 
 
 def mean_history(histories: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One log of the means over several, at the steps and for the names that each of them has."""
+    """Makes one log of the means over several, at the steps and for the names that each of them has."""
     names = dict.fromkeys(name for history in histories for entry in history for name in entry if name != "step")
     mean: list[dict[str, Any]] = []
     for name in names:

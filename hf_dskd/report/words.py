@@ -49,7 +49,7 @@ PROBES = {
 
 
 def number(value: Any) -> str:
-    """A number or a setting for people."""
+    """Writes a number or a setting for people."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -64,35 +64,35 @@ def number(value: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """A setting as it would be given on the command line."""
+    """Writes a setting as it would be given on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def percent(value: float, decimals: int = 1) -> str:
-    """A share in percent."""
+    """Writes a share in percent."""
     return f"{100 * value:.{decimals}f} %"
 
 
 def measured(value: float | None) -> str:
-    """A measure, with the same decimals for all that are as large."""
+    """Writes a measure, with the same decimals for all that are as large."""
     return "–" if value is None else (f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}").replace("-", "−")
 
 
 def difference(before: float, after: float) -> str:
-    """Change of a number, with its sign."""
+    """Writes the change of a number, with its sign."""
     change = after - before
     return f"{'+' if change > 0 else ''}{number(change)}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as minutes, or as hours."""
+    """Writes seconds as minutes, or as hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
 
 
 def millions(count: float) -> str:
-    """A number of parameters."""
+    """Writes a number of parameters."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
@@ -112,7 +112,7 @@ def _parse_measure(key: str) -> tuple[str, str] | None:
 
 
 def title_of(key: str) -> str:
-    """Title of a key among the metrics, with its evaluation set; the key itself where it is no measure."""
+    """Finds the title of a key among the metrics, with its evaluation set; the key itself where it is no measure."""
     parsed = _parse_measure(key)
     if parsed is None:
         return key
@@ -121,27 +121,27 @@ def title_of(key: str) -> str:
 
 
 def better_end(key: str) -> str | None:
-    """Which end of a measure is better, `"lower"` or `"higher"`; `None` where neither is."""
+    """Tells which end of a measure is better, `"lower"` or `"higher"`; `None` where neither is."""
     parsed = _parse_measure(key)
     return _measures()[parsed[1]][1] if parsed else None
 
 
 def measures_of(*metrics: Mapping[str, Any]) -> list[str]:
-    """Keys of the metrics that are a measure, those of the text and of answers first."""
+    """Finds the keys of metrics that are a measure, those of the text and of answers first."""
     order = list(_measures())
     found = {key: parsed for part in metrics for key in part if (parsed := _parse_measure(key))}
     return sorted(found, key=lambda key: (order.index(found[key][1]), found[key][0]))
 
 
 def numbers_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of an analysis that aren't gradients: known ones first."""
+    """Picks the numbers of an analysis that aren't gradients: known ones first."""
     own = {key: value for key, value in entry.items() if key != "step" and not key.startswith("gradient_norm_")}
     order = list(MEANINGS)
     return dict(sorted(own.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
 def meaning_of(name: str) -> str:
-    """What a number of an analysis means, also one with the prefix of a direction or of a probe."""
+    """Says what a number of an analysis means, also one with the prefix of a direction or of a probe."""
     if name in MEANINGS:
         return MEANINGS[name]
     for prefix, words in PROBES.items():

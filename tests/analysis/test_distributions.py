@@ -84,12 +84,6 @@ def test_p_value_against_all_swaps_of_examples():
     assert mmd(x, y, x_groups, y_groups, permutations=4000)[1] == pytest.approx(larger / 32, abs=0.03)
 
 
-def test_p_values_of_equal_distributions_are_uniform():
-    p = torch.tensor([mmd(normal(15, 3, seed=s), normal(20, 3, seed=s + 500), permutations=99)[1] for s in range(200)])
-    for level in (0.1, 0.25, 0.5, 0.75):
-        assert float((p <= level).double().mean()) == pytest.approx(level, abs=0.09)
-
-
 def test_tokens_of_an_example_are_no_independent_observations():
     """Every example has a centre of its own: to count its rows one by one finds differences that there aren't."""
     by_rows, by_examples = [], []
@@ -119,20 +113,6 @@ def test_the_same_rows_have_no_discrepancy():
     x = normal(50, 4)
     value, p = mmd(x, x)
     assert -0.05 < value < 0 and p > 0.9
-
-
-def test_mmd_does_not_depend_on_unit_place_order_or_direction():
-    x, y = normal(30, 4), normal(20, 4, seed=1) + 0.5
-    expected = mmd(x, y)[0]
-    turn = rotation(4)
-    for moved in (
-        (1e3 * x, 1e3 * y),
-        (x + 100, y + 100),
-        (x.flip(0), y.flip(0)),
-        (x @ turn, y @ turn),
-        (y, x),
-    ):
-        assert mmd(*moved)[0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_large_sets_are_sampled():
@@ -167,12 +147,6 @@ def test_distance_of_a_shift():
     assert sliced_wasserstein(x[:, :1], x[:, :1] - 3, projections=2) == pytest.approx(3)
 
 
-def test_distance_of_gaussians_on_a_line():
-    """W2(N(a, s²), N(b, t²))² = (a − b)² + (s − t)²"""
-    x, y = normal(40_000, 1), 1 + 3 * normal(30_000, 1, seed=1)
-    assert sliced_wasserstein(x, y, projections=1) == pytest.approx(math.sqrt(1 + 4), rel=0.02)
-
-
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (6, 4), (1, 3), (8, 8)])
 def test_unequal_sizes_against_copies(n, m):
     """n and m points are as n m points each, which are paired in their order."""
@@ -194,14 +168,6 @@ def test_distance_is_the_root_mean_square_over_directions():
     assert sliced_wasserstein(x, y, projections=4, seed=5) == pytest.approx(math.sqrt(sum(squares) / 4))
 
 
-def test_distance_has_the_unit_of_the_vectors():
-    x, y = normal(20, 3), normal(30, 3, seed=1) + 1
-    expected = sliced_wasserstein(x, y)
-    assert sliced_wasserstein(5 * x, 5 * y) == pytest.approx(5 * expected)
-    assert sliced_wasserstein(x + 9, y + 9) == pytest.approx(expected)
-    assert sliced_wasserstein(y, x) == pytest.approx(expected)
-
-
 # ---- Moments
 
 
@@ -215,17 +181,6 @@ def test_moments_by_hand():
     assert numbers["mean_cosine"] == pytest.approx(5 / math.sqrt(2 * 17))
 
 
-def test_moments_of_shift_and_scale():
-    y = normal(1000, 4)
-    shifted = moment_gaps(y + 2, y)
-    assert shifted["mean_gap"] == pytest.approx(2, rel=0.05) and shifted["variance_gap"] == pytest.approx(0, abs=1e-9)
-    scaled = moment_gaps(3 * y, y)
-    assert scaled["variance_gap"] == pytest.approx(8, rel=0.05)
-    x = normal(50, 4, seed=1) + 1
-    assert moment_gaps(7 * x, 7 * y) == pytest.approx(moment_gaps(x, y))
-    assert moment_gaps(x.flip(0), y.flip(0)) == pytest.approx(moment_gaps(x, y))
-
-
 # ---- AUC
 
 
@@ -237,14 +192,6 @@ def test_auc_against_loops():
     assert auc(x, y) == pytest.approx(expected) and 0.5 < expected < 0.9
     assert auc(y, x) == pytest.approx(1 - expected)
     assert auc(x.exp(), y.exp()) == auc(x, y)
-
-
-@pytest.mark.parametrize(
-    ("positive", "negative", "expected"),
-    [([2.0, 3.0], [0.0, 1.0], 1), ([0.0], [1.0, 2.0], 0), ([1.0, 1.0], [1.0], 0.5), ([0.0, 2.0], [1.0], 0.5)],
-)
-def test_auc_by_hand(positive, negative, expected):
-    assert auc(torch.tensor(positive), torch.tensor(negative)) == expected
 
 
 def test_logistic_regression_is_at_its_minimum():

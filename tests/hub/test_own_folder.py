@@ -93,8 +93,7 @@ def test_somebody_elses_readme_stays(run, text):
     "name",
     ["tokenizer.json", "alignment.png", "analysis/samples.jsonl", "evaluation", "generation_config.json", "new"],
 )
-@pytest.mark.parametrize("relative", [False, True])
-def test_links_out_of_a_run_are_refused(run, tmp_path, name, relative):
+def test_links_out_of_a_run_are_refused(run, tmp_path, name):
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "scores.json").write_text("{}")
@@ -102,7 +101,8 @@ def test_links_out_of_a_run_are_refused(run, tmp_path, name, relative):
     path = run / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
-    path.symlink_to(os.path.relpath(target, path.parent) if relative else target)
+    # Either as seen from where it lies, or from everywhere.
+    path.symlink_to(os.path.relpath(target, path.parent) if name == "evaluation" else target)
     for call in (
         lambda: write_model_folder(run, tmp_path / "pushed", "ann/x", online=False),
         lambda: write_report(run),

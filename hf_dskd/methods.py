@@ -127,21 +127,28 @@ class Matching(Row):
 
     Attributes:
         critic: Name of the networks that are trained against the queries, or `None` without any.
+        role: What they do, for who finds their file.
     """
 
     critic: str | None = None
+    role: str = ""
 
 
 _M = "losses.matching:"
 MATCHINGS = {
     "gan": Matching(
-        "E_q[log D(q)] + E_k[log(1 − D(k))]", _M + "AdversarialMatching", "arXiv 2603.22056, Eq. 14", "discriminator"
+        "E_q[log D(q)] + E_k[log(1 − D(k))]",
+        _M + "AdversarialMatching",
+        "arXiv 2603.22056, Eq. 14",
+        "discriminator",
+        "tells queries from keys; its logit is that of 'query'",
     ),
     "ct": Matching(
         "½ E_q E_{k|q}[c(q, k)] + ½ E_k E_{q|k}[c(q, k)]",
         _M + "TransportMatching",
         "arXiv 2603.22056, Eq. 15",
         "transport_critics",
+        "costs (critics) and plans (navigators) of the transport between queries and keys",
     ),
     "moments": Matching("(mean_q − mean_k)² + (std_q − std_k)²", _M + "MomentMatching"),
     "mmd": Matching("squared maximum mean discrepancy", _M + "DiscrepancyMatching", "Gretton et al., JMLR 2012"),

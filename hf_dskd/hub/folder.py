@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..training.run_folder import AUXILIARY_NAME, ROLES
+from ..training.run_folder import AUXILIARY_NAME
 from ..utils.files import read_json, write_text
 from .card import WEIGHTS, put, write_card
 from .identity import FinishedRun, Model
@@ -42,7 +42,7 @@ PUSHED = (
     *MODEL_FILES[True],
     *MODEL_FILES[False],
     *TOKENIZER_FILES,
-    *(f"auxiliary/{name}" for name in (AUXILIARY_NAME, *(f"{role}.safetensors" for role in ROLES))),
+    *(f"auxiliary/{AUXILIARY_NAME}", "auxiliary/*.safetensors"),
 )
 # Where these files name the model or tokenizer that they were made from.
 NAME_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 
 class ChunkLikelihood(Objective):
-    """f(p(c)^(1/τ), q(c)^(1/τ)) of the chunks c of a response (arXiv 2503.20083): `alm`."""
+    """
+    f(p(c)^(1/τ), q(c)^(1/τ)) of the chunks c of a response (arXiv 2503.20083): `alm`.
+
+    Another method of likelihoods compares them otherwise, and may have a term of its own, the last of its `terms`.
+    """
 
     terms = (TERMS["ce"], TERMS["correct"], TERMS["alm"])
 
@@ -57,14 +61,14 @@ class ChunkLikelihood(Objective):
                 (student, teacher), (student.head, teacher.head.detach()), self.boundary_tokens
             )
         )
-        alm = self.compare(student, teacher, own, theirs)
+        matched, name = self.compare(student, teacher, own, theirs), self.terms[-1].name
         sums = {name: student.per_example(own[name]) for name in ("ce", "correct")}
         rates = self.weights(step)
         return Terms(
-            {**sums, "alm": alm},
+            {**sums, name: matched},
             student.counts,
             student_loss=rates["ce"] * sums["ce"].sum(),
-            teacher_loss=rates["alm"] * alm.sum(),
+            teacher_loss=rates[name] * matched.sum(),
             teacher_tokens=teacher.counts,
             ce_rows=own["ce"].detach(),
         )

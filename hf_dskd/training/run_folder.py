@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..methods import MATCHINGS
 from ..utils.files import write_text
 
 
@@ -49,14 +50,15 @@ AUXILIARY_NAME = "auxiliary.json"
 DISCRIMINATOR_OPTIMIZER_NAME = "discriminator_optimizer.pt"
 STAGING_NAME = ".incomplete"
 
-ROLES = {
-    "projectors": "query (student embeddings to keys), s2t (student to teacher space), t2s (teacher to student space)",
-    "discriminator": "tells queries from keys; its logit is that of 'query'",
-    "transport_critics": "costs (critics) and plans (navigators) of the transport between queries and keys",
-}
+PROJECTORS = "query (student embeddings to keys), s2t (student to teacher space), t2s (teacher to student space)"
 
 
 # ---- What lies beside the student
+
+
+def roles() -> dict[str, str]:
+    """Says of every module that a run may have beside the student what it does."""
+    return {"projectors": PROJECTORS, **{row.critic: row.role for row in MATCHINGS.values() if row.critic}}
 
 
 def save_auxiliary(folder: str | Path, modules: dict[str, nn.Module], facts: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ def save_auxiliary(folder: str | Path, modules: dict[str, nn.Module], facts: dic
         save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         files[name] = {
             "file": f"{name}.safetensors",
-            "role": ROLES[name],
+            "role": roles()[name],
             "shapes": {key: list(value.shape) for key, value in tensors.items()},
         }
     (folder / AUXILIARY_NAME).write_text(json.dumps({**facts, "modules": files}, indent=2) + "\n")

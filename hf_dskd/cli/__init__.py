@@ -42,7 +42,8 @@ def tree() -> tuple[Parser, dict[str, Parser]]:
     """Makes the parser of `hf-dskd`, and gives those of its commands by name too."""
     root = Parser("hf-dskd", usage="hf-dskd COMMAND [--option VALUE ...]", description=DESCRIPTION, epilog=EPILOG)
     root.add_argument("--version", "-V", action="version", version=VERSION)
-    commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    # Of a usage of its own Python would make the beginning of every command's name.
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser, prog="hf-dskd")
     found = {}
     for name in COMMANDS:
         module = module_of(name)

@@ -18,7 +18,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the most memory that a process had")
 def test_a_run_takes_what_is_computed(tmp_path):
-    (row,) = recipe.check((("small", 8, 384, "float32", "live"),), tmp_path)
+    (row,) = recipe.check((("small", 4, 256, "float32", "live"),), tmp_path)
     assert row["error"] == pytest.approx(0, abs=0.15), row
 
 

@@ -38,9 +38,8 @@ def demo(args, student, teacher, train, held_out) -> None:
     import torch
 
     from hf_dskd import run
-    from hf_dskd.evaluation.generation import complete
-    from hf_dskd.evaluation.likelihood import bits_per_byte
-    from hf_dskd.report.several import compare_runs
+    from hf_dskd.evaluation import bits_per_byte, complete
+    from hf_dskd.report import compare_runs
 
     start = time.perf_counter()
     if torch.cuda.is_available() and "--max_steps" not in sys.argv:

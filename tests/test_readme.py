@@ -2,7 +2,7 @@
 Every code block of both READMEs, run as it stands against a stand-in of the hub with tiny models under the real names.
 
 Only lengths are changed: steps, examples, words to generate, cells of a grid. `make` is asked what it would do. But
-for the first command of each kind and runs of several processes, Python is one that has its imports behind it.
+for the first launch and runs of several processes, Python is one that has its imports behind it.
 """
 
 import json
@@ -38,7 +38,7 @@ SHORT = {
     r"python recipes/your_pair.py": "--held_out_size 4",
     r"hf-dskd (train|cache-teacher) ": TRAINING,
     r"hf-dskd compare ": f"{TRAINING} --methods sft,dskd_cma --seeds 0 --analysis_examples 2",
-    r"hf-dskd evaluate ": "--max_length 264",
+    r"hf-dskd evaluate ": "--max_length 264 --limit 1",
     r"hf-dskd analyse ": "--examples 2",
 }
 PYTHON = {
@@ -123,10 +123,8 @@ def run(hub, packaged, tmp_path_factory):
             assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
             return done.stdout
 
-        run.folder, run.done, run.kinds, run.blocks = folder, set(), set(), 0
+        run.folder, run.done, run.fresh = folder, set(), {"accelerate launch"}
         yield run
-        if run.blocks == len(BLOCKS):  # in whatever order
-            check_what_the_blocks_left(run, hub)
 
 
 def shortened(command):
@@ -147,17 +145,15 @@ def run_command(run, command):
         run([sys.executable, "-m", *words, "--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--quiet"])
         return
     kind = next((kind for kind in ("accelerate launch", "python", "hf-dskd") if command.startswith(f"{kind} ")), None)
-    known, words = kind in run.kinds, shlex.split(shortened(command))
-    run.kinds.add(kind)
-    if not known or kind is None or "--num_processes" in command or re.search(r"[|>&;$]", command):
+    words, fresh = shlex.split(shortened(command)), kind in run.fresh
+    run.fresh.discard(kind)
+    if fresh or kind is None or "--num_processes" in command or re.search(r"[|>&;$]", command):
         run(["bash", "-c", shortened(command)])
     else:
         run(words if kind == "hf-dskd" else words[len(kind.split()) :], warmly=True)
 
 
-@pytest.mark.parametrize("readme, line, language, content", BLOCKS, ids=[f"{b[0]}:{b[1]}" for b in BLOCKS])
-def test_block_runs(run, readme, line, language, content):
-    assert language in ("bash", "python"), f"{readme}:{line} is in no language that this test runs"
+def run_block(run, language, content):
     if language == "bash":
         for command in commands(content):
             run_command(run, command)
@@ -165,11 +161,18 @@ def test_block_runs(run, readme, line, language, content):
         for long, short in PYTHON.items():
             content = re.sub(long, short, content)
         run([sys.executable, "-c", content], warmly=True)
-    run.blocks += 1
 
 
-def check_what_the_blocks_left(run, hub):
-    """After all of them: the runs are whole, the pushes arrived."""
+def test_blocks_run(run, hub):
+    """In their order, for later ones look at what earlier ones trained."""
+    for readme, line, language, content in BLOCKS:
+        assert language in ("bash", "python"), f"{readme}:{line} is in no language that this test runs"
+        try:
+            run_block(run, language, content)
+        except BaseException as error:
+            error.add_note(f"{readme}:{line}")
+            raise
+    # The runs are whole, the pushes arrived.
     finished = {path.parent.name for path in (run.folder / "runs").glob("*/result.json")}
     assert {"gpt2_qwen", "gpt2_qwen_smoke", "alm", "cached", "two_processes", "sft_teacher"} <= finished
     assert {"model.safetensors", "result.json", "report"} <= {*os.listdir(run.folder / "gpt2-distilled")}

@@ -106,7 +106,7 @@ def test_bad_rows_are_refused(trained):
 
 def test_alignment_is_that_of_the_examples(trained):
     rows = trained.train_dataset.select(range(3))
-    analysis = analyse(trained.distiller, rows)
+    analysis = analyse(trained.distiller, rows, step=25)
     assert analysis.step == 25
     examples = [cross_attention(trained.distiller, row) for row in rows]
     for mine, expected in zip(analysis.examples, examples):
@@ -262,7 +262,8 @@ class Analysing(TrainerCallback):
         self.analyses = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.analyses.append(analyse(self.trainer.distiller, self.trainer.train_dataset.select(range(3))))
+        rows = self.trainer.train_dataset.select(range(3))
+        self.analyses.append(analyse(self.trainer.distiller, rows, step=state.global_step))
 
 
 def trained_run(folder, callbacks, **settings):

@@ -113,7 +113,9 @@ def test_a_cache_has_the_states_of_all_answers(tmp_path, method):
     losses = [[loss for (loss,) in runs.history(run, "loss")] for run in (cached, live)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     counts = [sum(span[1::2]) - sum(span[::2]) for span in live.train_dataset["teacher_spans"]]
-    assert sum(shard_count for shard in cached._preparation.cache.shards for shard_count in shard.counts) == sum(counts)
+    assert sum(shard_count for shard in cached._preparation.cache.shards for shard_count in shard.counts) == sum(
+        counts
+    )
 
 
 def test_metrics_count_the_text_of_all_answers(tmp_path):

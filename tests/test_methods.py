@@ -81,11 +81,11 @@ def test_an_example_without_response_is_nothing(case, tmp_path):
     rows = [run.train_dataset[i] for i in range(4)]
     batch = without_response(run.data_collator(rows), [1])
     terms = terms_of(run, batch)
-    for name, values in (terms.student | terms.teacher).items():
+    for name, values in terms.sums.items():
         assert values.shape == (4,)
         assert values[1] == 0, name
         assert torch.isfinite(values).all(), name
-    assert any(values[0] != 0 for values in terms.student.values())
+    assert any(values[0] != 0 for values in terms.sums.values())
 
     loss, gradients = step(run, batch)
     others, expected = step(run, run.data_collator([rows[i] for i in (0, 2, 3)]))

@@ -256,5 +256,5 @@ def test_plots_and_gradients_have_the_term(tmp_path):
     norms = gradient_norms(run.distiller, [run.train_dataset[row] for row in range(2)])
     assert norms["gradient_norm_aux"] > 0
     assert "gradient_norm_aux" not in gradient_norms(
-        runs.trainer(tmp_path, method="dskd_cma"), [run.train_dataset[row] for row in range(2)]
+        runs.trainer(tmp_path, method="dskd_cma").distiller, [run.train_dataset[row] for row in range(2)]
     )

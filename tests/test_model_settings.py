@@ -426,7 +426,7 @@ def test_the_fingerprint_is_of_the_examples_alone(tmp_path):
 def test_the_commit_of_hf_dskd(monkeypatch, tmp_path):
     package = tmp_path / "checkout" / "hf_dskd"
     package.mkdir(parents=True)
-    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(package / "utils" / "environment.py"))
 
     class Installed:
         def read_text(self, name):

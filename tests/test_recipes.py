@@ -20,6 +20,7 @@ from warm import WarmPython
 
 from hf_dskd import run
 from hf_dskd.offline.tiny_models import FAMILIES, family_of
+from hf_dskd.training.run_folder import RESULT_NAME
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
@@ -220,7 +221,7 @@ def test_smoke(name, warm, tmp_path):
     out = tmp_path / "out"
     done = warm([str(RECIPES[name]), *ARGUMENTS.get(name, []), "--smoke", "--output_dir", str(out)], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((out / run.RESULT_NAME).read_text(encoding="utf-8"))
+    result = json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
     given = settings(name)
     assert result["steps"] == 4
     assert result["method"] == given.get("method", result["method"])

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from hf_dskd import UserError
 from hf_dskd.models.pretrained import source
-from hf_dskd.teacher.cache import cache_facts, files_digest
+from hf_dskd.teacher.identity import cache_facts, files_digest
 
 
 TEACHER = len(runs._TEACHER_TOKENIZER)

@@ -16,7 +16,7 @@ from hf_dskd.data.fingerprint import fingerprint
 from hf_dskd.errors import UserError
 from hf_dskd.hub.card import model_card
 from hf_dskd.models.pretrained import origin
-from hf_dskd.teacher.cache import files_digest
+from hf_dskd.teacher.identity import files_digest
 from hf_dskd.utils import environment
 
 

@@ -23,21 +23,20 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..alignment.spans import answer_spans
 from ..errors import UserError
-from ..models.causal_lm import LMHead, base_causal_lm, check_head, hidden_size
-from ..models.pretrained import ADAPTER_NAME, config_settings, find_file, options_of, reading, source
-from ..redaction import without_secrets
-from .load import Teacher, teacher_dtype
+from ..models.causal_lm import LMHead, check_head
+from .identity import cache_facts, check_facts, digest_of
+from .load import Teacher
 
 
 if TYPE_CHECKING:
@@ -48,23 +47,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 INDEX_NAME = "index.json"
 HEAD_NAME = "head.safetensors"
 LOCK_NAME = ".lock"
 SHARD_BYTES = 64 * 2**20
 # Padded tokens that the teacher runs on at a time. Fixed, because a matrix product's last bits depend on its shape.
 BATCH_TOKENS = 4096
-# Values of a parameter, or blocks of a file, that identify the teacher.
-SAMPLES = 1000
-ADAPTER_KINDS = ("safetensors", "bin")
-BLOCK = 4096
 REPAIR = "repair_teacher_cache=True (--repair_teacher_cache) computes it again"
-# Facts that are settings, which can be set to what they were.
-SETTINGS = ("teacher_dtype", "load_teacher_in_4bit", "prompt_style", "max_length")
-
-
-# ---- What the states depend on
 
 
 def open_cache(
@@ -77,217 +66,13 @@ def open_cache(
 ) -> TeacherCache:
     """Opens a cache with the [`cache_facts`] of a run; a new cache fetches a teacher that isn't here yet."""
     _check_folder(folder)
-    facts = cache_facts(
-        config,
-        teacher_model,
-        teacher_config,
-        teacher_tokenizer,
-        quantization_config,
-        download=not (Path(folder) / INDEX_NAME).is_file(),
-    )
+    new = not (Path(folder) / INDEX_NAME).is_file()
+    facts = cache_facts(config, teacher_model, teacher_config, teacher_tokenizer, quantization_config, download=new)
     return TeacherCache.open(folder, facts, repair=config.repair_teacher_cache)
 
 
-def cache_facts(
-    config: DSKDConfig,
-    teacher_model: Any,
-    teacher_config: PretrainedConfig,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    quantization_config: Any = None,
-    *,
-    download: bool = False,
-) -> dict[str, Any]:
-    """
-    Collects what the teacher's hidden states depend on beside the tokens, in values of JSON.
-
-    Args:
-        config ([`DSKDConfig`]): Of the run.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`]): A name or folder, or a loaded model.
-        teacher_config ([`~transformers.PretrainedConfig`]), teacher_tokenizer: The teacher's.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): For a teacher given by name.
-        download (`bool`, *optional*, defaults to `False`):
-            Fetch the weights where they aren't on this machine. Without, `teacher` is then `None`.
-    """
-    dtype: Any
-    options = options_of(config.teacher_model_init_kwargs)
-    if isinstance(teacher_model, str):
-        dtype = teacher_dtype(config)
-        if dtype == "auto":
-            dtype = getattr(teacher_config, "dtype", None) or dtype
-        teacher, name = files_digest(teacher_model, options, download=download), teacher_model
-    else:
-        plain = base_causal_lm(teacher_model)
-        teacher, dtype = parameters_digest(teacher_model), plain.dtype
-        name = plain.name_or_path or type(plain).__name__
-    return {
-        "format": FORMAT,
-        "teacher": teacher,
-        # Without the folder that it happens to lie in: a run may move to another machine.
-        "teacher_name": Path(name).resolve().name if os.path.isdir(name) else name,
-        "hidden_size": hidden_size(teacher_config),
-        "teacher_dtype": str(dtype).removeprefix("torch."),
-        "load_teacher_in_4bit": config.load_teacher_in_4bit,
-        # What a 4-bit teacher computes in.
-        "training_dtype": config.training_dtype if config.load_teacher_in_4bit else None,
-        "teacher_quantization_config": None
-        if quantization_config is None or config.load_teacher_in_4bit
-        else json.loads(
-            json.dumps(getattr(quantization_config, "to_dict", lambda: quantization_config)(), default=str)
-        ),
-        # Settings of the teacher's configuration that its options replace.
-        "teacher_settings": json.loads(json.dumps(without_secrets(config_settings(options)), default=str)) or None,
-        "teacher_tokenizer": tokenizer_digest(teacher_tokenizer),
-        "teacher_chat_template": _digest(json.dumps(teacher_tokenizer.chat_template, sort_keys=True)),
-        "prompt_style": config.prompt_style,
-        "max_length": config.max_length,
-    }
-
-
-def files_digest(name: str, options: Mapping[str, Any], *, download: bool) -> str | None:
-    """
-    Identifies the weights of a name or folder without loading them, as `"files:…"`.
-
-    Hashed are config.json and, of every weight file, its name, its size, the safetensors header (names, types, shapes)
-    and 1,000 blocks of 4 KiB at evenly spaced places. That tells any other model, and any training of the same one; it
-    misses an edit of a few bytes between the blocks. The same weights cut into other files are taken for others.
-
-    Args:
-        name (`str`): A folder, or a model's name on the hub.
-        options (`dict`): For `from_pretrained`; `revision`, `cache_dir`, `token` and `subfolder` say where it looks.
-        download (`bool`): Fetch what isn't on this machine; otherwise `None` is returned for it.
-    """
-    remedy = "check the name, the network and your access to it"
-    with reading("the teacher", name, options, ("config.json", ADAPTER_NAME), remedy):
-        files = _weight_files(name, options, download)
-    if not files:
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        digest.update(json.dumps([path.name, path.stat().st_size]).encode())
-        for block in _blocks(path):
-            digest.update(block)
-    return f"files:{digest.hexdigest()}"
-
-
-def _weight_files(name: str, options: Mapping[str, Any], download: bool) -> list[Path]:
-    """Finds the files that `from_pretrained` reads a model and its adapter from; none unless all of them are here."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-
-    of = source(name, options)
-
-    def find(file: str) -> Path | None:
-        return find_file(of.name, file, of.options, download=download, raises=download)
-
-    def find_variant(file: str) -> Path | None:
-        stem, _, ending = file.rpartition(".")
-        return find(f"{stem}.{options['variant']}.{ending}" if options.get("variant") else file)
-
-    kinds = [(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
-    if options.get("use_safetensors") is False:
-        del kinds[0]
-    files: list[Path | None] = []
-    for single, index in kinds:
-        files = [find_variant(single)]
-        if files == [None] and (listing := find_variant(index)) is not None:
-            weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
-            files = [find(file) for file in sorted(set(weight_map.values()))]
-        if files != [None]:
-            break
-    files.insert(0, find("config.json"))
-    # Transformers takes an adapter that lies beside a model for a part of it.
-    adapter, place = (name, options) if of.adapter is None else (of.adapter, of.adapter_options)
-    if of.adapter is not None or (Path(name) / ADAPTER_NAME).is_file():
-        weights = (find_file(adapter, f"adapter_model.{kind}", place, download=download) for kind in ADAPTER_KINDS)
-        files += [find_file(adapter, ADAPTER_NAME, place), next((file for file in weights if file is not None), None)]
-    return [] if None in files else [file for file in files if file is not None]
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            yield file.read(int.from_bytes(file.read(8), "little"))
-            file.seek(0)
-        if size <= SAMPLES * BLOCK:
-            yield file.read()
-            return
-        for sample in range(SAMPLES):
-            file.seek((size - BLOCK) * sample // (SAMPLES - 1))
-            yield file.read(BLOCK)
-
-
-def parameters_digest(model: nn.Module) -> str:
-    """
-    Identifies a loaded model, as `"parameters:…"`: name, shape, type and up to 1,000 evenly spaced values of every
-    parameter.
-
-    It says nothing about the files that the model came from: a cache is either of the one kind or of the other.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    # What the parameters of an adapter are multiplied by, and which adapter is on, isn't among them.
-    for name, adapter in getattr(model, "peft_config", {}).items():
-        settings = json.dumps(adapter.to_dict(), sort_keys=True, default=lambda value: sorted(map(str, value)))
-        digest.update(f"{name} {settings} {model.active_adapters}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
-        values = parameter.detach().flatten()
-        samples = min(SAMPLES, len(values))
-        places = torch.arange(samples, device=values.device) * len(values) // max(samples, 1)
-        digest.update(values[places].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return f"parameters:{digest.hexdigest()}"
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hashes how a tokenizer cuts text: vocabulary, normalization, merges, special tokens."""
-    if not tokenizer.is_fast:
-        return _digest(json.dumps(sorted(tokenizer.get_vocab().items())))
-    content = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    # Left there by the last call.
-    content |= {"truncation": None, "padding": None}
-    return _digest(json.dumps(content, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _check_facts(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    # The weights decide whose states they are. A name does where there are no weights to compare.
-    ignored = ("teacher_name", "hidden_size") if now["teacher"] is not None else ("teacher",)
-    differing = [name for name in now if name not in ignored and then.get(name) != now[name]]
-    if not differing:
-        if now["teacher"] is None:
-            logger.warning(
-                "teacher_cache=%r: the weights of %r aren't on this machine, so only its name was compared",
-                str(folder),
-                now["teacher_name"],
-            )
-        return
-    written, here = (", ".join(_shown(facts, name) for name in differing) for facts in (then, now))
-    remedies = [f"set {name}={then[name]}" for name in differing if name in SETTINGS]
-    kinds = [str(facts["teacher"]).partition(":")[0] for facts in (then, now)]
-    if "teacher" in differing and kinds[0] != kinds[1]:
-        given = "by name" if kinds[0] == "files" else "as a loaded model"
-        remedies.append(f"give the teacher {given} (the weights of the two kinds can't be compared)")
-    elif {"teacher", "teacher_name"} & {*differing}:
-        remedies.append("give that teacher")
-    if {"teacher_tokenizer", "teacher_chat_template"} & {*differing}:
-        remedies.append("give the teacher's tokenizer as it was")
-    raise UserError(
-        f"teacher_cache={str(folder)!r} was written with {written}, this run has {here}: use another folder"
-        + (f", or {' and '.join(remedies)}" if remedies else "")
-    )
-
-
-def _shown(facts: Mapping[str, Any], name: str) -> str:
-    value = facts.get(name)
-    if name == "teacher":
-        # Trained again, a teacher may have the name that it had.
-        kind, _, digest = str(value).partition(":")
-        return f"teacher={facts.get('teacher_name')!r} ({kind} {digest[:8]})"
-    if name in ("teacher_tokenizer", "teacher_chat_template"):
-        return f"{name} {str(value)[:8]}"
-    return f"{name}={value!r}"
+def _error(folder: str | Path, text: str) -> UserError:
+    return UserError(f"teacher_cache={str(folder)!r}{text}")
 
 
 # ---- Examples
@@ -302,27 +87,20 @@ class _Example:
     count: int  # states
 
 
-def _count(examples: Iterable[_Example]) -> int:
-    return sum(example.count for example in examples)
-
-
 def example_key(row: Mapping[str, Any]) -> str:
     """Hashes what an example is known by: the teacher's tokens and where the response begins, 32 hex digits."""
-    return _key(np.asarray(row["teacher_input_ids"]), answer_spans(row, "teacher_"))
-
-
-def _key(ids: np.ndarray, spans: list[tuple[int, int]]) -> str:
+    spans = answer_spans(row, "teacher_")
     digest = hashlib.blake2b(spans[0][0].to_bytes(8, "little"), digest_size=16)
-    digest.update(ids.astype("<i4").tobytes())
+    digest.update(np.asarray(row["teacher_input_ids"]).astype("<i4").tobytes())
     if len(spans) > 1:
         # A single answer goes to the end.
         digest.update(np.array(spans, dtype="<i4").tobytes())
     return digest.hexdigest()
 
 
-def _predicting(spans: list[tuple[int, int]]) -> np.ndarray:
+def _predicting(row: Mapping[str, Any]) -> np.ndarray:
     """Positions whose next token belongs to an answer. Nothing predicts the first token of a sequence."""
-    return np.concatenate([np.arange(max(start - 1, 0), stop - 1) for start, stop in spans])
+    return np.concatenate([np.arange(max(start - 1, 0), stop - 1) for start, stop in answer_spans(row, "teacher_")])
 
 
 def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[str, _Example]:
@@ -337,18 +115,12 @@ def _examples(datasets: Mapping[str, Dataset | IterableDataset | None]) -> dict[
                 " datasets.Dataset, or leave teacher_cache out"
             )
         # A dataset that the user has tokenized may be without spans.
-        names = {"teacher_input_ids", "teacher_prompt_length", "teacher_spans"} & {*dataset.column_names}
-        columns: Any = dataset.select_columns(sorted(names))
-        index = 0
-        for table in columns.with_format("arrow").iter(batch_size=1000):
-            rest = [table[name].to_pylist() for name in sorted(names - {"teacher_input_ids"})]
-            for tokens, *values in zip(table["teacher_input_ids"], *rest):
-                ids = tokens.values.to_numpy()
-                row = {"teacher_input_ids": ids, **dict(zip(sorted(names - {"teacher_input_ids"}), values))}
-                spans = answer_spans(row, "teacher_")
-                example = _Example(_key(ids, spans), split, index, len(ids), len(_predicting(spans)))
-                examples.setdefault(example.key, example)
-                index += 1
+        names = sorted({"teacher_input_ids", "teacher_prompt_length", "teacher_spans"} & {*dataset.column_names})
+        batches: Any = dataset.select_columns(names).with_format("numpy").iter(batch_size=1000)
+        rows = (dict(zip(names, values)) for batch in batches for values in zip(*(batch[name] for name in names)))
+        for index, row in enumerate(rows):
+            example = _Example(example_key(row), split, index, len(row["teacher_input_ids"]), len(_predicting(row)))
+            examples.setdefault(example.key, example)
     return examples
 
 
@@ -375,38 +147,33 @@ class Shard:
 
 
 def _cut(examples: Iterable[_Example], width: int) -> Iterator[Shard]:
-    """Shards of up to `SHARD_BYTES` of states, in order."""
-    part: list[_Example] = []
+    """Cuts examples into shards of up to `SHARD_BYTES` of states, in order."""
+    parts: list[list[_Example]] = []
     size = 0
     for example in examples:
         added = 2 * width * example.count
-        if part and size + added > SHARD_BYTES:
-            yield _shard(part)
-            part, size = [], 0
-        part.append(example)
+        if not parts or size + added > SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(example)
         size += added
-    if part:
-        yield _shard(part)
-
-
-def _shard(examples: list[_Example]) -> Shard:
-    keys = [example.key for example in examples]
-    return Shard(_states_name(keys), keys, [example.count for example in examples])
+    for part in parts:
+        keys = [example.key for example in part]
+        yield Shard(_states_name(keys), keys, [example.count for example in part])
 
 
 def _states_name(keys: list[str]) -> str:
-    return f"states-{_digest(' '.join(keys))}.safetensors"
+    return f"states-{digest_of(' '.join(keys))}.safetensors"
 
 
-def _batches(examples: list[_Example]) -> Iterator[list[int]]:
+def _batches(examples: list[_Example]) -> list[list[int]]:
     """Places of examples of similar length, the longest first: memory that doesn't suffice shows at once."""
-    batch: list[int] = []
-    for place in sorted(range(len(examples)), key=lambda place: (-examples[place].length, place)):
-        if batch and (len(batch) + 1) * examples[batch[0]].length > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    yield batch
+    batches: list[list[int]] = []
+    for place in sorted(range(len(examples)), key=lambda place: -examples[place].length):
+        if not batches or (len(batches[-1]) + 1) * examples[batches[-1][0]].length > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
 
 
 # ---- Files
@@ -425,14 +192,14 @@ def _is_own(name: str) -> bool:
 def _check_folder(folder: str | Path) -> None:
     """Raises a [`UserError`] unless a folder is new, empty, or holds an index, as far as names tell."""
     if not str(folder):
-        raise UserError("teacher_cache='' names no folder: name one, or leave teacher_cache out")
+        raise _error("", " names no folder: name one, or leave teacher_cache out")
     folder = Path(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"teacher_cache={str(folder)!r} is a file: name a folder")
+        raise _error(folder, " is a file: name a folder")
     if (folder / LOCK_NAME).is_symlink():
-        raise UserError(f"teacher_cache={str(folder)!r}: {LOCK_NAME} is a link out of it: delete the link")
+        raise _error(folder, f": {LOCK_NAME} is a link out of it: delete the link")
     if not (folder / INDEX_NAME).is_file():
         # Both of an interrupted start. States without an index could be anybody's.
         others = {path.name for path in folder.iterdir()} - {LOCK_NAME, f"{INDEX_NAME}.tmp"}
@@ -443,20 +210,19 @@ def _check_folder(folder: str | Path) -> None:
 def _check_own(folder: Path) -> None:
     """Raises a [`UserError`] unless a folder holds states or a head, and nothing that a cache doesn't make."""
     names = {path.name for path in folder.iterdir()}
-    if not any(_is_states(name) or name == HEAD_NAME for name in names) or not all(map(_is_own, names)):
-        raise _not_a_cache(folder, {name for name in names if not _is_own(name)} or names)
+    foreign = {name for name in names if not _is_own(name)}
+    if foreign or not any(_is_states(name) or name == HEAD_NAME for name in names):
+        raise _not_a_cache(folder, foreign or names)
 
 
 def _not_a_cache(folder: Path, names: Iterable[str]) -> UserError:
     found = sorted(names)
     shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return UserError(
-        f"teacher_cache={str(folder)!r} isn't a teacher cache, it holds {shown}: name an empty folder or a new one"
-    )
+    return _error(folder, f" isn't a teacher cache, it holds {shown}: name an empty folder or a new one")
 
 
-def _parse_index(text: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Shard]]:
-    """Reads facts, head and shards that an index lists. Of one that is damaged, Python's own errors."""
+def _parse_index(text: str) -> tuple[dict[str, Any], dict[str, Any] | None, list[Shard], list[Any]]:
+    """Reads facts, head, shards and names that no cache gave; raises Python's own errors for a damaged index."""
     index = json.loads(text)
     head, shards = index["head"], [Shard(**listed) for listed in index["shards"]]
     numbers = [number for shard in shards for number in (shard.size, *shard.counts)]
@@ -465,7 +231,9 @@ def _parse_index(text: str) -> tuple[dict[str, Any], dict[str, Any] | None, list
         raise TypeError("a size that is no number")
     if any(len(shard.keys) != len(shard.counts) for shard in shards):
         raise ValueError("examples without a count")
-    return dict(index["facts"]), head, shards
+    foreign = [shard.file for shard in shards if shard.file != _states_name(shard.keys)]
+    foreign += [] if head is None or head["file"] == HEAD_NAME else [head["file"]]
+    return dict(index["facts"]), head, shards, foreign
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
@@ -640,9 +408,10 @@ class TeacherCache:
         keys = [example_key(row) for row in rows]
         for key, row in zip(keys, rows):
             if key not in self._places:
-                raise UserError(
-                    f"teacher_cache={str(self.folder)!r} has no states of example {row.get('example_id')}: fill it"
-                    " with the same data first (hf-dskd cache-teacher)"
+                raise _error(
+                    self.folder,
+                    f" has no states of example {row.get('example_id')}: fill it with the same data first (hf-dskd"
+                    " cache-teacher)",
                 )
         states = [self.states(key) for key in keys]
         longest = max(1, *(len(part) for part in states))
@@ -684,45 +453,45 @@ class TeacherCache:
         from accelerate import PartialState
 
         examples = _examples(datasets)
-        if self._is_whole(self._plan(examples)):
+        planned = self._plan(examples)
+        if self._head is not None and planned == self.shards and all(shard.size is not None for shard in planned):
             return Filled(0, 0, 0.0)
         if self.facts["teacher"] is None:
-            raise UserError(
-                f"teacher_cache={str(self.folder)!r} lacks states, and the weights of {self.facts['teacher_name']!r}"
-                " weren't found on this machine: download them first, or give a loaded model"
+            raise _error(
+                self.folder,
+                f" lacks states, and the weights of {self.facts['teacher_name']!r} weren't found on this machine:"
+                " download them first, or give a loaded model",
             )
         ranks = PartialState()
-        seconds = 0.0
-        with self._locked() if ranks.is_main_process else nullcontext():
+        main, seconds = ranks.is_main_process, 0.0
+        with self._locked() if main else nullcontext():
             ranks.wait_for_everyone()
             # Another run may have filled it since it was opened.
-            self._read_index(repair=False)
-            self._locate()
+            self._reload()
             shards = self._plan(examples)
             todo = [shard for shard in shards if shard.size is None and not _is_complete(self.folder / shard.file)]
             states = sum(sum(shard.counts) for shard in todo)
             mine = todo[ranks.process_index :: ranks.num_processes]
-            has_head = self._head is not None or _is_complete(self.folder / HEAD_NAME)
-            if ranks.is_main_process:
+            lacks_head = main and self._head is None and not _is_complete(self.folder / HEAD_NAME)
+            if main:
                 self._prepare(shards, states)
             ranks.wait_for_everyone()
-            if mine or (ranks.is_main_process and not has_head):
+            if mine or lacks_head:
                 teacher = Teacher(load_teacher())
                 check_head(teacher.model, teacher.head, "teacher")
                 start = time.perf_counter()
-                if ranks.is_main_process and not has_head:
+                if lacks_head:
                     self._write_head(teacher, states)
-                self._write_shards(mine, examples, datasets, teacher, ranks.is_main_process)
+                self._write_shards(mine, examples, datasets, teacher, main)
                 seconds = time.perf_counter() - start
                 del teacher
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             ranks.wait_for_everyone()
-            if ranks.is_main_process:
+            if main:
                 self._write_index(self._head or _described(self.folder / HEAD_NAME), shards)
             ranks.wait_for_everyone()
-        self._read_index(repair=False)
-        self._locate()
+        self._reload()
         return Filled(sum(len(shard.keys) for shard in todo), states, seconds)
 
     # ---- The index
@@ -734,15 +503,12 @@ class TeacherCache:
         if not path.is_file():
             return
         try:
-            facts, head, shards = _parse_index(path.read_text(encoding="utf-8"))
-            named = {shard.file: _states_name(shard.keys) for shard in shards}
+            facts, head, shards, foreign = _parse_index(path.read_text(encoding="utf-8"))
         except (ValueError, KeyError, TypeError, AttributeError):
             # Only the files beside it tell that it was a cache's.
             _check_own(self.folder)
             if not repair:
-                raise UserError(
-                    f"teacher_cache={str(self.folder)!r} is damaged: {INDEX_NAME} can't be read; {REPAIR}"
-                ) from None
+                raise _error(self.folder, f" is damaged: {INDEX_NAME} can't be read; {REPAIR}") from None
             # Not before every process has read it.
             PartialState().wait_for_everyone()
             # Without checksums, nothing vouches for the other files.
@@ -750,15 +516,13 @@ class TeacherCache:
                 if file.name != LOCK_NAME:
                     file.unlink(missing_ok=True)
             return
-        foreign = [
-            name for name, own in (named | ({} if head is None else {head["file"]: HEAD_NAME})).items() if name != own
-        ]
         if foreign:
-            raise UserError(
-                f"teacher_cache={str(self.folder)!r}: its {INDEX_NAME} lists {foreign[0]!r}, which no cache wrote for"
-                " those examples: delete that folder, or name another"
+            raise _error(
+                self.folder,
+                f": its {INDEX_NAME} lists {foreign[0]!r}, which no cache wrote for those examples: delete that"
+                " folder, or name another",
             )
-        _check_facts(self.folder, facts, self.facts)
+        check_facts(self.folder, facts, self.facts)
         self.shards, self._head = shards, head
 
     def _verify(self, repair: bool) -> None:
@@ -767,9 +531,9 @@ class TeacherCache:
 
         ranks = PartialState()
         files: list[dict[str, Any]] = [
-            {"file": shard.file, "size": shard.size, "sha256": shard.sha256} for shard in self.shards
+            {name: getattr(shard, name) for name in ("file", "size", "sha256")} for shard in self.shards
         ]
-        files = [*files, *([] if self._head is None else [self._head])]
+        files += [] if self._head is None else [self._head]
         files = files[ranks.process_index :: ranks.num_processes]
         size: int = sum(listed["size"] for listed in files)
         silent = not ranks.is_main_process or size < 1e9
@@ -778,7 +542,7 @@ class TeacherCache:
                 path = self.folder / listed["file"]
                 fault = _fault(path, listed)
                 if fault is not None and not repair:
-                    raise UserError(f"teacher_cache={str(self.folder)!r} is damaged: {path.name} {fault}; {REPAIR}")
+                    raise _error(self.folder, f" is damaged: {path.name} {fault}; {REPAIR}")
                 if fault is not None:
                     logger.warning("teacher_cache=%r: %s %s and is made again", str(self.folder), path.name, fault)
                     path.unlink(missing_ok=True)
@@ -787,10 +551,10 @@ class TeacherCache:
 
     def _locate(self) -> None:
         """Notes where each example's states are. Only a repair can have left a shard of the index without its file."""
-        if self._head is not None and not (self.folder / HEAD_NAME).is_file():
+        if not (self.folder / HEAD_NAME).is_file():
             self._head = None
         self.shards = [
-            shard if (self.folder / shard.file).is_file() else Shard(shard.file, shard.keys, shard.counts)
+            shard if (self.folder / shard.file).is_file() else replace(shard, size=None, sha256=None)
             for shard in self.shards
         ]
         self._mapped = {}
@@ -800,6 +564,10 @@ class TeacherCache:
             if shard.size is not None
             for key, start, count in zip(shard.keys, accumulate(shard.counts, initial=0), shard.counts)
         }
+
+    def _reload(self) -> None:
+        self._read_index(repair=False)
+        self._locate()
 
     def _write_index(self, head: dict[str, Any] | None, shards: list[Shard]) -> None:
         listed = [asdict(shard) | ({} if shard.size else _described(self.folder / shard.file)) for shard in shards]
@@ -816,15 +584,10 @@ class TeacherCache:
         if lost:
             logger.warning(
                 "teacher_cache=%r: %d examples of damaged files aren't all in this run's data; they are left out",
-                str(self.folder),
-                lost,
+                *(str(self.folder), lost),
             )
         known = {key for shard in kept for key in shard.keys}
-        new = [example for key, example in examples.items() if key not in known]
-        return [*kept, *_cut(new, self.hidden_size)]
-
-    def _is_whole(self, shards: list[Shard]) -> bool:
-        return self._head is not None and shards == self.shards and all(shard.size is not None for shard in shards)
+        return [*kept, *_cut((example for key, example in examples.items() if key not in known), self.hidden_size)]
 
     def _locked(self) -> Any:
         from filelock import FileLock, Timeout
@@ -833,22 +596,16 @@ class TeacherCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             return FileLock(self.folder / LOCK_NAME).acquire(timeout=0)
         except Timeout:
-            raise UserError(
-                f"teacher_cache={str(self.folder)!r} is being filled by another process: wait for its end, or use"
-                " another folder"
-            ) from None
+            text = " is being filled by another process: wait for its end, or use another folder"
         except OSError as error:
-            raise UserError(
-                f"teacher_cache={str(self.folder)!r} is not writable ({error.strerror}): choose another folder"
-            ) from None
+            text = f" is not writable ({error.strerror}): choose another folder"
+        raise _error(self.folder, text)
 
     def _prepare(self, shards: list[Shard], states: int) -> None:
         self._check_space(states)
         logger.warning(
             "teacher_cache=%r: the teacher's states of %d response tokens are computed, %s",
-            str(self.folder),
-            states,
-            _shown_size(states * self.hidden_size * 2),
+            *(str(self.folder), states, _shown_size(states * self.hidden_size * 2)),
         )
         # Of an interrupted fill, of the same or of other data.
         planned = {shard.file for shard in shards}
@@ -863,9 +620,10 @@ class TeacherCache:
     def _check_space(self, count: int, more: int = 0) -> None:
         needed, free = count * self.hidden_size * 2 + more, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise UserError(
-                f"teacher_cache={str(self.folder)!r} needs {_shown_size(needed)} and its disk has {_shown_size(free)}"
-                " left: free space, or choose a folder on another disk"
+            raise _error(
+                self.folder,
+                f" needs {_shown_size(needed)} and its disk has {_shown_size(free)} left: free space, or choose a"
+                " folder on another disk",
             )
 
     def _write_head(self, teacher: Teacher, count: int) -> None:
@@ -887,25 +645,16 @@ class TeacherCache:
     ) -> None:
         from tqdm.auto import tqdm
 
-        parts = [[examples[key] for key in shard.keys] for shard in shards]
-        tokens = sum(example.length for part in parts for example in part)
-        timed = not shown
-        total = sum(_count(part) for part in parts)
+        total = sum(sum(shard.counts) for shard in shards)
         with tqdm(total=total, unit=" states", desc="The teacher's states", disable=not shown) as bar:
-            for shard, part in zip(shards, parts):
+            for shard in shards:
+                part = [examples[key] for key in shard.keys]
                 states = torch.empty(sum(shard.counts), self.hidden_size, dtype=torch.bfloat16)
                 places = states.split(shard.counts)
                 for batch in _batches(part):
-                    start = time.perf_counter()
-                    chosen = [part[place] for place in batch]
-                    for place, rows in zip(batch, _run(teacher, chosen, datasets)):
+                    for place, rows in zip(batch, _run(teacher, [part[place] for place in batch], datasets)):
                         places[place].copy_(rows)
-                    bar.update(_count(chosen))
-                    if not timed:
-                        seconds = (time.perf_counter() - start) * tokens / sum(e.length for e in chosen)
-                        duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-                        logger.warning("teacher_cache=%r: that takes about %s", str(self.folder), duration)
-                        timed = True
+                        bar.update(len(rows))
                 about = {"keys": shard.keys, "counts": shard.counts}
                 _save({"states": states}, self.folder / shard.file, about)
 
@@ -913,16 +662,14 @@ class TeacherCache:
 def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]) -> list[Tensor]:
     """Computes the teacher's states `[r, d_t]` in bfloat16 of each example of a batch, on the CPU."""
     rows = [datasets[example.split][example.index] for example in examples]
-    longest = max(example.length for example in examples)
     # A causal model's states don't depend on what comes after them: any token can be padding.
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    input_ids = torch.zeros(len(rows), max(example.length for example in examples), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for place, (row, example) in enumerate(zip(rows, examples)):
         input_ids[place, : example.length] = torch.as_tensor(row["teacher_input_ids"])
         attention_mask[place, : example.length] = 1
     with torch.inference_mode():
         hidden = teacher(input_ids, attention_mask)
-        predicting = [torch.from_numpy(_predicting(answer_spans(row, "teacher_"))) for row in rows]
-        parts = [part[where.to(part.device)] for part, where in zip(hidden, predicting)]
+        parts = [part[torch.from_numpy(_predicting(row)).to(part.device)] for part, row in zip(hidden, rows)]
         states = torch.cat(parts).to(torch.bfloat16).cpu()
     return list(states.split([example.count for example in examples]))

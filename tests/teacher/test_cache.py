@@ -3,8 +3,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import runs
 import tiny
 import torch
+import warm
 from datasets import concatenate_datasets
 from filelock import FileLock
 from torch import nn
@@ -24,7 +23,9 @@ from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.losses.states import response_states
 from hf_dskd.models.causal_lm import input_embedding, lm_head
 from hf_dskd.teacher import cache as module
-from hf_dskd.teacher.cache import TeacherCache, cache_facts, example_key, files_digest, open_cache
+from hf_dskd.teacher import identity
+from hf_dskd.teacher.cache import TeacherCache, example_key, open_cache
+from hf_dskd.teacher.identity import cache_facts, files_digest
 
 
 TOKENIZER = runs._TEACHER_TOKENIZER
@@ -118,27 +119,27 @@ def copy(whole, tmp_path):
 # ---- States
 
 
-def test_states_are_those_of_the_live_teacher_that_predict_the_response(whole):
+def live_states(row):
+    """Those that predict the response, of the row alone."""
+    ids = torch.tensor([row["teacher_input_ids"]])
+    with torch.no_grad():
+        hidden = TEACHER.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    return hidden[0, row["teacher_prompt_length"] - 1 : -1]
+
+
+def test_states_are_those_of_the_live_teacher_that_predict_the_response(whole, tmp_path, monkeypatch):
     assert len(whole) == len(DATA) and len(whole.shards) > 3
     assert len({path.stat().st_mode for path in whole.folder.glob("*.*s*")}) == 1
     for row in DATA:
-        ids, start = torch.tensor([row["teacher_input_ids"]]), row["teacher_prompt_length"]
-        with torch.no_grad():
-            live = TEACHER.model(input_ids=ids)[0][0, start - 1 : -1]
-        states = whole.states(example_key(row))
+        states, live = whole.states(example_key(row)), live_states(row)
         assert states.dtype == torch.bfloat16 and states.shape == live.shape
         # One unit of bfloat16's last place.
         torch.testing.assert_close(states.float(), live, atol=1e-4, rtol=2**-8)
-
-
-def test_states_of_the_same_batch_are_bit_equal(tmp_path, monkeypatch):
+    # Computed in the same batch, they are the same bits.
     monkeypatch.setattr(module, "BATCH_TOKENS", 1)
     cache = filled(tmp_path / "cache", tmp_path, DATA.select(range(4)))
     for row in DATA.select(range(4)):
-        ids, start = torch.tensor([row["teacher_input_ids"]]), row["teacher_prompt_length"]
-        with torch.no_grad():
-            live = TEACHER.model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0, start - 1 : -1]
-        assert torch.equal(cache.states(example_key(row)), live.to(torch.bfloat16))
+        assert torch.equal(cache.states(example_key(row)), live_states(row).to(torch.bfloat16))
 
 
 def test_a_batch_has_the_rows_that_losses_gather(whole):
@@ -210,37 +211,16 @@ def test_unknown_example_is_refused(whole):
 # ---- Interruptions and processes
 
 
-@pytest.mark.parametrize("shards", [0, 2])
-def test_interrupted_fill_goes_on_to_the_same_bytes(whole, tmp_path, shards):
+def test_a_fill_interrupted_before_its_first_shard_goes_on(whole, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        filled(folder, tmp_path, loader=Loader(folder, shards))
-    assert len(list(folder.glob("states-*"))) == shards
-    (folder / f"states-{0:032}.safetensors.tmp").write_bytes(b"half")
-    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("states-*.safetensors")}
-    # Another run's settings don't get in between.
-    refused(lambda: TeacherCache.open(folder, facts_of(tmp_path, max_length=255)), "max_length=256")
+        filled(folder, tmp_path, loader=Loader(folder, 0))
     filled(folder, tmp_path)
     assert content(folder) == content(whole.folder)
-    assert made == {name: (folder / name).stat().st_mtime_ns for name in made}
-
-
-def test_fill_interrupted_before_its_index_needs_no_teacher(whole, tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    filled(folder, tmp_path)
+    # Interrupted before its index, it needs no teacher.
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "head": None, "shards": []}))
     filled(folder, tmp_path, loader=not_loaded)
-    assert content(folder) == content(whole.folder)
-
-
-def test_half_a_shard_of_an_interrupted_fill_is_made_again(whole, tmp_path):
-    folder = tmp_path / "cache"
-    with pytest.raises(KeyboardInterrupt):
-        filled(folder, tmp_path, loader=Loader(folder, 2))
-    shard = next(folder.glob("states-*"))
-    os.truncate(shard, shard.stat().st_size // 2)
-    filled(folder, tmp_path)
     assert content(folder) == content(whole.folder)
 
 
@@ -252,95 +232,67 @@ def test_interrupted_fill_of_other_data_leaves_nothing(whole, tmp_path):
     assert content(folder) == content(whole.folder)
 
 
-# Forks before anything has started threads, which a fork of pytest itself couldn't promise.
 SCRIPT = """
-import json, os, signal, socket, sys, traceback
-import torch
-torch.set_num_threads(1)
-import tiny
+import os, json, signal, sys
+import tiny, torch
 from accelerate import PartialState
 from datasets import load_from_disk
 from pathlib import Path
 from hf_dskd.teacher import cache
 
-root, rows, cache.SHARD_BYTES = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-facts = json.loads((root / "facts.json").read_text())
+torch.set_num_threads(1)
+root, folder = Path(sys.argv[1]), Path(sys.argv[1]) / sys.argv[2]
+rows, cache.SHARD_BYTES, stop_at = map(int, sys.argv[3:])
+save = cache._save
 
-def fill(folder, stop_at=None):
-    save = cache._save
+def load():
+    model = tiny.qwen2(rows)
+    model.model.register_forward_pre_hook(kill)
+    return model
 
-    def load():
-        model = tiny.qwen2(rows)
-        model.model.register_forward_pre_hook(kill)
-        return model
+def kill(*args):
+    if len(list(folder.glob("states-*"))) == stop_at:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def kill(*args):
-        if len(list(folder.glob("states-*"))) == stop_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+def noted(tensors, path, about):
+    with (root / "saved").open("a") as file:
+        file.write(f"{os.environ.get('RANK')} {path.name}\\n")
+    save(tensors, path, about)
 
-    def noted(tensors, path, about):
-        with (root / "saved").open("a") as file:
-            file.write(f"{os.environ.get('RANK')} {path.name}\\n")
-        save(tensors, path, about)
-
-    cache._save = noted
-    PartialState(cpu=True)
-    data = load_from_disk(str(root / "data"))
-    assert cache.TeacherCache.open(folder, facts).fill({"train": data}, load).examples == 16
-
-def forked(*arguments, **environment):
-    process = os.fork()
-    if process == 0:
-        os.environ.update(environment)
-        try:
-            fill(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return process
-
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-processes = [forked(root / "two", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
-processes.append(forked(root / "killed", 2))
-print([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
+cache._save = noted
+PartialState(cpu=True)
+facts, data = json.loads((root / "facts.json").read_text()), load_from_disk(str(root / "data"))
+assert cache.TeacherCache.open(folder, facts).fill({"train": data}, load).examples == 16
 """
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """A folder with the cache `two`, which two processes filled, and `killed`, whose process was killed."""
-    folder = tmp_path_factory.mktemp("processes")
+def fill_elsewhere(folder, name, stop_at=-1, ranks=1):
     DATA.save_to_disk(str(folder / "data"))
     (folder / "facts.json").write_text(json.dumps(facts_of(folder)))
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(len(TOKENIZER)), str(module.SHARD_BYTES)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout.splitlines()[-1:] == [str([0, 0, -signal.SIGKILL])], done.stderr
-    return folder
+    return warm.forked(SCRIPT, folder, name, len(TOKENIZER), module.SHARD_BYTES, stop_at, ranks=ranks)
 
 
-def test_killed_process_goes_on_to_the_same_bytes(whole, processes, tmp_path):
-    folder = processes / "killed"
-    assert len(list(folder.glob("states-*.safetensors"))) == 2
+def test_killed_process_goes_on_to_the_same_bytes(whole, tmp_path):
+    assert fill_elsewhere(tmp_path, "killed", stop_at=2).returncode == -signal.SIGKILL
+    folder = tmp_path / "killed"
+    half, made = sorted(folder.glob("states-*.safetensors"))
+    os.truncate(half, half.stat().st_size // 2)
+    (folder / f"states-{0:032}.safetensors.tmp").write_bytes(b"half")
+    written = made.stat().st_mtime_ns
+    # Another run's settings don't get in between.
+    refused(lambda: TeacherCache.open(folder, facts_of(tmp_path, max_length=255)), "max_length=256")
     filled(folder, tmp_path)
     assert content(folder) == content(whole.folder)
+    assert made.stat().st_mtime_ns == written
 
 
-def test_two_processes_write_the_same_bytes_as_one(whole, processes):
-    assert content(processes / "two") == content(whole.folder)
-    saved = [line.split() for line in (processes / "saved").read_text().splitlines()]
+def test_two_processes_write_the_same_bytes_as_one(whole, tmp_path):
+    done = fill_elsewhere(tmp_path, "two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "two") == content(whole.folder)
+    saved = [line.split() for line in (tmp_path / "saved").read_text().splitlines()]
     # Each file once, every other shard by the second process.
-    files = ["head.safetensors", *(shard.file for shard in whole.shards)]
-    assert sorted(name for rank, name in saved if rank != "None") == sorted(files)
+    assert sorted(name for _, name in saved) == sorted(["head.safetensors", *(shard.file for shard in whole.shards)])
     assert [name for rank, name in saved if rank == "1"] == [shard.file for shard in whole.shards[1::2]]
 
 
@@ -353,17 +305,14 @@ def test_one_fill_at_a_time(tmp_path):
 # ---- What it was written with
 
 
-@pytest.mark.parametrize(
-    "settings, then, now, remedy",
-    [
+def test_other_settings_are_refused_by_name(whole, tmp_path):
+    for settings, then, now, remedy in (
         ({"max_length": 255}, "max_length=256", "max_length=255", "set max_length=256"),
         ({"prompt_style": "plain"}, "prompt_style='chat'", "prompt_style='plain'", "set prompt_style=chat"),
-    ],
-)
-def test_other_settings_are_refused_by_name(whole, tmp_path, settings, then, now, remedy):
-    text = refused(lambda: TeacherCache.open(whole.folder, facts_of(tmp_path, **settings)), then, now, remedy)
-    assert text.startswith(f"teacher_cache={str(whole.folder)!r} was written with {then}, this run has {now}: ")
-    assert "use another folder" in text
+    ):
+        text = refused(lambda: TeacherCache.open(whole.folder, facts_of(tmp_path, **settings)), remedy)  # noqa: B023
+        assert text.startswith(f"teacher_cache={str(whole.folder)!r} was written with {then}, this run has {now}: ")
+        assert "use another folder" in text
 
 
 def test_other_teacher_is_refused(whole, tmp_path):
@@ -464,11 +413,11 @@ def test_digest_of_files(named, tmp_path):
 
 
 def test_large_file_is_sampled_from_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "SAMPLES", 5)
+    monkeypatch.setattr(identity, "BLOCK", 4)
+    monkeypatch.setattr(identity, "SAMPLES", 5)
     data = bytes(range(100))
     (tmp_path / "x.bin").write_bytes(data)
-    blocks = list(module._blocks(tmp_path / "x.bin"))
+    blocks = list(identity._blocks(tmp_path / "x.bin"))
     assert blocks == [data[i : i + 4] for i in (0, 24, 48, 72, 96)]
 
 
@@ -503,15 +452,15 @@ def flip(path):
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("which", ["shard", "head"])
-def test_damaged_file_is_refused_and_made_again(whole, copy, tmp_path, damage, which):
+def test_damaged_file_is_refused_and_made_again(whole, copy, damage, which):
     path = copy / (whole.shards[1].file if which == "shard" else "head.safetensors")
+    lost = len(whole.shards[1].keys) if which == "shard" else 0
     damage(path)
     refused(lambda: TeacherCache.open(copy, whole.facts), path.name, "damaged", "repair_teacher_cache=True")
     cache = TeacherCache.open(copy, whole.facts, repair=True)
-    assert len(cache) == len(whole) - (len(whole.shards[1].keys) if which == "shard" else 0)
+    assert len(cache) == len(whole) - lost
     loader = Loader()
-    done = cache.fill({"train": DATA}, loader)
-    assert loader.loaded == 1 and done.examples == (len(whole.shards[1].keys) if which == "shard" else 0)
+    assert cache.fill({"train": DATA}, loader).examples == lost and loader.loaded == 1
     assert content(copy) == content(whole.folder)
     assert len(TeacherCache.open(copy, whole.facts)) == len(whole)
 
@@ -536,6 +485,29 @@ def test_repair_leaves_out_examples_that_the_data_lack(whole, copy, caplog):
     assert len(cache) == 16 - lost == len(TeacherCache.open(copy, whole.facts))
     assert f"{lost + 1} examples of damaged files" in caplog.text
     assert cache.missing(DATA) == whole.shards[0].keys[1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": "ab"},
+        {"keys": [1, 2]},
+        {"counts": [1]},
+        {"counts": ["1"]},
+        {"size": "big"},
+        {"size": None},
+        {"file": None},
+        {"file": ["a"]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_an_index_of_other_types_is_refused(copy, whole, changes):
+    index = json.loads((copy / "index.json").read_text())
+    index["shards"][0] |= changes
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"damaged|no cache wrote"):
+        TeacherCache.open(copy, whole.facts)
 
 
 def test_damaged_index_is_refused_and_all_made_again(whole, copy, tmp_path):
@@ -588,12 +560,16 @@ def test_a_folder_that_is_no_cache_is_refused_untouched(tmp_path, files, repair)
     assert content(folder) == {name: files[name] for name in sorted(files)}
 
 
-@pytest.mark.parametrize("repair", [False, True])
-def test_no_name_is_no_folder(tmp_path, monkeypatch, repair):
+def test_what_is_no_folder_or_no_dataset_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(lambda: filled("", tmp_path, loader=not_loaded, repair=repair), "teacher_cache='' names no folder")
+    for repair in (False, True):
+        refused(lambda: filled("", tmp_path, loader=not_loaded, repair=repair), "teacher_cache='' names no")  # noqa: B023
     refused(lambda: open_cache("", runs.config(tmp_path), "nobody/nothing", None, None), "names no folder")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    (tmp_path / "file").write_text("")
+    refused(lambda: filled(tmp_path / "file", tmp_path, loader=not_loaded), "is a file", "name a folder")
+    iterable = "teacher_cache needs a dataset with a length", "train", "IterableDataset"
+    refused(lambda: filled(tmp_path / "cache", tmp_path, DATA.to_iterable_dataset(), not_loaded), *iterable)
 
 
 def test_files_that_others_put_into_a_cache_stay(whole, copy, tmp_path):
@@ -637,30 +613,6 @@ def test_a_name_that_no_cache_wrote_is_refused_before_anything_is_touched(
     assert content(copy) == before and (tmp_path / "victim.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"keys": "ab"},
-        {"keys": [1, 2]},
-        {"counts": [1]},
-        {"counts": ["1"]},
-        {"size": "big"},
-        {"size": None},
-        {"file": None},
-        {"file": ["a"]},
-        {"more": 1},
-    ],
-    ids=str,
-)
-def test_an_index_of_other_types_is_damaged(copy, whole, tmp_path, changes):
-    index = json.loads((copy / "index.json").read_text())
-    index["shards"][0] |= changes
-    (copy / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError) as error:
-        TeacherCache.open(copy, whole.facts)
-    assert "damaged" in str(error.value) or "no cache wrote" in str(error.value)
-
-
 def test_links_are_not_followed(whole, copy, tmp_path):
     victim = tmp_path / "victim.txt"
     victim.write_text("precious")
@@ -683,20 +635,6 @@ def test_links_are_not_followed(whole, copy, tmp_path):
     assert victim.read_text() == "precious"
 
 
-def test_folder_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(lambda: filled(tmp_path / "file", tmp_path, loader=not_loaded), "is a file", "name a folder")
-
-
-def test_iterable_dataset_is_refused(tmp_path):
-    refused(
-        lambda: filled(tmp_path / "cache", tmp_path, DATA.to_iterable_dataset(), not_loaded),
-        "teacher_cache needs a dataset with a length",
-        "train",
-        "IterableDataset",
-    )
-
-
 # ---- Reading
 
 
@@ -704,8 +642,7 @@ def test_pickled_cache_serves_data_loader_workers(whole):
     whole.states(example_key(DATA[0]))
     pickled = pickle.dumps(whole)
     assert len(pickled) < 20_000
-    again = pickle.loads(pickled)
-    assert torch.equal(again.batch([DATA[3], DATA[4]]), whole.batch([DATA[3], DATA[4]]))
+    assert torch.equal(pickle.loads(pickled).batch([DATA[3]]), whole.batch([DATA[3]]))
     collator = DualCollator(STUDENT.pad_token_id, TOKENIZER.pad_token_id, teacher_states=whole.batch)
     loader = DataLoader(DATA, batch_size=4, collate_fn=collator, num_workers=2)
     batches = [batch["teacher_states"] for batch in loader]
@@ -795,10 +732,8 @@ def test_command_fills_the_cache_of_a_run(tmp_path, capsys):
     cache = TeacherCache.open(folder, facts_of(tmp_path, str(tmp_path / "teacher"), tokenizer))
     data = tokenized(tokenizer=tokenizer)
     assert len(cache) == 16 and cache.missing(data) == []
-    ids, start = torch.tensor([data[0]["teacher_input_ids"]]), data[0]["teacher_prompt_length"]
-    with torch.no_grad():
-        live = TEACHER.model(input_ids=ids)[0][0, start - 1 : -1]
-    torch.testing.assert_close(cache.states(example_key(data[0])).float(), live, atol=1e-4, rtol=2**-8)
+    states = cache.states(example_key(data[0])).float()
+    torch.testing.assert_close(states, live_states(data[0]), atol=1e-4, rtol=2**-8)
 
     flip(folder / cache.shards[0].file)
     code, printed = command()

@@ -121,15 +121,19 @@ class HubStandIn:
     """
 
     def __init__(self, users: dict[str, dict[str, Any]] = DEFAULT_USERS):
+        self.lock = threading.RLock()
+        self.interrupted = threading.Event()
+        self.clear(users)
+
+    def clear(self, users: dict[str, dict[str, Any]]) -> None:
+        """Forgets all that it holds and was asked."""
         self.users = users
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.commits: list[Commit] = []
         self.requests: list[tuple[str, str]] = []
-        self.interrupted = threading.Event()
         self._uploads_left: int | None = None
         self._interruption: int | None = None
-        self.lock = threading.RLock()
 
     def __enter__(self) -> HubStandIn:
         self._server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))

@@ -75,20 +75,21 @@ def test_the_wheel_says_what_pyproject_says(built):
 def test_the_wheel_works_without_the_repository(built, tmp_path):
     """From another folder, with the wheel's files alone on the path: commands, a run, its card."""
     zipfile.ZipFile(built[0]).extractall(tmp_path / "site")
-    # -P and the site folder first: neither the working folder nor an editable install of the repository is used.
-    options = {
-        "cwd": tmp_path,
-        "env": {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    }
-    where = run("-P", "-c", "import hf_dskd; print(hf_dskd.__file__)", **options)
-    assert where.strip() == str(tmp_path / "site" / "hf_dskd" / "__init__.py")
     (tmp_path / "run.yaml").write_text(
         "model_name_or_path: gpt2\nteacher_model_name_or_path: Qwen/Qwen3-8B\noutput_dir: out\nmethod: dskd_cma_ga\n"
         "eval_strategy: 'no'\nsave_strategy: 'no'\n"
     )
-    command = ("-P", "-m", "hf_dskd.cli")
-    run(*command, "train", "--config", "run.yaml", "--smoke", "--max_steps", "1", **options)
-    run(*command, "push", "out_smoke", "--dry_run", "pushed", **options)
+    code = """
+import hf_dskd
+from hf_dskd.cli import run
+print(hf_dskd.__file__)
+assert run("train --config run.yaml --smoke --max_steps 1".split()) == 0
+assert run("push out_smoke --dry_run pushed".split()) == 0
+"""
+    # -P and the site folder first: neither the working folder nor an editable install of the repository is used.
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    printed = run("-P", "-c", code, cwd=tmp_path, env={**os.environ, **environment})
+    assert printed.splitlines()[0] == str(tmp_path / "site" / "hf_dskd" / "__init__.py")
     assert "dskd_cma_ga" in (tmp_path / "pushed" / "README.md").read_text()
     assert (tmp_path / "pushed" / "model.safetensors").is_file()
 

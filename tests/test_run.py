@@ -241,18 +241,8 @@ def test_variant_keeps_everything_but_the_change(tmp_path):
 
 
 def test_python_functions_is_a_dataset(tmp_path):
-    given = [
-        "--output_dir",
-        str(tmp_path),
-        "--use_cpu",
-        "--bf16",
-        "false",
-        "--train_size",
-        "5",
-        "--held_out_size",
-        "3",
-    ]
-    given += ["--maximum_characters", "200"]
+    given = f"--output_dir {tmp_path} --use_cpu --bf16 false --train_size 5 --held_out_size 3 --maximum_characters 200"
+    given = given.split()
     recipe = ROOT / "recipes" / "smollm2_qwen_coder.yaml"
     train, held_out = run.load_data(run.parse(None, recipe, given))
     assert (len(train), len(held_out)) == (5, 3)

@@ -59,10 +59,7 @@ OPTIONS: dict[Any, dict[str, str]] = {
         "temperature": "temperature of the sampling (1.0)",
         "top_p": "probability that the sampled tokens share, most probable first (1.0)",
     },
-    bool: {
-        "greedy_only": "answer greedily alone, without sampling",
-        "load_in_4bit": "quantize the model to NF4",
-    },
+    bool: {"greedy_only": "answer greedily alone, without sampling", "load_in_4bit": "quantize the model to NF4"},
 }
 
 

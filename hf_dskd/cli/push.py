@@ -28,10 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Tells the parser what the command takes."""
     parser.add_argument("run", metavar="RUN", type=Path, help="what `hf-dskd train` wrote")
     parser.add_argument(
-        "repo",
-        metavar="REPO",
-        nargs="?",
-        help="NAMESPACE/NAME, or NAME in your own namespace; it is made if need be",
+        "repo", metavar="REPO", nargs="?", help="NAMESPACE/NAME, or NAME in your own namespace; it is made if need be"
     )
     for name, meaning in (
         ("private", "make a new repository private; one that is there and public is refused"),

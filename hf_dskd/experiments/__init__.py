@@ -4,7 +4,5 @@ from ..utils.lazy import public
 
 
 __getattr__, __dir__, __all__ = public(
-    __name__,
-    autoconfig="Derived derive",
-    memory="Size Step estimate free_memory room step_memory",
+    __name__, autoconfig="Derived derive", memory="Size Step estimate free_memory room step_memory"
 )

@@ -13,7 +13,6 @@ Methods and variants of settings side by side: a grid of runs over seeds, one pr
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -34,7 +33,7 @@ from ..report.record import RunRecord
 from ..training.run_folder import RESULT_NAME, checkpoints
 from ..utils.figures import drawable, new_figure, plain_axes, save_figure
 from ..utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
-from ..utils.tables import markdown_table, spread
+from ..utils.tables import markdown_table, mean_column, spread
 
 
 # Settings that the grid itself decides, and how.
@@ -124,13 +123,11 @@ class Cell:
 
     def command(self, resume: bool) -> list[str]:
         """Gives the command of the process that runs the cell."""
-        launch = []
-        if self.grid.num_processes > 1:
-            launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
-            launch.append(str(self.grid.num_processes))
+        count = self.grid.num_processes
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)] * (count > 1)
         given = [word for name, values in self.arguments.items() for word in (f"--{name}", *values)]
         command = [sys.executable, *launch, "-m", "hf_dskd.cli", "train", "--config", str(self.folder / "config.yaml")]
-        return [*command, *given, *(["--resume_from_checkpoint", "last"] if resume else [])]
+        return [*command, *given, *["--resume_from_checkpoint", "last"] * resume]
 
 
 def parse(arguments: Sequence[str]) -> Grid:
@@ -141,12 +138,9 @@ def parse(arguments: Sequence[str]) -> Grid:
         UserError: For anything that is wrong, before a cell is run.
     """
     given = named_values(arguments)
-    path = _one(given, "output_dir")
-    config = _one(given, "config")
-    variants = _one(given, "variants")
+    path, config, variants = (_one(given, name) for name in ("output_dir", "config", "variants"))
     processes = _one(given, "num_processes") or "1"
-    methods = _list(given, "methods")
-    seeds = _list(given, "seeds") or ["0"]
+    methods, seeds = _list(given, "methods"), _list(given, "seeds") or ["0"]
     if path is None:
         raise UserError("--output_dir is not set: name a folder for the cells and the table")
     if config is None:
@@ -160,9 +154,9 @@ def parse(arguments: Sequence[str]) -> Grid:
             raise UserError(f"--seeds has {seed!r}: give whole numbers with commas between, such as 0,1,2")
     seeds = [str(int(seed)) for seed in seeds]
     for option, named in (("--methods", methods), ("--seeds", seeds)):
-        twice = [name for name in named if named.count(name) > 1]
-        if twice:
-            raise UserError(f"{option} has {twice[0]!r} twice: name it once")
+        for name in named:
+            if named.count(name) > 1:
+                raise UserError(f"{option} has {name!r} twice: name it once")
     for name in given:
         if name in DECIDED:
             raise UserError(f"--{name} is different in every cell: it is decided by {DECIDED[name]}")
@@ -171,8 +165,7 @@ def parse(arguments: Sequence[str]) -> Grid:
         rows = add_variants(rows, read_yaml("--variants", variants), variants)
     for row in rows.values():
         check_name("method ", str(row["method"]), METHODS)
-    base = read_yaml("--config", config)
-    grid = Grid(rows, [int(seed) for seed in seeds], base, Path(path), int(processes), given)
+    grid = Grid(rows, list(map(int, seeds)), read_yaml("--config", config), Path(path), int(processes), given)
     check_cells(grid)
     return grid
 
@@ -297,9 +290,9 @@ def check_settings(cell: Cell) -> None:
     if not (cell.folder / RESULT_NAME).is_file() and not checkpoints(cell.folder):
         return
     then, now = record(cell).get("settings", {}), cell.settings
-    words = [{name: repr(value) for name, value in part.items()} for part in (then, now)]
+    was, is_now = ({name: repr(value) for name, value in part.items()} for part in (then, now))
     changed = [
-        f"{name} was {words[0].get(name, 'unset')} and is {words[1].get(name, 'unset')} now"
+        f"{name} was {was.get(name, 'unset')} and is {is_now.get(name, 'unset')} now"
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]
@@ -315,16 +308,8 @@ def result(cell: Cell) -> dict[str, Any]:
     """Makes the cell's line in `results.jsonl`."""
     noted = record(cell)
     line: dict[str, Any] = {
-        "label": cell.label,
-        "method": cell.method,
-        "seed": cell.seed,
-        "status": status(cell),
-        "error": None,
-        "metrics": {},
-        "evaluations": {},
-        "steps": None,
-        "best_checkpoint": None,
-        "seconds": noted.get("seconds"),
+        **{"label": cell.label, "method": cell.method, "seed": cell.seed, "status": status(cell), "error": None},
+        **{"metrics": {}, "evaluations": {}, "steps": None, "best_checkpoint": None, "seconds": noted.get("seconds")},
     }
     if line["status"] == "ok":
         run = RunRecord.read(cell.folder / RESULT_NAME)
@@ -486,25 +471,25 @@ def metric_values(
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """
-    Results as Markdown: mean ± sample standard deviation over the seeds at the end of training, the best mean in bold,
-    and bits per byte at each evaluation on the way.
-
-    Args:
-        results (`Sequence[Mapping[str, Any]]`): Lines of `results.jsonl`.
+    Writes lines of `results.jsonl` as Markdown: mean ± sample standard deviation over the seeds at the end of
+    training, the best mean in bold, and bits per byte at each evaluation on the way.
     """
     rows = labels(results)
     shown = [
         metric for metric in COLUMNS if metric == MAIN or any(metric_values(results, label, metric) for label in rows)
     ]
     columns = {
-        COLUMNS[metric][0]: _column([metric_values(results, label, metric) for label in rows], COLUMNS[metric][1])
+        COLUMNS[metric][0]: mean_column([metric_values(results, label, metric) for label in rows], COLUMNS[metric][1])
         for metric in shown
     }
+    columns["seeds"] = []
     for index, label in enumerate(rows):
-        failed = [line for line in results if line["label"] == label and line["status"] == "failed"]
+        own = [line for line in results if line["label"] == label]
+        done = sum(line["status"] == "ok" for line in own)
+        columns["seeds"].append(str(done) if done == len(own) else f"{done} of {len(own)}")
+        failed = [line for line in own if line["status"] == "failed"]
         if failed and not metric_values(results, label, MAIN):
             columns[COLUMNS[MAIN][0]][index] = f"failed: {_cell(failed[0]['error'])}"
-    columns["seeds"] = [_seeds([line for line in results if line["label"] == label]) for label in rows]
     lines = ["Held-out examples, after training. Mean ± sample standard deviation over seeds; the best mean in bold."]
     if any(line["best_checkpoint"] for line in results):
         lines.append("The model evaluated is the best checkpoint of its run, not the last.")
@@ -518,7 +503,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         if int(step) != line["steps"] or line["best_checkpoint"]
     }
     on_the_way = {
-        f"{step:,} steps": _column([metric_values(results, label, MAIN, step) for label in rows], "lower")
+        f"{step:,} steps": mean_column([metric_values(results, label, MAIN, step) for label in rows], "lower")
         for step in sorted(steps)
     }
     if on_the_way:
@@ -529,26 +514,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _column(numbers: list[list[float]], better: str | None) -> list[str]:
-    means = [f"{statistics.fmean(found):.4f}" if found else "–" for found in numbers]
-    finite = [float(mean) for mean in means if mean != "–" and math.isfinite(float(mean))]
-    best = None
-    if better is not None and len(finite) > 1:
-        best = min(finite) if better == "lower" else max(finite)
-    cells = []
-    for mean, found in zip(means, numbers):
-        deviation = spread(found)
-        text = mean if deviation is None else f"{mean} ± {deviation:.4f}"
-        # Compared as printed: what looks equal is equally good.
-        cells.append(f"**{text}**" if mean != "–" and best is not None and float(mean) == best else text)
-    return cells
-
-
-def _seeds(lines: Sequence[Mapping[str, Any]]) -> str:
-    done = sum(line["status"] == "ok" for line in lines)
-    return str(done) if done == len(lines) else f"{done} of {len(lines)}"
-
-
 def _cell(text: str) -> str:
     """Makes text fit for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
@@ -556,12 +521,9 @@ def _cell(text: str) -> str:
 
 def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
-    Writes a PNG: for each label the mean bits per byte with an error bar of one sample standard deviation and the
-    single seeds, the best on top. A dashed line goes through the mean of training on the text alone.
-
-    Args:
-        results (`Sequence[Mapping[str, Any]]`): Lines of `results.jsonl`, one of them complete at least.
-        path (`str` or `Path`): File to write.
+    Draws lines of `results.jsonl`, one of them complete at least: for each label the mean bits per byte with an error
+    bar of one sample standard deviation and the single seeds, the best on top. A dashed line goes through the mean of
+    training on the text alone.
     """
     numbers = {label: metric_values(results, label, MAIN) for label in labels(results)}
     means = {label: statistics.fmean(found) for label, found in numbers.items() if found}
@@ -573,38 +535,23 @@ def plot_table(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     if text_alone:
         reference = "sft" if "sft" in text_alone else text_alone[0]
         axes.axvline(means[reference], color="#e4572e", linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
-        axes.text(
-            means[reference],
-            1.01,
-            drawable(reference),
-            transform=axes.get_xaxis_transform(),
-            color="#e4572e",
-            fontsize=8,
-            ha="center",
-            va="bottom",
-            parse_math=False,
-        )
+        style: dict[str, Any] = {
+            "color": "#e4572e",
+            "fontsize": 8,
+            "ha": "center",
+            "va": "bottom",
+            "parse_math": False,
+        }
+        axes.text(means[reference], 1.01, drawable(reference), transform=axes.get_xaxis_transform(), **style)
+    marks: dict[str, Any] = {"fmt": "o", "color": "#1f5fa8", "markersize": 6.5, "elinewidth": 1.6, "capsize": 4}
     for row, label in enumerate(order):
         axes.plot(numbers[label], [row] * len(numbers[label]), "o", color="#9db9dd", markersize=4, zorder=2)
-        axes.errorbar(
-            means[label],
-            row,
-            xerr=spread(numbers[label]),
-            fmt="o",
-            color="#1f5fa8",
-            markersize=6.5,
-            elinewidth=1.6,
-            capsize=4,
-            zorder=3,
-        )
+        axes.errorbar(means[label], row, xerr=spread(numbers[label]), zorder=3, **marks)
     axes.set_yticks(range(len(order)), [drawable(label) for label in order], fontsize=9, parse_math=False)
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.margins(x=0.08)
     axes.ticklabel_format(axis="x", useOffset=False, style="plain")
-    axes.set_xlabel(
-        "bits per byte of held-out responses (lower is better)\n"
-        "large: mean ± standard deviation over seeds; small: the seeds",
-        fontsize=8,
-    )
+    shown = "large: mean ± standard deviation over seeds; small: the seeds"
+    axes.set_xlabel(f"bits per byte of held-out responses (lower is better)\n{shown}", fontsize=8)
     plain_axes(axes, grid="x")
     save_figure(figure, path)

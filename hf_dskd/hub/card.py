@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..analysis.curves import has_curves, plot_curves
 from ..methods import METHODS
 from ..offline.python_functions import PYTHON_FUNCTIONS
-from ..report.record import Models, RunRecord
+from ..report.record import RunRecord
 from ..report.words import duration, measured, measures_of, millions, setting, title_of
 from ..utils.files import read_json, write_text
 from ..utils.markup import Markdown, code, escaped, render
@@ -62,7 +62,8 @@ def model_card(
     Args:
         folder (`str` or `Path`): What `hf-dskd train` wrote.
         repo_id (`str`, *optional*): Where the model will be, as `namespace/name`.
-        alignment (`bool`, *optional*, defaults to `True`): With the picture of the alignment, where there is one.
+        alignment (`bool`, *optional*, defaults to `True`):
+            With the picture of the alignment, where there is one: it shows the text of an example.
         token (`str`, *optional*): Of the hub; the one of `HF_TOKEN` or `hf auth login` by default.
         online (`bool`, *optional*, defaults to `True`):
             Whether to ask the hub for licences; not with HF_HUB_OFFLINE=1.
@@ -136,10 +137,9 @@ def _metadata(
 def _models(run: FinishedRun) -> dict[str, Any]:
     """What the card's beginning says of the models and the data."""
     models, method, options = run.record.models, METHODS[run.record.method], run.record.settings
+    trained = models.trained_parameters
     saved_template = (run.folder / "chat_template.jinja").is_file()
-    template_options = "".join(
-        f", {name}={value!r}" for name, value in (options.get("chat_template_kwargs") or {}).items()
-    )
+    told = "".join(f", {name}={value!r}" for name, value in (options.get("chat_template_kwargs") or {}).items())
     return {
         # What the summary of one method says by the name of another.
         "method_summary": Markdown(re.sub(r"^dskd_cma\b", f"{METHODS['dskd_cma'].summary},", method.summary)),
@@ -148,26 +148,24 @@ def _models(run: FinishedRun) -> dict[str, Any]:
         ),
         "method_has_paper": "arXiv" in method.source,
         "student_parameters": millions(models.student_parameters) if models.student_parameters else None,
-        "trained_parameters": _trained(models),
+        "trained_parameters": "all" if trained == models.student_parameters else trained and millions(trained),
         "across": _vocabularies_differ(run),
         "gguf": [model for model in (run.student, run.teacher) if model and model.packaged],
         "dataset": _dataset_words(run),
         "chat_template": saved_template
         or bool(read_json(run.folder / "tokenizer_config.json", {}).get("chat_template")),
-        "template_call": template_options
-        and code(f"apply_chat_template(messages, add_generation_prompt=True{template_options})"),
+        "template_call": told and code(f"apply_chat_template(messages, add_generation_prompt=True{told})"),
     }
 
 
 def _training(run: FinishedRun) -> dict[str, Any]:
     """What the card says of how the student was trained."""
     record = run.record
-    versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
     roles = [role for role in ("student", "teacher") if getattr(record.models, f"{role}_commit")]
     return {
         "seconds": None if record.train_runtime is None else duration(record.train_runtime),
         "commits": [f"{role}: {record.models.with_commit(role)}" for role in roles],
-        "versions": versions,
+        "versions": ", ".join(f"{package} {version}" for package, version in record.versions.items()),
         "changed": _told_settings(run),
         "curves": has_curves(run.files.history),
     }
@@ -229,14 +227,6 @@ def write_own_card(folder: str | Path, repo_id: str | None) -> None:
 
 
 # ---- Models and data
-
-
-def _trained(models: Models) -> str | None:
-    """How many of the student's parameters were trained."""
-    trained = models.trained_parameters
-    if not trained:
-        return None
-    return "all" if trained == models.student_parameters else millions(trained)
 
 
 def _dataset_words(run: FinishedRun) -> Markdown:
@@ -370,13 +360,7 @@ def _over_seeds(seeds: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 class Picture(NamedTuple):
-    """
-    Of the attention on one example.
-
-    Attributes:
-        when: It was taken.
-        example: What it is of.
-    """
+    """Of the attention on one example."""
 
     path: Path
     when: str

@@ -62,13 +62,9 @@ def write_model_folder(
     Writes what is pushed of a finished run, and nothing else of it; weights are hard links where that is possible.
 
     Args:
-        folder (`str` or `Path`): What `hf-dskd train` wrote.
+        folder, repo_id, alignment, token: As in [`~hf_dskd.hub.card.model_card`].
         destination (`str` or `Path`): A folder that is empty or doesn't exist.
-        repo_id (`str`, *optional*): Where the model will be, as `namespace/name`.
         auxiliary (`bool`, *optional*, defaults to `False`): Projectors and discriminator too, in `auxiliary/`.
-        alignment (`bool`, *optional*, defaults to `True`):
-            The picture of the alignment too, where there is one: it shows the text of an example.
-        token (`str`, *optional*): Of the hub; the one of `HF_TOKEN` or `hf auth login` by default.
         online (`bool`, *optional*, defaults to `True`):
             Whether to ask the hub for licences and for the generation config of an adapter's base; not with
             HF_HUB_OFFLINE=1.

@@ -53,11 +53,8 @@ def identity(student: str | None, adapter: bool, method: str, model_type: str | 
     Says what tells a pushed student from other models in a repository, as its card has it: for
     [`~hf_dskd.hub.push.check_access`] before there is a run.
 
-    Args:
-        student (`str`, *optional*): Name or folder of the model that is trained.
-        adapter (`bool`): Whether an adapter of it is.
-        method (`str`): By which it is.
-        model_type (`str`, *optional*): Its architecture, as its config says; that of the folder by default.
+    `student` is the name or folder of the model that is trained, and `model_type` its architecture, by default that
+    of the folder's config.
     """
     is_folder = student is not None and os.path.isdir(student)
     name = Path(str(student)).resolve().name if is_folder else student
@@ -74,12 +71,6 @@ def identity(student: str | None, adapter: bool, method: str, model_type: str | 
 class FinishedRun:
     """
     A finished run with its models and data as others may see them.
-
-    Args:
-        folder (`str` or `Path`): What `hf-dskd train` wrote.
-
-    Attributes:
-        files ([`~hf_dskd.report.files.RunFiles`]), folder (`Path`), record ([`~hf_dskd.report.record.RunRecord`])
 
     Raises:
         UserError: If it is no folder of one finished run, or a file in it can't be read.
@@ -151,12 +142,8 @@ class FinishedRun:
     @property
     def identity(self) -> dict[str, str | None]:
         """[`identity`] of its student."""
-        return {
-            "base_model": self.student.hub_id,
-            "library_name": "peft" if self.adapter else "transformers",
-            "method": self.record.method,
-            "model_type": self.record.models.student_type,
-        }
+        named = identity(None, self.adapter, self.record.method, self.record.models.student_type)
+        return {**named, "base_model": self.student.hub_id}
 
 
 def _packaged(name: str | None, given: str | None) -> PackagedModel | None:

@@ -137,19 +137,14 @@ def push_run(
     files that the hub has already aren't sent again.
 
     Args:
-        folder (`str` or `Path`): What `hf-dskd train` wrote.
-        repo_id (`str`): `namespace/name`, or the name alone for the user's own namespace; made if need be.
-        token (`str`, *optional*): The one of `HF_TOKEN` or `hf auth login` by default.
+        folder, auxiliary, alignment: As in [`~hf_dskd.hub.folder.write_model_folder`].
+        repo_id, token, words: As in [`check_access`]; the repository is made if need be.
         private (`bool`, *optional*):
             Of a new repository; the namespace's own default by default. A public one that is there is refused.
-        auxiliary (`bool`, *optional*, defaults to `False`): Projectors and discriminator too, in `auxiliary/`.
         revision (`str`, *optional*): Branch, made of the main one if need be; the main one by default.
         commit_message (`str`, *optional*): Says what was trained by default.
         replace (`bool`, *optional*, defaults to `False`): What else the repository holds is deleted.
         create_pr (`bool`, *optional*, defaults to `False`): Opens a pull request instead.
-        alignment (`bool`, *optional*, defaults to `True`):
-            With the picture of the alignment, where the run has one: it shows the text of an example.
-        words ([`Words`], *optional*): As in [`check_access`].
 
     Returns:
         [`~huggingface_hub.CommitInfo`]: with `commit_url` and, for a pull request, `pr_url`.

@@ -12,8 +12,4 @@ is needed.
 from ..utils.lazy import public
 
 
-__getattr__, __dir__, __all__ = public(
-    __name__,
-    one="write_report",
-    several="compare_runs",
-)
+__getattr__, __dir__, __all__ = public(__name__, one="write_report", several="compare_runs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 from ..analysis.curves import Runs, plot_analysis, series
 from ..utils.figures import COLORS
-from ..utils.markup import Markdown, link, pictures, render, strong, table
-from ..utils.tables import spread
+from ..utils.markup import Markdown, link, pictures, render, table
+from ..utils.tables import mean_column
 from .document import write_pages
 from .files import RunFiles, read_run, runs_in
 from .plots import curves
@@ -146,7 +145,14 @@ def _results(groups: Sequence[Group], names: Mapping[str, RunFiles]) -> dict[str
     keys = [key for key in every if better_end(key) is not None]
     if not keys:
         return {"results": None, "each_run": None}
-    columns = [_result_column(key, groups) for key in keys]
+    columns = [
+        mean_column(
+            [[v for run in group.runs if (v := run.record.metrics.get(key)) is not None] for group in groups],
+            better_end(key),
+            measured,
+        )
+        for key in keys
+    ]
     rows = [[group.name, *(column[i] for column in columns), str(len(group.runs))] for i, group in enumerate(groups)]
     titles = [title_of(key) for key in keys]
     single = [
@@ -157,20 +163,6 @@ def _results(groups: Sequence[Group], names: Mapping[str, RunFiles]) -> dict[str
         "results": table(["", *titles, "seeds"], rows),
         "each_run": table(["run", *titles, "steps"], single) if len(names) > len(groups) else None,
     }
-
-
-def _result_column(key: str, groups: Sequence[Group]) -> list[str]:
-    """Mean and deviation of a measure over the seeds of each group, the best in bold."""
-    values = [[v for run in group.runs if (v := run.record.metrics.get(key)) is not None] for group in groups]
-    means = [round(statistics.fmean(found), 4) if found else math.nan for found in values]
-    finite = [mean for mean in means if math.isfinite(mean)]
-    best = (min if better_end(key) == "lower" else max)(finite) if len(finite) > 1 else None
-    cells: list[str] = []
-    for mean, found in zip(means, values):
-        deviation = spread(found)
-        text = measured(mean if found else None) + ("" if deviation is None else f" ± {measured(deviation)}")
-        cells.append(strong(text) if found and mean == best else text)
-    return cells
 
 
 def _differences(groups: Sequence[Group]) -> Markdown | None:

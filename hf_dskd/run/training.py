@@ -25,12 +25,7 @@ if TYPE_CHECKING:
 
 
 def make_trainer(
-    run: Run,
-    student: str | None,
-    teacher: str | None,
-    train: Dataset,
-    held_out: Dataset | None,
-    **options: Any,
+    run: Run, student: str | None, teacher: str | None, train: Dataset, held_out: Dataset | None, **options: Any
 ) -> DSKDTrainer:
     """Makes the trainer of a run; `options` go to [`DSKDTrainer`]."""
     from trl import get_peft_config

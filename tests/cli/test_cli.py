@@ -1,5 +1,6 @@
 """`hf-dskd`: what it answers at once, and how errors look."""
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import time
 from dataclasses import fields
 
 import pytest
+from warm import run_command
 
 from hf_dskd import cli
 from hf_dskd.cli.methods import methods_table
@@ -16,12 +18,6 @@ from hf_dskd.methods import METHODS
 from hf_dskd.run.arguments import GROUPS
 from hf_dskd.run.settings import RunArguments
 from hf_dskd.settings import DistillationSettings
-
-
-def hf_dskd(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "hf_dskd.cli", *arguments], capture_output=True, text=True, timeout=120
-    )
 
 
 HELP = {
@@ -39,18 +35,21 @@ HELP = {
 }
 
 
-@pytest.mark.parametrize("command", HELP)
-def test_help_answers_without_heavy_imports(command):
-    code = (
-        "import sys\nfrom hf_dskd import cli\ncli.main(sys.argv[1:])\n"
-        "heavy = ('torch', 'transformers', 'trl', 'datasets', 'numpy', 'yaml', 'shtab', 'huggingface_hub')\n"
-        "print([name for name in heavy if name in sys.modules])"
-    )
+def test_help_answers_without_heavy_imports():
+    code = """
+import contextlib, io, json, sys
+from hf_dskd import cli
+heavy, found = ("torch", "transformers", "trl", "datasets", "numpy", "yaml", "shtab", "huggingface_hub"), []
+for command in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.run([*command.split(), "--help"]) == 0
+    found.append([printed.getvalue(), [name for name in heavy if name in sys.modules]])
+print(json.dumps(found))
+"""
     start = time.perf_counter()
-    words = [*command.split(), "--help"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    assert all(text in done.stdout for text in HELP[command])
+    done = subprocess.run([sys.executable, "-c", code, *HELP], capture_output=True, text=True, timeout=60)
+    for expected, (printed, loaded) in zip(HELP.values(), json.loads(done.stdout), strict=True):
+        assert loaded == [] and all(text in printed for text in expected), printed
     # Loosely, since machines are busy: an import of torch alone takes longer.
     assert time.perf_counter() - start < 3
 
@@ -100,7 +99,7 @@ def test_other_broken_pipes_are_errors():
     ],
 )
 def test_errors_are_one_line_and_exit_2(arguments, expected):
-    done = hf_dskd(*arguments)
+    done = run_command("hf-dskd", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0] and done.stdout == ""

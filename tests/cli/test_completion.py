@@ -46,7 +46,7 @@ def test_bash_completes_commands(offers):
 
 def test_bash_completes_options_of_each_command(offers):
     assert offers("train", "--teacher_m") == {
-        *("--teacher_model_name_or_path", "--teacher_model_init_kwargs", "--teacher_model_revision"),
+        *("--teacher_model_name_or_path", "--teacher_model_init_kwargs", "--teacher_model_revision")
     }
     every = offers("train", "--")
     assert {"--config", "--kd_rate", "--learning_rate", "--lora_r", "--dataset_name", "--rename_columns"} <= every

@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,8 @@ def models(tmp_path_factory):
 def derived(models, student="gpt2", teacher="qwen-1.8b", memory=None, device="cuda", **given):
     processes = given.pop("processes", 1)
     dtype = given.pop("training_dtype", "bfloat16")
-    return derive(
-        models[student],
-        models[teacher],
-        memory=memory,
-        device=device,
-        given={"total_batch_size": 32, **given},
-        dtype=dtype,
-        processes=processes,
-    )
+    options = {"memory": memory, "device": device, "dtype": dtype, "processes": processes}
+    return derive(models[student], models[teacher], given={"total_batch_size": 32, **given}, **options)
 
 
 def refused(call, *parts):
@@ -76,6 +70,11 @@ def refused(call, *parts):
 
 def fitted(found):
     return tuple(found.settings[name] for name in FITTED)
+
+
+def takes(found):
+    """Gigabytes."""
+    return float(found.reasons["per_device_train_batch_size"].split()[1])
 
 
 # ---- What doesn't depend on memory
@@ -120,15 +119,11 @@ def test_a_larger_student_gets_an_adapter(models):
     assert derived(models, "llama-1b", "qwen-7b", training_dtype="float16").settings["dtype"] == "float16"
 
 
-def test_one_vocabulary_is_compared_token_by_token(models):
+def test_one_vocabulary_and_one_chat_template(models):
     found = derived(models, "gpt2", "same")
     assert found.settings["method"] == "dskd" and "one vocabulary" in found.reasons["method"]
     # Queries and keys are set: a method that has them.
     assert derived(models, "gpt2", "same", matching="mmd").settings["method"] == "dskd_cma_ga"
-
-
-def test_each_model_has_its_own_prompts(models):
-    found = derived(models, "gpt2", "same")
     assert found.settings["prompt_style"] == "chat"
     assert found.reasons["prompt_style"] == "gpt2: plain text, it has no template; same: its chat template"
     assert "neither" in derived(models).reasons["prompt_style"]
@@ -167,19 +162,15 @@ def test_the_length_is_what_both_have_positions_for(models):
 
 def test_what_fits_on_the_cards_of_the_readme(models):
     """There, at 4 x 512: 9.5 GB for the first pair; 16.0 for the second in 4 bits, 12.2 with checkpointing."""
-    first = {card: derived(models, memory=card) for card in (T4, RTX_3060, RTX_4090)}
-    assert {card: fitted(found) for card, found in first.items()} == {
-        T4: (False, 8, False),
-        RTX_3060: (False, 4, False),
-        RTX_4090: (False, 8, False),
-    }
-    assert not any(found.settings["use_peft"] for found in first.values())
-    assert first[RTX_3060].reasons["per_device_train_batch_size"] == "takes 10.0 of 12.6 GB"
-    second = {card: fitted(derived(models, "llama-1b", "qwen-7b", card)) for card in (T4, RTX_3060, RTX_4090)}
+    cards = (T4, RTX_3060, RTX_4090)
+    first = [derived(models, memory=card) for card in cards]
+    assert [fitted(found) for found in first] == [(False, 8, False), (False, 4, False), (False, 8, False)]
+    assert not any(found.settings["use_peft"] for found in first)
+    assert first[1].reasons["per_device_train_batch_size"] == "takes 10.0 of 12.6 GB"
+    second = [derived(models, "llama-1b", "qwen-7b", card) for card in cards]
     # The largest has room for two examples beside a teacher in 16 bits; on the smallest one is a tight fit.
-    assert second == {T4: (True, 1, False), RTX_3060: (True, 1, True), RTX_4090: (False, 2, True)}
-    found = derived(models, "llama-1b", "qwen-7b", RTX_3060)
-    assert found.reasons["per_device_train_batch_size"] == "takes 12.0 of 12.6 GB: tight, and nothing takes less"
+    assert [fitted(found) for found in second] == [(True, 1, False), (True, 1, True), (False, 2, True)]
+    assert second[1].reasons["per_device_train_batch_size"] == "takes 12.0 of 12.6 GB: tight, and nothing takes less"
 
 
 def test_what_fits_is_tried_in_the_order_of_what_is_lost(models):
@@ -189,7 +180,7 @@ def test_what_fits_is_tried_in_the_order_of_what_is_lost(models):
         found = derived(models, memory=gigabytes * 1e9)
         four_bit, batch_size, checkpointing = fitted(found)
         seen.append((found.settings["use_peft"], four_bit, checkpointing, -batch_size))
-        assert float(found.reasons["per_device_train_batch_size"].split()[1]) <= 0.9 * gigabytes + 0.05
+        assert takes(found) <= 0.9 * gigabytes + 0.05
     assert seen == sorted(seen) and len(set(seen)) >= 7
     assert {row[:2] for row in seen} == {(False, False), (False, True), (True, False), (True, True)}
     assert "training all of them doesn't fit" in derived(models, memory=5e9).reasons["use_peft"]
@@ -241,25 +232,15 @@ def test_the_kind_of_training_can_be_given(models):
     assert "lora_r" not in full.settings and full.settings["learning_rate"] == 5e-5
     assert full.settings["per_device_train_batch_size"] == 8
     # Weights of 4 bytes instead of 2 take their place: 2.5 GB.
-    sizes = [
-        float(derived(models, "llama-1b", "qwen-7b", memory=1e12, **given).reasons[FITTED[1]].split()[1])
-        for given in ({"dtype": "float32"}, {}, {"lora_target_modules": ["q_proj", "v_proj"]})
-    ]
+    few = {"lora_target_modules": ["q_proj", "v_proj"]}
+    sizes = [takes(derived(models, "llama-1b", "qwen-7b", 1e12, **given)) for given in ({"dtype": "float32"}, {}, few)]
     assert sizes[0] > sizes[1] + 2 and sizes[1] > sizes[2] + 1
 
 
 def test_a_teacher_that_runs_elsewhere_takes_less(models):
-    takes = {}
-    for name, given in {
-        "live": {},
-        "cached": {"teacher_cache": "cache"},
-        "beside": {"teacher_device": "cuda:1"},
-        "none": {"method": "sft"},
-    }.items():
-        found = derived(models, "llama-1b", "qwen-7b", memory=1e12, **given)
-        takes[name] = float(found.reasons["per_device_train_batch_size"].split()[1])
-    assert takes["none"] < takes["beside"] < takes["cached"] or takes["beside"] == takes["cached"]
-    assert takes["cached"] < takes["live"]
+    places = ({}, {"teacher_cache": "cache"}, {"teacher_device": "cuda:1"}, {"method": "sft"})
+    live, cached, beside, none = (takes(derived(models, "llama-1b", "qwen-7b", 1e12, **given)) for given in places)
+    assert none < beside <= cached < live
     assert "load_teacher_in_4bit" not in derived(models, method="sft").settings
     # The cache is filled with a teacher that fits alone, and one in 4 bits makes another cache.
     small = derived(models, "llama-1b", "qwen-7b", RTX_3060, teacher_cache="cache")
@@ -311,32 +292,26 @@ def test_what_cannot_fit_is_refused_with_numbers_and_remedies(models):
 
 def test_models_that_cannot_be_used_are_one_line(models, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(models["gpt2"]).parent)
-    refused(lambda: derive("gpt2", "./gpt2", memory=None, device="cpu", given={}), "'gpt2' is student and teacher")
-    refused(lambda: derive("a/b", "a/b", memory=None, device="cpu", given={}), "'a/b' is student and teacher")
-    # Names of the hub, offline; the tests run so.
-    refused(lambda: derive("gpt2", "no/such", memory=None, device="cpu", given={}), "the teacher 'no/such' can't be")
-    refused(lambda: derive("no/such", "gpt2", memory=None, device="cpu", given={}), "the student 'no/such'", "OFFLINE")
     (tmp_path / "empty").mkdir()
-    refused(
-        lambda: derive("gpt2", str(tmp_path / "empty"), memory=None, device="cpu", given={}),
-        "the teacher",
-        "the folder has no config.json",
-    )
-    write(
-        tmp_path / "masked", model_config("tiny teacher"), tiny.byte_level_tokenizer(), architectures=["BForMaskedLM"]
-    )
-    refused(
-        lambda: derive("gpt2", str(tmp_path / "masked"), memory=None, device="cpu", given={}),
-        "a masked language model",
-    )
+    masked = tmp_path / "masked"
+    write(masked, model_config("tiny teacher"), tiny.byte_level_tokenizer(), architectures=["BForMaskedLM"])
+    for student, teacher, *expected in (
+        ("gpt2", "./gpt2", "'gpt2' is student and teacher"),
+        ("a/b", "a/b", "'a/b' is student and teacher"),
+        # Names of the hub, offline; the tests run so.
+        ("gpt2", "no/such", "the teacher 'no/such' can't be"),
+        ("no/such", "gpt2", "the student 'no/such'", "OFFLINE"),
+        ("gpt2", str(tmp_path / "empty"), "the teacher", "the folder has no config.json"),
+        ("gpt2", str(masked), "a masked language model"),
+    ):
+        refused(partial(derive, student, teacher, memory=None, device="cpu", given={}), *expected)
 
 
 def test_two_names_go_first():
     assert autoconfig.two_names(["a", "b", "--seed", "1", "c"]) == ("a", "b", ["--seed", "1", "c"])
-    refused(lambda: autoconfig.two_names([]), "got nothing")
-    refused(lambda: autoconfig.two_names(["--seed", "1", "a", "b"]), "got nothing")
-    refused(lambda: autoconfig.two_names(["a", "--smoke"]), "got 'a'")
-    refused(lambda: autoconfig.two_names(["a", "b", "c"]), "got 'a' 'b' 'c'")
+    got = {"": "nothing", "--seed 1 a b": "nothing", "a --smoke": "'a'", "a b c": "'a' 'b' 'c'"}
+    for words, named in got.items():
+        refused(partial(autoconfig.two_names, words.split()), f"got {named}")
 
 
 # ---- The recipe
@@ -374,17 +349,9 @@ def test_the_recipe_runs_what_is_derived(started, models, capsys):
 
 
 def test_the_users_settings_win(started, capsys):
-    flags = [
-        "--learning_rate",
-        "1e-3",
-        "--use-peft",
-        "--lora_r=8",
-        "--dataset_name",
-        "my.jsonl",
-        "--output_dir",
-        "mine",
-    ]
-    found = started(*flags, "--total_batch_size", "4", "--no_correctness_mask")
+    flags = """--learning_rate 1e-3 --use-peft --lora_r=8 --dataset_name my.jsonl --output_dir mine
+        --total_batch_size 4 --no_correctness_mask"""
+    found = started(*flags.split())
     assert found.config.learning_rate == 1e-3 and found.model.use_peft and found.model.lora_r == 8
     assert found.model.lora_alpha == 16 and found.model.lora_target_modules == "all-linear"
     assert found.config.per_device_train_batch_size == 4 and found.config.gradient_accumulation_steps == 1
@@ -397,9 +364,8 @@ def test_the_users_settings_win(started, capsys):
 
 
 def test_a_configuration_file_of_ones_own_is_fitted_around(started, tmp_path):
-    (tmp_path / "mine.yaml").write_text(
-        "dataset_name: my.jsonl\nlearning_rate: 0.25\nper_device_train_batch_size: 2\n"
-    )
+    text = "dataset_name: my.jsonl\nlearning_rate: 0.25\nper_device_train_batch_size: 2\n"
+    (tmp_path / "mine.yaml").write_text(text)
     found = started("--config", "mine.yaml")
     assert found.config.learning_rate == 0.25 and found.config.per_device_train_batch_size == 2
     assert found.script.dataset_name == "my.jsonl" and found.config.method == "dskd_cma_ga"
@@ -421,11 +387,9 @@ def test_a_dry_run_prints_a_configuration_file(started, capsys, tmp_path):
     assert is_now == was and is_now["seed"] == 7 and "secret" not in text
 
 
-def test_the_same_name_twice_is_refused_before_anything(started):
+def test_the_recipe_refuses_in_one_line(started, monkeypatch, capsys):
+    # Before anything.
     refused(lambda: started("--smoke", student="a", teacher="a"), "'a' is student and teacher")
-
-
-def test_the_recipe_refuses_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(RECIPE), "openai-community/gpt2", "--smoke"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(RECIPE), run_name="__main__")

@@ -14,12 +14,12 @@ import tiny
 import yaml
 from warm import run_command
 
-from hf_dskd import UserError
+from hf_dskd import UserError, cli
 from hf_dskd.experiments import grid as compare
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, undrawn):
     path = tmp_path / "config.yaml"
     path.write_text("method: dskd_cma_ga\nlearning_rate: 1e-3\nmax_steps: 4\nbf16: false\nseed: 7\n")
     return path
@@ -81,44 +81,39 @@ def test_several_processes_go_through_accelerate(config):
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
+    "words, expected",
     [
-        (["--methods", "sft,dskd_cm"], "did you mean 'dskd_cma'"),
-        (["--methods", "sft,sft"], "'sft' twice"),
-        (["--methods", "sft", "--seeds", "0,1,1"], "'1' twice"),
-        (["--methods", "sft", "--seeds", "0,01,1"], "'1' twice"),
-        (["--methods", "sft", "--seeds", "0,one"], "'one'"),
-        (["--methods", "sft", "--seeds", "-1"], "'-1'"),
-        (["--methods", "sft", "--num_processes", "0"], "'0'"),
-        (["--methods", "sft", "--seed", "1"], "--seeds"),
-        (["--methods", "sft", "--method", "sft"], "--methods"),
-        (["--methods", "sft", "--resume_from_checkpoint", "last"], "resume_from_checkpoint"),
-        (["--methods", "sft", "--sft_teacher"], "hf-dskd train --sft_teacher"),
-        (
-            ["--methods", "sft", "--push_to_hub"],
-            "push the cell you choose with `hf-dskd push out/cells/sft-seed0 REPO`",
-        ),
-        (["--methods", "sft", "--push_to_hub", "True"], "hf-dskd push"),
-        (["--methods", "sft", "--config"], "--config"),
-        (["--seeds", "1"], "nothing to compare"),
-        (["sft", "--seeds", "1"], "'sft' belongs to no setting"),
-        (["--variants", "nothere.yaml"], "nothere.yaml"),
+        ("--methods sft,dskd_cm", "did you mean 'dskd_cma'"),
+        ("--methods sft,sft", "'sft' twice"),
+        ("--methods sft --seeds 0,1,1", "'1' twice"),
+        ("--methods sft --seeds 0,01,1", "'1' twice"),
+        ("--methods sft --seeds 0,one", "'one'"),
+        ("--methods sft --seeds -1", "'-1'"),
+        ("--methods sft --num_processes 0", "'0'"),
+        ("--methods sft --seed 1", "--seeds"),
+        ("--methods sft --method sft", "--methods"),
+        ("--methods sft --resume_from_checkpoint last", "resume_from_checkpoint"),
+        ("--methods sft --sft_teacher", "hf-dskd train --sft_teacher"),
+        ("--methods sft --push_to_hub", "push the cell you choose with `hf-dskd push out/cells/sft-seed0 REPO`"),
+        ("--methods sft --push_to_hub True", "hf-dskd push"),
+        ("--methods sft --config", "--config has 0 values"),
+        ("--methods sft --config nothere.yaml", "nothere.yaml"),
+        ("--seeds 1", "nothing to compare"),
+        ("sft --seeds 1", "'sft' belongs to no setting"),
+        ("--variants nothere.yaml", "nothere.yaml"),
     ],
 )
-def test_wrong_arguments(arguments, expected, config):
+def test_wrong_arguments(words, expected, config):
     with pytest.raises(UserError) as error:
-        given = [] if "--config" in arguments else ["--config", str(config)]
-        compare.parse([*arguments, *given, "--output_dir", "out"])
+        given = [] if "--config" in words else ["--config", str(config)]
+        compare.parse([*words.split(), *given, "--output_dir", "out"])
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_config_and_output_dir_must_be_there(config):
-    with pytest.raises(UserError, match=r"nothere\.yaml"):
-        compare.parse(["--methods", "sft", "--output_dir", "out", "--config", "nothere.yaml"])
-    with pytest.raises(UserError, match="--config is not set"):
-        compare.parse(["--methods", "sft", "--output_dir", "out"])
-    with pytest.raises(UserError, match="--output_dir is not set"):
-        compare.parse(["--methods", "sft", "--config", str(config)])
+@pytest.mark.parametrize("name, other", [("config", "output_dir"), ("output_dir", "config")])
+def test_config_and_output_dir_must_be_there(name, other):
+    with pytest.raises(UserError, match=f"--{name} is not set"):
+        compare.parse(["--methods", "sft", f"--{other}", "x"])
 
 
 @pytest.mark.parametrize(
@@ -447,11 +442,13 @@ def test_the_order_of_the_data_follows_data_seed_alone(tmp_path):
     assert order(method="sft", seed=0, data_seed=5) != order(method="sft", seed=0, data_seed=6)
 
 
-def test_grid_of_tiny_models(tmp_path):
-    tiny.gpt2(len(runs._STUDENT_TOKENIZER)).save_pretrained(tmp_path / "student")
-    runs._STUDENT_TOKENIZER.save_pretrained(tmp_path / "student")
-    tiny.qwen2(len(runs._TEACHER_TOKENIZER)).save_pretrained(tmp_path / "teacher")
-    runs._TEACHER_TOKENIZER.save_pretrained(tmp_path / "teacher")
+def test_grid_of_tiny_models(tmp_path, monkeypatch, capsys):
+    for name, model, tokenizer in (
+        ("student", tiny.gpt2, runs._STUDENT_TOKENIZER),
+        ("teacher", tiny.qwen2, runs._TEACHER_TOKENIZER),
+    ):
+        model(len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.dataset(12)))
     (tmp_path / "config.yaml").write_text(
         f"model_name_or_path: {tmp_path / 'student'}\nteacher_model_name_or_path: {tmp_path / 'teacher'}\n"
@@ -460,10 +457,22 @@ def test_grid_of_tiny_models(tmp_path):
         "eval_strategy: steps\neval_steps: 1\nlogging_steps: 1\n"
     )
     (tmp_path / "variants.yaml").write_text("cold: {method: dskd_cma, kd_temperature: 0.0}\n")
+    started = compare.run_process
+
+    def run_process(command, log):
+        """The first cell in a process of its own, the others without its seconds of imports."""
+        if log.parent.name == "sft-seed1":
+            return started(command, log)
+        done = run_command("hf-dskd", *command[3:])
+        with log.open("a") as out:
+            out.write(done.stdout + done.stderr)
+        return done.returncode
+
+    monkeypatch.setattr(compare, "run_process", run_process)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     words = ["--variants", tmp_path / "variants.yaml", "--config", tmp_path / "config.yaml"]
     words += ["--output_dir", tmp_path / "out", "--learning_rate", "1e-3"]
-    done = run_command("hf-dskd", "compare", "--methods", "sft,dskd_cma", "--seeds", "1", *words)
-    assert done.returncode == 1, done.stdout + done.stderr
+    assert cli.run(["compare", "--methods", "sft,dskd_cma", "--seeds", "1", *map(str, words)]) == 1
     written = lines(tmp_path / "out")
     assert {name: found["status"] for name, found in written.items()} == {
         "sft-seed1": "ok",
@@ -480,6 +489,6 @@ def test_grid_of_tiny_models(tmp_path):
         result = json.loads((tmp_path / "out" / "cells" / f"{label}-seed1" / "result.json").read_text())
         assert (result["method"], result["seed"], result["data_seed"]) == (label, 1, 0)
         assert result["settings"]["max_length"] == 256 and result["versions"]["hf_dskd"]
-    assert "failed: kd_temperature=0.0" in done.stdout and (tmp_path / "out" / "table.png").is_file()
+    assert "failed: kd_temperature=0.0" in capsys.readouterr().out and (tmp_path / "out" / "table.png").is_file()
     # The cell's own configuration is a run that can be done again.
     assert yaml.safe_load((tmp_path / "out/cells/sft-seed1/config.yaml").read_text())["method"] == "sft"

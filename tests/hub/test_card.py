@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hub_runs import SECRET, changed, evaluated, finished, of_pair, saved_student, saved_teacher, texts
+from hub_runs import SECRET, changed, evaluated, of_pair, texts
 from huggingface_hub import EvalResult, ModelCard, constants
 
 from hf_dskd import cli
@@ -18,32 +18,11 @@ from hf_dskd.training.run_folder import RESULT_NAME, SETTINGS_NAME
 from hf_dskd.utils.files import read_yaml, write_yaml
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 SMOL, QWEN = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"
 ALWAYS = {"README.md", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return saved_student(folder / "my_student"), saved_teacher(folder / "my_teacher")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, models):
-    """Runs to be copied, not to be changed."""
-    folder = tmp_path_factory.mktemp("runs")
-    return {
-        "full": finished(folder / "full", *models, method="dskd_cma_ga", analysis_steps=0, analysis_examples=2),
-        "adapter": finished(
-            folder / "adapter",
-            *models,
-            adapter=True,
-            method="dskd_cma",
-            eval_on_start=True,
-            eval_generation_samples=2,
-        ),
-        "sft": finished(folder / "sft", *models, method="sft"),
-    }
 
 
 @pytest.fixture
@@ -405,7 +384,7 @@ def test_no_path_and_no_token_leaves_the_machine(run, made, models, tmp_path, na
             (folder / file).write_text(
                 json.dumps({**content, "_name_or_path": str(models[0]), "name_or_path": str(models[0])})
             )
-    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1").mkdir(exist_ok=True)
     (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"x")
     (folder / "optimizer.pt").write_bytes(b"x")
     (folder / "log.txt").write_text("x")

@@ -8,7 +8,6 @@ import sys
 import pytest
 import runs
 import tiny
-from hub_runs import finished, saved_student, saved_teacher
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
@@ -19,28 +18,20 @@ from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.report.one import write_report
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return saved_student(folder / "student"), saved_teacher(folder / "teacher")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, models):
-    folder = tmp_path_factory.mktemp("made")
-    return finished(folder / "run", *models, adapter=True, method="dskd_cma", save_strategy="steps", save_steps=1)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
 def run(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "run")
+    return shutil.copytree(made["adapter"], tmp_path / "run")
 
 
 # ---- The card
 
 
 def test_no_save_of_an_adapter_has_pefts_card(made):
-    assert [path.name for path in made.glob("checkpoint-*")] and not list(made.rglob("README.md"))
+    folder = made["adapter"]
+    assert [path.name for path in folder.glob("checkpoint-*")] and not list(folder.rglob("README.md"))
 
 
 def test_a_finished_run_has_its_card_and_loads(models, tmp_path):
@@ -71,19 +62,16 @@ def test_a_finished_run_has_its_card_and_loads(models, tmp_path):
     assert "peft" in (tmp_path / "by_peft" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["# My project\n", "---\nmy notes\n---\nhello", "---\n- a\n- b\n---\n", "---\na: [\n---\n", "---\ntags: 5\n---\n"],
-)
-def test_somebody_elses_readme_stays(run, text):
-    (run / "README.md").write_text(text)
-    write_own_card(run, None)
-    assert (run / "README.md").read_text() == text
+def test_somebody_elses_readme_stays(run):
+    metadata = [f"---\n{text}\n---\n" for text in ("my notes", "- a\n- b", "a: [", "tags: 5")]
+    for text in ("# My project\n", *metadata):
+        (run / "README.md").write_text(text)
+        write_own_card(run, None)
+        assert (run / "README.md").read_text() == text
     (run / "README.md").unlink()
-    write_own_card(run, "ann/first")
-    assert "ann/first" in (run / "README.md").read_text()
-    write_own_card(run, "ann/second")
-    assert "ann/second" in (run / "README.md").read_text()
+    for name in ("ann/first", "ann/second"):
+        write_own_card(run, name)
+        assert name in (run / "README.md").read_text()
 
 
 # ---- Links

@@ -1,100 +1,65 @@
-"""Pushing runs: the real client of the hub talks to a stand-in, in processes of its own."""
+"""Pushing runs: the real client of the hub talks to a stand-in."""
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import hub_stand_in
 import pytest
 import torch
-from hub_runs import changed, finished, of_pair, saved_student, saved_teacher, texts
-from hub_stand_in import HubStandIn
+from hub_runs import changed, of_pair, texts
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-USERS = {
-    "hf_write": {"name": "ann", "role": "write", "orgs": ["team"]},
-    "hf_read": {"name": "ann", "role": "read"},
-    "hf_fine": {"name": "bob", "role": "fineGrained"},
-    "hf_elsewhere": {
-        "name": "bob",
-        "role": "fineGrained",
-        "fineGrained": {
-            "global": [],
-            "scoped": [
-                {"entity": {"type": "user", "name": "bob"}, "permissions": ["repo.content.read"]},
-                {"entity": {"type": "model", "name": "bob/one"}, "permissions": ["repo.write"]},
-            ],
-        },
-    },
-}
 # Runs expressions, and prints what each gave or which error it raised.
 DRIVER = """
 import json, sys
+from huggingface_hub import constants
 from hf_dskd.hub.card import model_card
 from hf_dskd.hub.folder import write_model_folder
 from hf_dskd.cli import run
 from hf_dskd.hub.push import TRAINING, check_access, push_run
+vars(constants).update(json.loads(sys.argv[2]))
 found = []
-for expression in json.load(sys.stdin):
+for expression in json.loads(sys.argv[1]):
     try:
         found.append(str(eval(expression)))
     except Exception as error:
         found.append(f"{type(error).__name__}: {error}")
 print("\\n" + json.dumps(found))
 """
-# Also where the tests run in the background of a shell, which has what it starts there ignore it.
-HEEDS_CTRL_C = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+# Heeds Ctrl-C also where the tests run in the background of a shell, which has what it starts there ignore it.
+STOPPED = """
+import os, signal, sys
+from hf_dskd.cli import run
+signal.signal(signal.SIGINT, signal.default_int_handler)
+open(sys.argv[1], "w").write(str(os.getpid()))
+sys.exit({})
+"""
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return saved_student(folder / "my_student"), saved_teacher(folder / "my_teacher")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, models):
+def pushed(tmp_path_factory, made):
     """Runs of models of the stand-in; they are not changed."""
     folder = tmp_path_factory.mktemp("runs")
     pair = ("base/gpt2-tiny", "base/qwen-tiny", "base/rows")
-    adapter = finished(folder / "adapter", *models, adapter=True, method="dskd_cma", analysis_steps=0)
-    return {
-        "full": of_pair(finished(folder / "full", *models, method="dskd_cma_ga"), *pair),
-        "adapter": of_pair(adapter, *pair),
-    }
+    return {name: of_pair(shutil.copytree(made[name], folder / name), *pair) for name in ("full", "adapter")}
 
 
 @pytest.fixture
-def hub(models):
-    with HubStandIn(USERS) as stand_in:
-        terms = {"license": "other", "license_name": "tiny-terms", "license_link": "TERMS.md"}
-        stand_in.add("base/gpt2-tiny", models[0], card=terms)
-        stand_in.add("base/qwen-tiny", models[1], card={"license": "mit"})
-        stand_in.add("base/rows", {"rows.jsonl": b"{}"}, "dataset", card={"license": "cc-by-sa-3.0"})
-        yield stand_in
+def call(hub, served, tmp_path):
+    """Runs expressions, or `code`, with a hub that is the stand-in."""
 
-
-@pytest.fixture
-def call(hub, tmp_path):
-    """Runs expressions in a process whose hub is the stand-in."""
-
-    def run(*expressions, token="hf_write", driver=DRIVER, **environment):
-        done = subprocess.run(
-            [sys.executable, "-c", driver],
-            input=json.dumps(expressions),
-            env={**hub.environment(tmp_path / "home", token), "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    def run(*expressions, token="hf_write", code=DRIVER, **constants):
+        words = [json.dumps(expressions), json.dumps(constants)]
+        done = served[1](["-c", *words], tmp_path, code, environment={"HF_TOKEN": token} if token else {})
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -110,8 +75,8 @@ def logits(model, tokenizer):
         return model.float().eval()(**tokenizer("The cat sat", return_tensors="pt")).logits[0, -1, :8].tolist()
 
 
-def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, models):
-    full, adapter = made["full"], made["adapter"]
+def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, pushed, models):
+    full, adapter = pushed["full"], pushed["adapter"]
     said = call(
         f"push_run({str(full)!r}, 'tiny-full', private=True)",
         f"run(['push', {str(adapter)!r}, 'team/tiny-adapter', '--auxiliary', '--commit_message', 'Adapter'])",
@@ -131,9 +96,9 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
     names = {"README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names |= {"images/curves.png"}
     optional = {"special_tokens_map.json", "vocab.json", "merges.txt"}
-    assert set(first.added) - optional == names | {"config.json", "model.safetensors"}
+    assert set(first.added) - optional == names | {"config.json", "model.safetensors", "images/alignment.png"}
     assert set(second.added) - optional == names | {
-        *("adapter_config.json", "adapter_model.safetensors", "images/alignment.png"),
+        *("adapter_config.json", "adapter_model.safetensors"),
         *("auxiliary/auxiliary.json", "auxiliary/projectors.safetensors"),
     }
     assert not list(full.glob(".push-*")) and not list(adapter.glob(".push-*"))
@@ -158,7 +123,7 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
                 found.append(model.float().eval()(**given).logits[0, -1, :8].tolist())
             found.append(model.generation_config.eos_token_id in (0, [0]))  # transformers 4.57 has a list
         """)
-    loaded = call(driver=driver + "print(json.dumps(found))")
+    loaded = call(code=driver + "print(json.dumps(found))")
     tokenizer = AutoTokenizer.from_pretrained(full)
     whole = AutoModelForCausalLM.from_pretrained(full)
     base = AutoModelForCausalLM.from_pretrained(models[0])
@@ -171,7 +136,7 @@ def test_pushed_models_are_loaded_by_the_lines_of_their_cards(hub, call, made, m
         assert loaded[2] != pytest.approx(logits(adapted, tokenizer), abs=1e-5)
 
 
-def test_what_stands_in_the_way(hub, call, made):
+def test_what_stands_in_the_way(hub, call, pushed):
     hub.add("ann/other", {"config.json": b"{}"})
     hub.add("ann/readme", {"README.md": b"# Mine"})
     tagged = {"tags": ["hf_dskd", "sft"], "base_model": "base/gpt2-tiny", "library_name": "transformers"}
@@ -224,8 +189,8 @@ def test_what_stands_in_the_way(hub, call, made):
         "check_access('ann/other', revision='new')": "holds something else",
         f"check_access('ann/elsewhere', {facts()})": "(its base_model is 'x/y', this one's 'base/gpt2-tiny'): choose",
         f"check_access('ann/adapter', {facts()})": "(its library_name is 'peft', this one's 'transformers')",
-        f"push_run({str(made['adapter'])!r}, 'ann/same')": "(its library_name is 'transformers', this one's 'peft')",
-        f"push_run({str(made['full'])!r}, 'ann/x', token='hf_read')": "the role 'read'",
+        f"push_run({str(pushed['adapter'])!r}, 'ann/same')": "(its library_name is 'transformers', this one's 'peft')",
+        f"push_run({str(pushed['full'])!r}, 'ann/x', token='hf_read')": "the role 'read'",
     }
     for (expression, expected), said in zip(cases.items(), call(*cases), strict=True):
         if re.fullmatch(r"[\w-]+/[\w-]+", expected):
@@ -236,17 +201,17 @@ def test_what_stands_in_the_way(hub, call, made):
     nobody, trained = call("check_access('ann/new')", "check_access('ann/new', words=TRAINING)", token=None)
     assert "without a token: run `hf auth login` or set HF_TOKEN" in nobody and "hf-dskd push RUN REPO" not in nobody
     assert trained.endswith(", or leave push_to_hub out and push later with `hf-dskd push RUN REPO`")
-    [nowhere] = call("check_access('ann/new')", HF_ENDPOINT="http://127.0.0.1:9")
+    [nowhere] = call("check_access('ann/new')", ENDPOINT="http://127.0.0.1:9")
     assert "http://127.0.0.1:9 didn't answer as it should" in nowhere and nowhere.endswith("check the network")
     assert "\n" not in nobody + nowhere
 
 
-def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
+def test_replacing_updating_and_pull_requests(hub, call, pushed, monkeypatch):
     hub.add(
         "ann/other",
         {"config.json": b"{}", "old/weights.bin": b"1", "model.safetensors": b"2", "tokenizer.json": b"{}"},
     )
-    tagged = {"tags": ["hf_dskd", "dskd_cma"], "base_model": "base/gpt2-tiny", "library_name": "peft"}
+    tagged = {"tags": ["hf_dskd", "dskd_cma_ga"], "base_model": "base/gpt2-tiny", "library_name": "transformers"}
     stale = {"adapter_model.bin", "model-00001-of-00002.safetensors", "auxiliary/projectors.safetensors", "LICENSE"}
     own = {"notes.md", "images/mine.png", "old/adapter_model.bin"}
     hub.add("ann/again", dict.fromkeys(stale | own, b"1"), card=tagged)
@@ -260,19 +225,19 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
 
     route = (rf"{hub_stand_in.KIND}/branch/(.+)", ("POST",), branch)
     monkeypatch.setattr(hub_stand_in, "ROUTES", [route, *hub_stand_in.ROUTES])
-    adapter, full = str(made["adapter"]), str(made["full"])
+    adapter, full = str(pushed["adapter"]), str(pushed["full"])
     said = call(
         f"push_run({adapter!r}, 'ann/other', replace=True)",
         f"push_run({adapter!r}, 'ann/other')",
         f"push_run({full!r}, 'ann/full', revision='try')",
         f"push_run({full!r}, 'bob/one', create_pr=True)",
         f"push_run({full!r}, 'team/one', create_pr=True).pr_url",
-        f"push_run({adapter!r}, 'ann/again', alignment=False)",
+        f"push_run({full!r}, 'ann/again', alignment=False)",
     )
     assert not [line for line in said[:3] if "Error" in line], said
     replaced, tried = hub.commits[:2]
     assert replaced.repo_id == "ann/other" and sorted(replaced.deleted) == [
-        *("config.json", "model.safetensors", "old/weights.bin"),
+        *("config.json", "model.safetensors", "old/weights.bin")
     ]
     assert ".gitattributes" in hub.files("ann/other") and "adapter_model.safetensors" in hub.files("ann/other")
     # Pushed again unchanged: no commit, and nothing of the models is sent again.
@@ -291,9 +256,8 @@ def test_replacing_updating_and_pull_requests(hub, call, made, monkeypatch):
     assert "images/alignment.png" not in hub.files("ann/again")
 
 
-def test_interrupted_it_goes_on(hub, call, made, tmp_path):
-    adapter = str(made["adapter"])
-    push = f"run(['push', {adapter!r}, 'ann/tiny', '--auxiliary'])"
+def test_interrupted_it_goes_on(hub, served, call, pushed, tmp_path):
+    push = f"run(['push', {str(pushed['adapter'])!r}, 'ann/tiny', '--auxiliary'])"
     hub.interrupt_uploads(after=2, status=403)
     [said] = call(push)
     assert said.startswith("UserError: 'ann/tiny': ") and "\n" not in said
@@ -303,41 +267,41 @@ def test_interrupted_it_goes_on(hub, call, made, tmp_path):
     assert len(stored) >= 2
     # Ctrl-C, in the middle of what is left.
     hub.interrupt_uploads(after=0)
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{HEEDS_CTRL_C}from hf_dskd.cli import run\nsys.exit({push})"],
-        env={**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert hub.interrupted.wait(60)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped; nothing was published, and the same command goes on" in printed
-    assert hub.commits == [] and not list(made["adapter"].glob(".push-*"))
+    pid = tmp_path / "pid"
+
+    def interrupt():
+        if hub.interrupted.wait(60):
+            os.kill(int(pid.read_text()), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    done = served[1](["-c", str(pid)], tmp_path, STOPPED.format(push), environment={"HF_TOKEN": "hf_write"})
+    watcher.join()
+    assert done.returncode == 130 and "stopped; nothing was published, and the same command goes on" in done.stderr
+    assert hub.commits == [] and not list(pushed["adapter"].glob(".push-*"))
     assert call(push) == ["0"]
     assert len(hub.commits) == 1 and "auxiliary/projectors.safetensors" in hub.files("ann/tiny")
     sent_again = {path.removeprefix("/storage/") for path in puts(hub)[before:]}
     assert not sent_again & stored and sent_again
 
 
-def test_a_dry_run_is_what_would_be_pushed(hub, call, made, tmp_path):
-    adapter = tmp_path / "adapter"
-    shutil.copytree(made["adapter"], adapter)
-    asked, pushed, offline = (str(tmp_path / name) for name in ("asked", "pushed", "offline"))
+def test_a_dry_run_is_what_would_be_pushed(hub, call, pushed, tmp_path):
+    adapter = str(pushed["adapter"])
+    asked, written, offline = (str(tmp_path / name) for name in ("asked", "written", "offline"))
     said = call(
-        f"run(['push', {str(adapter)!r}, 'tiny', '--dry_run', {asked!r}])",
-        f"write_model_folder({str(adapter)!r}, {pushed!r}, 'ann/tiny')",
+        f"run(['push', {adapter!r}, 'tiny', '--dry_run', {asked!r}])",
+        f"write_model_folder({adapter!r}, {written!r}, 'ann/tiny')",
     )
     assert said[0] == "0" and {method for method, _ in hub.requests} <= {"GET", "HEAD"}
-    assert texts(Path(asked)) == texts(Path(pushed)) and "tiny-terms" in texts(Path(asked))["README.md"]
+    assert texts(Path(asked)) == texts(Path(written)) and "tiny-terms" in texts(Path(asked))["README.md"]
     hub.requests.clear()
-    assert call(f"run(['push', {str(adapter)!r}, 'tiny', '--dry_run', {offline!r}])", HF_HUB_OFFLINE="1") == ["0"]
+    assert call(f"run(['push', {adapter!r}, 'tiny', '--dry_run', {offline!r}])", HF_HUB_OFFLINE=True) == ["0"]
     assert hub.requests == [] and "student before training: not looked up" in texts(Path(offline))["README.md"]
 
 
-def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, call, made, tmp_path):
+def test_a_card_that_the_hub_refuses_leaves_no_repository(hub, call, pushed, tmp_path):
     full = tmp_path / "full"
-    shutil.copytree(made["full"], full)
+    shutil.copytree(pushed["full"], full)
     push = f"push_run({str(changed(full, card={'tags': [1]}))!r}, 'ann/{{}}')"
     # Where it couldn't be asked before, the commit is refused.
     unasked = "setattr(sys.modules['hf_dskd.hub.push'], '_check_card', lambda *given: None)"

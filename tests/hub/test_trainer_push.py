@@ -1,41 +1,35 @@
 """The trainer and `hf-dskd train` with `push_to_hub`, against the stand-in of the hub."""
 
 import json
-import subprocess
-import sys
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 import runs
 import tiny
-from hub_stand_in import HubStandIn
 
 from hf_dskd import UserError
 from hf_dskd.run.smoke import smoke_flags
 
 
-TESTS = Path(runs.__file__).parent
+@pytest.fixture
+def python(served, hub):
+    """Runs code, or a command without any, with a hub that is the stand-in."""
+    tests = Path(runs.__file__).parent
+
+    def run(folder, code, *words, token=None):
+        options = {"environment": {"HF_TOKEN": token} if token else {}, "paths": (str(tests),)}
+        done = served[1](list(words) or ["-c"], folder, code and textwrap.dedent(code), **options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with HubStandIn() as hub:
-        yield hub
-
-
-def python(hub, home, code, token="hf_write"):
-    code = f"import sys\nsys.path[:0] = {[str(TESTS), str(TESTS.parent)]!r}\n{textwrap.dedent(code)}"
-    environment = {**hub.environment(home, token), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
+def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, python, tmp_path):
     """Also after a first run in the same folder, which is overwritten and whose result must not be told again."""
     lines = python(
-        hub,
         tmp_path,
         f"""
         import runs, tiny
@@ -55,49 +49,31 @@ def test_a_trainer_pushes_once_with_a_card_of_its_run(hub, tmp_path):
         print(trainer.push_to_hub(dataset_name="ann/data", **told).commit_url)
         print(trainer.push_to_hub("in the background", blocking=False).result().commit_url)
         """,
-        token=None,
     )
     assert lines[-2].startswith(f"{hub.url}/ann/tiny-student/commit/")
-    pushed = [commit for commit in hub.commits if commit.repo_id == "ann/tiny-student"]
-    assert len(pushed) == 1, "the second push had nothing new"
-    assert {"README.md", "model.safetensors", "images/curves.png", "auxiliary/projectors.safetensors"} <= set(
-        pushed[0].added
-    )
-    assert not any(name.startswith(("checkpoint", "training_args", "result")) for name in pushed[0].added)
-    card = pushed[0].added["README.md"].decode()
+    [pushed] = hub.commits  # the second push had nothing new
+    files = {"README.md", "model.safetensors", "images/curves.png", "auxiliary/projectors.safetensors"}
+    assert pushed.repo_id == "ann/tiny-student" and files <= set(pushed.added)
+    assert not any(name.startswith(("checkpoint", "training_args", "result")) for name in pushed.added)
+    card = pushed.added["README.md"].decode()
     assert "ann/data" in card and "ann/first" not in card and "| optimizer steps | 2 |" in card
     assert "hf_write" not in card and str(tmp_path) not in card
     assert "| teacher | a model whose origin was not recorded" in card
     assert "\nlanguage: en\n" in card and "\n- mine\n" in card and "\ndatasets:\n- ann/data\n" in card
     # What create_model_card left beside the run of one step.
     first = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "\nlanguage: de\n" in first
-        and "\nlicense: mit\n" in first
-        and "ann/first" in first
-        and (tmp_path / "out" / "images" / "curves.png").is_file()
-    )
+    assert all(text in first for text in ("\nlanguage: de\n", "\nlicense: mit\n", "ann/first"))
+    assert (tmp_path / "out" / "images" / "curves.png").is_file()
     assert "hf_write" not in (tmp_path / "out" / "result.json").read_text()
 
 
-def test_the_command_pushes_last_and_keeps_the_token_to_itself(hub, tmp_path):
-    lines = python(
-        hub,
-        tmp_path,
-        f"""
-        from hf_dskd import cli
-        sys.argv = [
-            "hf-dskd", "train", "--smoke",
-            "--model_name_or_path", "gpt2", "--teacher_model_name_or_path", "Qwen/Qwen1.5-1.8B",
-            "--max_steps", "1", "--output_dir", {str(tmp_path / "out")!r},
-            "--push_to_hub", "--hub_model_id", "by-command", "--hub_token", "hf_write",
-        ]
-        cli.main()
-        """,
-        token=None,
-    )
+def test_the_command_pushes_last_and_keeps_the_token_to_itself(hub, python, tmp_path):
+    options = f"""train --smoke --model_name_or_path gpt2 --teacher_model_name_or_path Qwen/Qwen1.5-1.8B --max_steps 1
+        --output_dir {tmp_path / "out"} --push_to_hub --hub_model_id by-command --hub_token hf_write"""
+    lines = python(tmp_path, None, "hf-dskd", *options.split())
     assert lines[-1].startswith(f"{hub.url}/ann/by-command/commit/")
-    (commit,) = (commit for commit in hub.commits if commit.repo_id == "ann/by-command")
+    [commit] = hub.commits
+    assert commit.repo_id == "ann/by-command"
     # Drawn after the evaluation, which is why the push is the last of all.
     assert "images/alignment.png" in commit.added
     for name in ("result.json", "settings.yaml"):
@@ -105,13 +81,9 @@ def test_the_command_pushes_last_and_keeps_the_token_to_itself(hub, tmp_path):
     assert "--hub_token ..." in json.loads((tmp_path / "out" / "result.json").read_text())["command"]
 
 
-@pytest.mark.parametrize(
-    "token, expected",
-    [(None, "without a token"), ("hf_read", "role 'read'")],
-)
-def test_rights_are_checked_before_models_are_loaded(hub, tmp_path, token, expected):
+@pytest.mark.parametrize("token, expected", [(None, "without a token"), ("hf_read", "role 'read'")])
+def test_rights_are_checked_before_models_are_loaded(python, tmp_path, token, expected):
     lines = python(
-        hub,
         tmp_path,
         f"""
         import runs, tiny
@@ -165,7 +137,10 @@ def test_a_trainer_ends_its_run_as_the_command_does(tmp_path):
     assert not numbers.read_text() and not any(path.exists() for path in left)
     first = trainer.evaluate()["eval_bits_per_byte"]
     report = trainer.write_report("ann/data")
-    assert report == tmp_path / "report" / "report.html" and report.is_file()
+    assert report == tmp_path / "report" / "report.html" and report.read_text().count("data:image/png") == 1
+    markdown = report.with_name("report.md").read_text()
+    assert markdown.startswith("# dskd_cma_ga") and "2 optimizer steps" in markdown
+    assert f"**{first:.4f}**" in markdown and re.search(r"\| discriminator_hidden_size +\| 32 +\| 768 ", markdown)
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "trainer_state.json").is_file()
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["eval_bits_per_byte"] == first and result["train_runtime"] > 0

@@ -10,6 +10,9 @@ from hf_dskd.report.document import html_page
 from hf_dskd.utils.markup import block, code, escaped, link, pictures, strong, table
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 def page(markdown, folder, homes=()):
     """What the body of a page has below its title."""
     return html_page(f"# T\n\n{markdown}\n", folder, homes).partition("</nav>")[2].partition("</body>")[0]

@@ -2,15 +2,26 @@
 
 import re
 
-import runs
-import tiny
+import pytest
 from run_folders import ANALYSES, FULL, RESULT, Checker, cells, folder, full_folder, written
 
 from hf_dskd.report.one import write_report
 
 
-def test_everything_that_a_run_left_is_shown(tmp_path):
-    markdown, page = written(full_folder(tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A folder with everything that runs leave, and its report in Markdown and HTML; it has a second one elsewhere."""
+    run = full_folder(tmp_path_factory.mktemp("full") / "run")
+    found = run, *written(run)
+    write_report(run, run.parent / "else" / "where")
+    return found
+
+
+def test_everything_that_a_run_left_is_shown(full):
+    _, markdown, page = full
     assert markdown.startswith("# dskd_cma_ga: student ← owner/teacher\n")
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [
         *("Warnings", "How it was run", "Data", "Settings that differ from the defaults", "Curves"),
@@ -35,26 +46,29 @@ def test_everything_that_a_run_left_is_shown(tmp_path):
     assert "3.0000" not in markdown
 
 
-def test_the_page_is_one_file(tmp_path):
-    page = write_report(full_folder(tmp_path / "run"))
-    checked = Checker(page.read_text())
+def test_the_page_is_one_file(full):
+    run, markdown, page = full
+    checked = Checker(page)
     assert checked.open == []
     # curves, shares of the gradients, analyses, and three kinds of pictures at the first and the last step
     assert len(checked.loads) == 8 and all(load.startswith("data:image/png;base64,") for load in checked.loads)
-    assert "http" not in page.read_text() and "@import" not in page.read_text() and "url(" not in page.read_text()
+    assert not any(text in page for text in ("http", "@import", "url("))
     anchors = {link for link in checked.links if link.startswith("#")}
     assert anchors == {f"#{name}" for name in checked.ids} and len(anchors) == 10
-    for link in {*checked.links} - anchors:
-        assert (page.parent / link).exists()
-    for link in re.findall(r"\]\(([^)]*)\)", page.with_name("report.md").read_text()):
-        assert (page.parent / link).exists()
+    for link in [*{*checked.links} - anchors, *re.findall(r"\]\(([^)]*)\)", markdown)]:
+        assert (run / "report" / link).exists()
 
 
-def test_the_same_folder_gives_the_same_report(tmp_path):
-    run = full_folder(tmp_path / "run")
-    first = {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()}
-    second = {path.name: path.read_bytes() for path in write_report(run).parent.iterdir()}
-    assert first == second and len(first) == 5
+def test_a_report_elsewhere_is_the_same_but_for_its_links(full):
+    run, markdown, _ = full
+    where = run.parent / "else" / "where"
+    there = (where / "report.md").read_text()
+    assert (where / "report.html").is_file() and (where / "../../run/analysis/projection.png").exists()
+    assert "(../../run/analysis/projection.png)" in there
+    links = re.compile(r" *\]\([^)]*\)| +|-{3,}:?")  # and what is as wide as they are
+    assert links.sub("", there) == links.sub("", markdown)
+    pictures = {path.name: path.read_bytes() for path in (run / "report").glob("*.png")}
+    assert pictures == {path.name: path.read_bytes() for path in where.glob("*.png")} and len(pictures) == 3
 
 
 def test_an_older_folder_is_enough(tmp_path):
@@ -115,27 +129,3 @@ def test_a_resumed_analysis_counts_once(tmp_path):
     # A single analysis has no change.
     alone = written(folder(tmp_path / "run", analyses=ANALYSES[1:]))[0]
     assert cells(alone, "mmd")[1] == "0.125" and "change" not in alone
-
-
-def test_output_dir(tmp_path):
-    run = full_folder(tmp_path / "run")
-    page = write_report(run, tmp_path / "else" / "where")
-    assert page == tmp_path / "else" / "where" / "report.html" and not (run / "report").exists()
-    assert (page.parent / "../../run/analysis/projection.png").exists()
-    assert "(../../run/analysis/projection.png)" in page.with_name("report.md").read_text()
-
-
-def test_a_real_run(tmp_path):
-    run = runs.trainer(
-        tmp_path / "run", eval_dataset=tiny.dataset(4), eval_strategy="steps", eval_steps=2, max_steps=4
-    )
-    output = run.train()
-    run.save_state()
-    metrics = run.evaluate()
-    history = {e["step"]: {k: v for k, v in e.items() if k[:5] == "eval_"} for e in run.state.log_history}
-    run.run_record(metrics, history, output.metrics["train_runtime"]).write(tmp_path / "run" / "result.json")
-    markdown, page = written(tmp_path / "run")
-    assert markdown.startswith("# dskd_cma_ga") and "4 optimizer steps" in markdown
-    assert cells(markdown, "bits per byte")[1] == f"**{metrics['eval_bits_per_byte']:.4f}**"
-    assert cells(markdown, "discriminator_hidden_size") == ["discriminator_hidden_size", "32", "768"]
-    assert len(Checker(page).loads) == 1

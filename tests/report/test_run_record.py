@@ -11,6 +11,9 @@ from hf_dskd.report.record import Card, Data, Hardware, Models, RunRecord, note_
 from hf_dskd.settings import DistillationSettings
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 # As the first version wrote it, and as the second did: without an id of the run, commits and a fingerprint.
 FIRST = """{"method": "dskd_cma", "seed": 1, "data_seed": null, "steps": 60, "best_checkpoint": null,
  "metrics": {"eval_bits_per_byte": 0.71, "epoch": 1.0}, "evaluations": {"20": {"eval_bits_per_byte": 0.8}},
@@ -44,11 +47,7 @@ def test_files_of_earlier_versions(tmp_path):
     assert (
         second.data.rows("train") == 7
         and second.data.rows("eval") is None
-        and set(second.data.splits)
-        == {
-            "train",
-            "eval_code",
-        }
+        and set(second.data.splits) == {"train", "eval_code"}
     )
     assert second.changes == {"learning_rate": (5e-05, 0.001)} == second.changes and second.card.tags == ["mine"]
 

@@ -4,10 +4,14 @@ import json
 import re
 import statistics
 
+import pytest
 from run_folders import ANALYSES, RESULT, Checker, cells, comparison, folder, logs
 
 from hf_dskd.report.files import read_run
 from hf_dskd.report.several import compare_runs, grouped, mean_history
+
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def compared(folders, output):
@@ -97,11 +101,7 @@ def test_curves_of_many_runs_are_means(tmp_path, figures):
 def test_mean_history():
     one = [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}, {"step": 2, "eval_c": 1.0}]
     two = [{"step": 1, "a": 3.0}, {"step": 3, "a": 7.0}, {"step": 2, "a": 4.0, "eval_c": 2.0}]
-    assert mean_history([one, two]) == [
-        {"step": 1, "a": 2.0},
-        {"step": 2, "a": 3.0},
-        {"step": 2, "eval_c": 1.5},
-    ]
+    assert mean_history([one, two]) == [{"step": 1, "a": 2.0}, {"step": 2, "a": 3.0}, {"step": 2, "eval_c": 1.5}]
 
 
 def test_warnings_and_analyses_of_several_runs(tmp_path):

@@ -3,10 +3,14 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 from run_folders import ANALYSES, FULL, LEARNING, RESULT, folder, logs, written
 
 from hf_dskd.report.files import read_run
 from hf_dskd.report.warnings import warnings_of
+
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def warned(history=(), analyses=(), **result):

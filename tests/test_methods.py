@@ -9,9 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from hf_dskd import DSKDConfig
 from hf_dskd.config import _PUBLISHED_METHODS
-from hf_dskd.errors import UserError
 from hf_dskd.losses.objective import Step
 from hf_dskd.losses.terms import TERMS
 

@@ -33,19 +33,12 @@ def test_grouped_batches_are_padded_less_and_follow_the_data_seed(tmp_path):
 
 
 def test_grouped_resume(tmp_path):
-    settings = dict(
-        GROUPED,
-        rows=12,
-        max_steps=-1,
-        num_train_epochs=2,
-        per_device_train_batch_size=2,
-        save_strategy="steps",
-        save_steps=3,
-    )
-    whole = runs.trainer(tmp_path / "a", **settings)
+    settings = {"rows": 8, "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2, **GROUPED}
+    settings |= {"save_strategy": "steps", "save_steps": 3}
+    whole = runs.trainer(tmp_path, **settings)
     whole.train()
-    again = runs.trainer(tmp_path / "a", **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-9"))
+    again = runs.trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for name, value in runs.weights(whole).items():
         assert torch.equal(runs.weights(again)[name], value), name
 
@@ -54,9 +47,8 @@ def test_grouped_resume(tmp_path):
 def test_padding_free_changes_nothing(method, tmp_path):
     finals, logs = [], []
     for padding_free in (False, True):
-        run = runs.trainer(
-            tmp_path / str(padding_free), method=method, padding_free=padding_free, eval_dataset=tiny.dataset(7)
-        )
+        folder, data = tmp_path / str(padding_free), tiny.dataset(7)
+        run = runs.trainer(folder, method=method, padding_free=padding_free, eval_dataset=data, max_steps=2)
         run.train()
         finals.append(runs.weights(run))
         logs.append(run.evaluate()["eval_loss"])
@@ -73,7 +65,7 @@ def test_padding_free_compiled_bf16_and_refused(tmp_path):
         run.train()
         losses.append(torch.tensor(runs.history(run, "loss", "s2t_kd_loss")))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-    runs.trainer(tmp_path / "b", padding_free=True, bf16=True).train()
+    runs.trainer(tmp_path / "b", padding_free=True, bf16=True, max_steps=1).train()
     with pytest.raises(UserError, match="Lfm2ForCausalLM"):
         runs.trainer(tmp_path / "c", padding_free=True, student=test_models.lfm2())
     with pytest.raises(UserError, match="padding_free=True: as_published"):
@@ -92,8 +84,7 @@ def test_teacher_device(tmp_path):
 
 
 def test_opt_student(tmp_path):
-    run = runs.trainer(tmp_path, student=test_models.opt())
-    run.train()
+    runs.trainer(tmp_path, student=test_models.opt(), max_steps=1).train()
 
 
 def test_two_gpus_in_one_process(tmp_path, monkeypatch):

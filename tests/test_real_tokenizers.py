@@ -1,38 +1,16 @@
 """Training steps with the tokenizers of the papers' pairs, in both directions, on tiny models."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import runs
 import tiny
-from transformers import PreTrainedTokenizerFast
 
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
-
-
-def tokenizer(name):
-    folder = SHARED / name
-    # Not AutoTokenizer: the folders name classes that only one of the supported versions of transformers has.
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / "chat_template.jinja"
-    tokens = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)}
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        chat_template=template.read_text() if template.exists() else None,
-        **tokens,
-    )
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are not beside this checkout")
-@pytest.mark.parametrize(
-    "student, teacher", [("gpt2", "qwen1.5"), ("tinyllama", "mistral"), ("qwen1.5", "tinyllama"), ("mistral", "gpt2")]
-)
+@pytest.mark.parametrize("student, teacher", [("gpt2", "qwen1.5"), ("tinyllama", "mistral"), ("mistral", "gpt2")])
 def test_real_tokenizers_both_ways(student, teacher, tmp_path):
     make = {"gpt2": tiny.gpt2, "qwen1.5": tiny.qwen2, "tinyllama": tiny.llama, "mistral": tiny.llama}
-    student_tokenizer, teacher_tokenizer = tokenizer(student), tokenizer(teacher)
+    student_tokenizer, teacher_tokenizer = tiny.real_tokenizer(student), tiny.real_tokenizer(teacher)
     run = runs.trainer(
         tmp_path,
         student=make[student](len(student_tokenizer), width=64),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -18,6 +22,7 @@ from transformers import (
 from hf_dskd.offline.tiny_models import learn_bpe
 
 
+REAL_TOKENIZERS = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 TEXTS = [
     "The cat sat on the mat and looked at the moon.",
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
@@ -53,6 +58,21 @@ def sentencepiece_tokenizer(size: int = 450) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def real_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """One of the papers' tokenizers, which may lie beside the checkout; a test without it is skipped."""
+    folder = REAL_TOKENIZERS / name
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizer at {folder}")
+    # Not AutoTokenizer: the folders name classes that only one of the supported versions of transformers has.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    template = folder / "chat_template.jinja"
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        chat_template=template.read_text() if template.exists() else None,
+        **{key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)},
     )
 
 

@@ -6,8 +6,7 @@ from ..utils.lazy import public
 __getattr__, __dir__, __all__ = public(
     __name__,
     spans="chunk_ids answer_spans",
-    chunked="chunk_mask mean_weights",
     cross_model="cross_model_attention unit_std",
     min_edit="align_tokens vocabulary_map",
-    weights="AlignmentWeights",
+    weights="AlignmentWeights chunk_mask mean_weights",
 )

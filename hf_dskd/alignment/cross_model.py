@@ -37,8 +37,8 @@ def cross_model_attention(
     Attention of each student position over teacher positions, and back, from one matrix of scores.
 
     Args:
-        queries (`torch.Tensor` of shape `[B, R_s, 2 d_t]`): Of student positions.
-        keys (`torch.Tensor` of shape `[B, R_t, 2 d_t]`): Of teacher positions.
+        queries (`torch.Tensor` of shape `[B, R_s, 2 d_t]`), keys (`torch.Tensor` of shape `[B, R_t, 2 d_t]`):
+            Of student and teacher positions.
         query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
             Which positions take part. A position that doesn't gets, and gives, no attention.
         pairs (`torch.Tensor` of shape `[B, R_s, R_t]`, *optional*):
@@ -48,14 +48,21 @@ def cross_model_attention(
     Returns:
         `t2s` of shape `[B, R_s, R_t]` (rows sum to 1 over teacher positions) and `s2t` of shape `[B, R_t, R_s]`.
     """
-    with torch.autocast(queries.device.type, enabled=False):
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        scores = queries.to(dtype) @ keys.to(dtype).transpose(1, 2) / math.sqrt(queries.shape[-1])
-        allowed = query_mask.unsqueeze(2) & key_mask.unsqueeze(1)
-        if pairs is not None:
-            allowed = allowed & pairs
-        # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
-        scores = scores.masked_fill(~allowed, -1e5)
-        t2s = torch.softmax(scores, dim=-1) * allowed.any(2, keepdim=True)
-        s2t = torch.softmax(scores.transpose(1, 2), dim=-1) * allowed.any(1).unsqueeze(2)
-    return t2s, s2t
+    scores = attention_scores(queries, keys)
+    allowed = query_mask.unsqueeze(2) & key_mask.unsqueeze(1)
+    if pairs is not None:
+        allowed = allowed & pairs
+    return attention_weights(scores, allowed), attention_weights(scores.transpose(1, 2), allowed.transpose(1, 2))
+
+
+def attention_scores(rows: Tensor, columns: Tensor) -> Tensor:
+    """Scaled dot products `[B, R, R']`, in float32 at least."""
+    with torch.autocast(rows.device.type, enabled=False):
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return rows.to(dtype) @ columns.to(dtype).transpose(1, 2) / math.sqrt(rows.shape[-1])
+
+
+def attention_weights(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the columns that are `allowed`; rows without any are 0."""
+    # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
+    return torch.softmax(scores.masked_fill(~allowed, -1e5), dim=-1) * allowed.any(-1, keepdim=True)

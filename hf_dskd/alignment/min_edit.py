@@ -48,9 +48,8 @@ def vocabulary_map(
     The distance is Levenshtein's, in characters; a space mark is a space, and a byte that is no character counts as
     one. Of several equally near tokens the one with the lowest id is taken, so the same text always wins. A text that
     shares nothing with the nearest goes to none: released, the many Chinese tokens that GPT-2 has no like of all teach
-    one arbitrary token. Special tokens are compared with
-    none: the end-of-sequence tokens belong together, any other special token of the teacher goes to the student's
-    token of the same name or, if there is none, to its end-of-sequence token.
+    one arbitrary token. Special tokens are compared with none: the end-of-sequence tokens belong together, any other
+    special token of the teacher goes to the student's token of the same name or, without one, to its end of sequence.
 
     Computed once per pair of tokenizers (about a minute for 150,000 by 50,000 tokens on one core) and kept on disk.
 
@@ -58,10 +57,8 @@ def vocabulary_map(
         student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
         cache_dir (`str` or `os.PathLike`, *optional*):
             Where maps are kept; by default `vocabulary_maps` in [`~hf_dskd.offline.packaged.default_cache_dir`].
-        rows (`int`, *optional*):
-            Rows of the teacher's head, if it has more than its tokenizer has tokens.
-        ends (`tuple[int, int]`, *optional*):
-            Tokens of student and teacher that end an answer, which belong together too.
+        rows (`int`, *optional*): Rows of the teacher's head, if it has more than its tokenizer has tokens.
+        ends (`tuple[int, int]`, *optional*): Tokens that end an answer, which belong together too.
 
     Returns:
         `torch.Tensor` of shape `[V_t]`, int64: student ids; -1 for ids of the teacher without a text, such as the rows
@@ -88,9 +85,6 @@ def align_tokens(student_tokens: list[str] | list[bytes], teacher_tokens: list[s
 
     The cost of two tokens is the edit distance of their texts without spaces. Where ways are equally cheap, the one
     through the pair before, then the one through the teacher's token before is taken, as in the released code.
-
-    Args:
-        student_tokens, teacher_tokens (`list[str]` or `list[bytes]`): Texts of the tokens.
 
     Returns:
         `list[int]`: for each student token the place of the teacher's token beside it; -1 if it lies beside several.
@@ -127,10 +121,7 @@ def partners(
     The tokens to compare are those of the response, which the rows predict. The released code compares those that the
     rows read: the same pairs, but for the ends of the two prompts, which differ between chat templates.
 
-    Args:
-        student_ids, teacher_ids (`list[int]`): Tokens of the response, one or more.
-        student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
-        vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): From [`vocabulary_map`].
+    `student_ids` and `teacher_ids` are one or more; the map is that of [`vocabulary_map`].
     """
     student_bytes, teacher_bytes = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
     aligned = align_tokens(

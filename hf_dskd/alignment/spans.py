@@ -57,9 +57,7 @@ def answer_spans(row: Mapping[str, Any], prefix: str = "") -> list[tuple[int, in
     """
     Where the answers of a tokenized row lie: place of the first token of each, and the place after its last.
 
-    Args:
-        row (`Mapping[str, Any]`): As [`tokenize_dataset`] writes it; without `spans` one answer goes to the end.
-        prefix (`str`): `""` for the student's tokens, `"teacher_"` for the teacher's.
+    Of a row without `spans` one answer goes to the end. `prefix` is `"teacher_"` for the teacher's tokens.
     """
     spans = row.get(f"{prefix}spans")
     if spans is None:
@@ -71,9 +69,7 @@ def silent_mask(byte_ends: Sequence[int], lengths: Sequence[int]) -> list[bool]:
     """
     Which tokens are no text of an answer: those before its first byte, and those after its last, which close it.
 
-    Args:
-        byte_ends (`Sequence[int]`): Of all answers of a row.
-        lengths (`Sequence[int]`): Tokens of each answer.
+    `byte_ends` are those of all answers of a row, `lengths` the tokens of each.
     """
     mask: list[bool] = []
     before = 0
@@ -90,23 +86,18 @@ def check_tiling(byte_ends: list[int], response_bytes: int, example: int, side: 
     """
     Checks that the spans of a response's text tokens cover it from its first byte to its last, in order.
 
-    Args:
-        byte_ends (`list[int]`): Byte at which each token ends, without those that close the answer.
-        response_bytes (`int`): UTF-8 bytes of the response.
-        example (`int`): Id of the example, for the message.
-        side (`str`): `"student"` or `"teacher"`, for the message.
-
     Raises:
         `RuntimeError`: if they don't. No data can bring that about, only a mistake in this library.
     """
     problem = None
-    if byte_ends != sorted(byte_ends):
-        index = next(i for i in range(1, len(byte_ends)) if byte_ends[i] < byte_ends[i - 1])
-        problem = f"token {index} ends at byte {byte_ends[index]}, the one before it at byte {byte_ends[index - 1]}"
-    elif byte_ends[0] < 0:
-        problem = f"token 0 ends at byte {byte_ends[0]}"
-    elif byte_ends[-1] != response_bytes:
-        problem = f"the last token ends at byte {byte_ends[-1]} of {response_bytes}"
+    before = 0
+    for index, end in enumerate(byte_ends):
+        if end < before:
+            follows = f", the one before it at byte {before}" if index else ""
+            problem = problem or f"token {index} ends at byte {end}{follows}"
+        before = end
+    if byte_ends[-1] != response_bytes:
+        problem = problem or f"the last token ends at byte {byte_ends[-1]} of {response_bytes}"
     if problem:
         raise RuntimeError(
             f"the {side}'s tokens don't cover the response of example {example}: {problem}; this is a bug in hf_dskd, "

@@ -64,39 +64,36 @@ _OF_TRAINING = (
 )
 _BOTH = {"student's tokens": "", "teacher's tokens": "s2t_"}
 _PROBES = {"the run's": "", "chunk mean (clp)": "probe_clp_", "chunk attention (cla)": "probe_cla_"}
-# Those of the alignment analysis (see [`~hf_dskd.analysis.probe.analyse`]).
+_AUC = {"new linear probe": "linear_probe_auc", "run's discriminator": "discriminator_auc"}
+# Those of the alignment analysis (see [`~hf_dskd.analysis.probe.analyse`]): prefixes, key, title, axis, and the key of
+# uniform attention.
+_UNIFORM = {"chunk_mass": "chunk_mass_uniform", "argmax_in_chunk": "chunk_mass_uniform"}
+_UNIFORM |= {"attention_distance_bytes": "attention_distance_bytes_uniform"}
 _OF_ANALYSES = (
-    Panel("attention in the right chunk (chunk_mass)", _each(_BOTH, "chunk_mass", "chunk_mass_uniform"), "share"),
-    Panel(
-        "strongest weight in the chunk (argmax_in_chunk)",
-        _each(_BOTH, "argmax_in_chunk", "chunk_mass_uniform"),
-        "share",
+    *(
+        Panel(title, _each(prefixes, key, _UNIFORM.get(key)), axis)
+        for prefixes, key, title, axis in (
+            (_BOTH, "chunk_mass", "attention in the right chunk (chunk_mass)", "share"),
+            (_BOTH, "argmax_in_chunk", "strongest weight in the chunk (argmax_in_chunk)", "share"),
+            (_BOTH, "monotonicity", "order kept (monotonicity)", "correlation"),
+            (_BOTH, "entropy", "entropy of the attention, nats", "distance"),
+            (_BOTH, "entropy_normalised", "entropy, share of the largest", "share"),
+            (_BOTH, "attention_distance_bytes", "attention's distance from its token, bytes", "distance"),
+            (_BOTH, "prior_kl", "divergence from the chunk prior (prior_kl), nats", "distance"),
+            (_BOTH, "aligned_rate", "tokens with a partner", "share"),
+            (_PROBES, "t2s_accuracy", "projected teacher is right (t2s_accuracy)", "share"),
+            (_PROBES, "t2s_ce_loss", "projected teacher's cross entropy (t2s_ce_loss)", "free"),
+            (_PROBES, "s2t_accuracy", "projected student is right (s2t_accuracy)", "share"),
+            (_PROBES, "s2t_agreement", "projected student agrees with teacher", "share"),
+        )
     ),
-    Panel("order kept (monotonicity)", _each(_BOTH, "monotonicity"), "correlation"),
-    Panel("entropy of the attention, nats", _each(_BOTH, "entropy"), "distance"),
-    Panel("entropy, share of the largest", _each(_BOTH, "entropy_normalised"), "share"),
-    Panel(
-        "attention's distance from its token, bytes",
-        _each(_BOTH, "attention_distance_bytes", "attention_distance_bytes_uniform"),
-        "distance",
-    ),
-    Panel("divergence from the chunk prior (prior_kl), nats", _each(_BOTH, "prior_kl"), "distance"),
-    Panel("tokens with a partner", _each(_BOTH, "aligned_rate"), "share"),
-    Panel("projected teacher is right (t2s_accuracy)", _each(_PROBES, "t2s_accuracy"), "share"),
-    Panel("projected teacher's cross entropy (t2s_ce_loss)", _each(_PROBES, "t2s_ce_loss")),
-    Panel("projected student is right (s2t_accuracy)", _each(_PROBES, "s2t_accuracy"), "share"),
-    Panel("projected student agrees with teacher", _each(_PROBES, "s2t_agreement"), "share"),
     Panel("queries and keys: squared MMD", {"": "mmd"}, "distance"),
     Panel("queries and keys: p-value of the MMD", {"": "mmd_p_value"}, "share", 0.05),
     Panel("queries and keys: sliced Wasserstein", {"": "sliced_wasserstein"}, "distance"),
     Panel("queries and keys: gap of the means", {"": "mean_gap"}, "distance"),
     Panel("queries and keys: gap of the variances", {"": "variance_gap"}, "distance"),
     Panel("queries and keys: cosine of the means", {"": "mean_cosine"}, "correlation"),
-    Panel(
-        "queries told from keys (AUC)",
-        {"new linear probe": "linear_probe_auc", "run's discriminator": "discriminator_auc"},
-        *("share", 0.5),
-    ),
+    Panel("queries told from keys (AUC)", _AUC, "share", 0.5),
     Panel("gradient norms of the terms", {"": "gradient_norm_*"}, "log"),
 )
 _STYLES: tuple[tuple[Any, str], ...] = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (1, 1.2)), "^"), ("-.", "D"))
@@ -136,9 +133,7 @@ def plot_curves(runs: Runs, path: str | Path) -> None:
     """
     Writes a PNG with one small panel per logged quantity, over optimizer steps; panels without data are left out.
 
-    Args:
-        runs (`Mapping[str, Sequence[Mapping[str, Any]]]`): `trainer.state.log_history` by the name of the run.
-        path (`str` or `Path`): File to write; its folder is made if need be.
+    `runs` are `trainer.state.log_history` by the name of the run. The folder of the file is made if need be.
 
     Raises:
         UserError: If nothing that has a panel was logged.
@@ -156,12 +151,8 @@ def plot_analysis(history: Sequence[Mapping[str, Any]] | Runs, path: str | Path)
     Writes a PNG with one small panel per number of the alignment analysis, over optimizer steps.
 
     Numbers that have no panel of their own kind get one under their name, after the others; panels without data are
-    left out.
-
-    Args:
-        history (`Sequence[Mapping[str, Any]]` or `Mapping[str, Sequence[Mapping[str, Any]]]`):
-            One entry per analysis, `{"step": 0, "chunk_mass": 0.31, …}`; or such a history by the name of the run.
-        path (`str` or `Path`): File to write; its folder is made if need be.
+    left out. `history` has one entry per analysis, `{"step": 0, "chunk_mass": 0.31, …}`, or is several by the name of
+    the run. The folder of the file is made if need be.
 
     Raises:
         UserError: If no entry has a number and a step.

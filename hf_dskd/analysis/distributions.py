@@ -46,7 +46,6 @@ def mmd(
             Example of each row, int64.
         permutations (`int`, *optional*, defaults to `1000`): Relabellings of the one kernel matrix.
         most_rows (`int`, *optional*, defaults to `1000`): Of a side; a random sample of larger sets.
-        seed (`int`, *optional*, defaults to `0`): Of the sample and the relabellings.
 
     Returns:
         `tuple[float, float]`: squared discrepancy and p-value.
@@ -97,10 +96,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, seed: in
     that is ∫ (F⁻¹(u) − G⁻¹(u))² du over the quantile functions, exact for sets of different sizes. It is in the unit
     of the vectors; for y = x + δ it is about ‖δ‖ / √d, the root mean square of δ over dimensions.
 
-    Args:
-        x (`torch.Tensor` of shape `[n, d]`), y (`torch.Tensor` of shape `[m, d]`): The two sets.
-        projections (`int`, *optional*, defaults to `256`): How many directions.
-        seed (`int`, *optional*, defaults to `0`): Of the directions.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64), dim=0)
@@ -136,12 +131,7 @@ def moment_gaps(x: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """
-    Area under the ROC curve: the probability that a positive scores above a negative, a tie counting one half.
-
-    Args:
-        positive (`torch.Tensor` of shape `[n]`), negative (`torch.Tensor` of shape `[m]`): Scores, such as logits.
-    """
+    """Area under the ROC curve: the probability that a positive scores above a negative, a tie counting one half."""
     return _pairs_in_order(positive, negative) / (len(positive) * len(negative))
 
 
@@ -165,16 +155,10 @@ def linear_probe_auc(
     How well a freshly trained linear classifier tells `x` from `y`: 0.5 if it can't, 1 if it always does.
 
     [`logistic_regression`] by cross-validation, on dimensions standardised with the training folds' statistics. The
-    result is [`auc`] over all pairs of held-out rows that lie in the same fold, where one model scored both.
+    result is [`auc`] over all pairs of held-out rows that lie in the same fold, where one model scored both. With
+    groups, folds are made of whole examples, both sides together: the probe never knows the text that it is tested on.
 
-    Args:
-        x (`torch.Tensor` of shape `[n, d]`), y (`torch.Tensor` of shape `[m, d]`): The two sets.
-        x_groups (`torch.Tensor` of shape `[n]`), y_groups (`torch.Tensor` of shape `[m]`, *optional*):
-            Example of each row, int64, two or more. Folds are made of whole examples, both sides together: the probe
-            never knows the text that it is tested on. Without, of single rows.
-        folds (`int`, *optional*, defaults to `5`): At most as many as there are groups.
-        most_rows (`int`, *optional*, defaults to `1000`): Of a side; a random sample of larger sets.
-        seed (`int`, *optional*, defaults to `0`): Of the sample and the folds.
+    Arguments are those of [`mmd`]; there are two groups or more, and at most as many `folds`.
     """
     generator = torch.Generator().manual_seed(seed)
     x, x_groups = _sample(x, x_groups, most_rows, generator)
@@ -203,10 +187,7 @@ def logistic_regression(rows: Tensor, labels: Tensor, penalty: float = 1.0) -> t
     """
     Weight `[d]` and bias `[]` that minimise Σ −log p(label | row) + λ/2 ‖w‖², by L-BFGS in float64.
 
-    Args:
-        rows (`torch.Tensor` of shape `[n, d]`): Standardised features.
-        labels (`torch.Tensor` of shape `[n]`): 1 or 0.
-        penalty (`float`, *optional*, defaults to `1.0`): λ, on the weight alone.
+    Rows `[n, d]` are standardised features, labels `[n]` 1 or 0, and the `penalty` λ is on the weight alone.
     """
     rows, labels = rows.detach().double(), labels.double()
     weight = torch.zeros(rows.shape[1], dtype=torch.float64, requires_grad=True)
@@ -229,14 +210,11 @@ def pca(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
     """
     Both sets on the first two principal axes of the two together, for a picture.
 
-    The mean of all rows is the origin, and each axis points to where its largest coordinate is positive.
-
-    Args:
-        x (`torch.Tensor` of shape `[n, d]`), y (`torch.Tensor` of shape `[m, d]`): The two sets, d at least 2.
+    The mean of all rows is the origin, and each axis points to where its largest coordinate is positive. There are
+    two dimensions or more.
 
     Returns:
-        `tuple[Tensor, Tensor, tuple[float, float]]`: points `[n, 2]` and `[m, 2]`, float64, and the share of the
-        variance along each axis.
+        Points `[n, 2]` and `[m, 2]`, float64, and the share of the variance along each axis.
     """
     rows = torch.cat([x, y]).cpu().double()
     rows = rows - rows.mean(0)
@@ -268,7 +246,6 @@ def distribution_metrics(
             Example of each row, int64.
         query_scores (`torch.Tensor` of shape `[n]`), key_scores (`torch.Tensor` of shape `[m]`, *optional*):
             What the run's discriminator makes of them, higher for what it takes for a query.
-        seed (`int`, *optional*, defaults to `0`): Of samples, relabellings, directions and folds.
 
     Returns:
         `dict[str, float]`: `mmd` and `mmd_p_value` (see [`mmd`]), `sliced_wasserstein`, `mean_gap`, `variance_gap` and

@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..alignment.spans import answer_spans, chunk_ids, silent_mask
+from ..alignment.weights import chunk_mask
 from ..errors import UserError
 from ..utils.figures import COLORS, FONT, drawable, new_figure, save_figure
 
@@ -62,6 +63,8 @@ class AlignmentExample:
         caption (`str`, *optional*): Stands above the picture.
         student_chunks, teacher_chunks (`tuple[int, ...]`, *optional*):
             Chunk of each token (see [`~hf_dskd.alignment.spans.chunk_ids`]).
+        student_closes, teacher_closes (`tuple[int, ...]`, *optional*):
+            The answer that each token closes, -1 for a token of its text or before it.
     """
 
     student_tokens: tuple[str, ...]
@@ -112,22 +115,18 @@ def cross_attention(distiller: Distiller, row: Mapping[str, Any], caption: str =
     # As published every position of the padded sequence has a row.
     rows, others = student.mask[0], teacher.mask[0]
 
-    student_tokenizer, teacher_tokenizer = distiller.pair.tokenizers
-    data = _response_bytes(row, student_tokenizer, teacher_tokenizer)
-    return AlignmentExample(
-        student_tokens=tuple(_token_texts(row, "", student_tokenizer, data)),
-        teacher_tokens=tuple(_token_texts(row, "teacher_", teacher_tokenizer, data)),
-        student_byte_ends=tuple(int(end) for end in row["byte_ends"]),
-        teacher_byte_ends=tuple(int(end) for end in row["teacher_byte_ends"]),
-        has_eos=not row["cut"],
-        t2s=aligned.t2s[0][rows][:, others].float().cpu(),
-        s2t=aligned.s2t[0][others][:, rows].float().cpu(),
-        caption=caption,
-        student_chunks=_chunks(row, ""),
-        teacher_chunks=_chunks(row, "teacher_"),
-        student_closes=_closes(row, ""),
-        teacher_closes=_closes(row, "teacher_"),
-    )
+    tokenizers = distiller.pair.tokenizers
+    data = _response_bytes(row, *tokenizers)
+    sides: dict[str, Any] = {}
+    for side, prefix, tokenizer in zip(("student", "teacher"), ("", "teacher_"), tokenizers):
+        chunks = row.get(f"{prefix}chunk_ids")
+        sides[f"{side}_tokens"] = tuple(_token_texts(row, prefix, tokenizer, data))
+        sides[f"{side}_byte_ends"] = tuple(map(int, row[f"{prefix}byte_ends"]))
+        sides[f"{side}_chunks"] = None if chunks is None else tuple(map(int, chunks))
+        sides[f"{side}_closes"] = _closes(row, prefix)
+    t2s = aligned.t2s[0][rows][:, others].float().cpu()
+    s2t = aligned.s2t[0][others][:, rows].float().cpu()
+    return AlignmentExample(has_eos=not row["cut"], t2s=t2s, s2t=s2t, caption=caption, **sides)
 
 
 def same_text(example: AlignmentExample) -> Tensor:
@@ -145,8 +144,7 @@ def same_text(example: AlignmentExample) -> Tensor:
     last = torch.minimum(student_ends[:, None], teacher_ends[None])
     shared = first < last
     if example.student_closes is not None and example.teacher_closes is not None:
-        closes, others = torch.tensor(example.student_closes), torch.tensor(example.teacher_closes)
-        shared |= (closes[:, None] == others[None]) & (closes[:, None] >= 0)
+        shared |= chunk_mask(torch.tensor([example.student_closes]), torch.tensor([example.teacher_closes]))[0]
     elif example.has_eos:
         shared[-1, -1] = True
     return shared
@@ -162,40 +160,34 @@ def chunks_of(example: AlignmentExample) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def same_chunk(example: AlignmentExample) -> Tensor:
+    """Which tokens belong to the same chunk, bool `[n_s, n_t]`."""
+    student, teacher = (torch.tensor([chunks]) for chunks in chunks_of(example))
+    return chunk_mask(student, teacher)[0]
+
+
+def shares(example: AlignmentExample) -> dict[str, float]:
     """
-    Which tokens belong to the same chunk.
+    Shares of each student token's attention (`t2s`), averaged over tokens.
 
     Returns:
-        `torch.Tensor` of shape `[n_s, n_t]`, bool.
+        `dict[str, float]`: `on_text`, on the teacher tokens of the same text, which is 1 for a perfect alignment
+        (student tokens without text, for which there is no right answer, don't count); `in_chunk`, on those of its
+        chunk; `uniform_on_text` and `uniform_in_chunk`, the same if it attended to all teacher tokens alike.
     """
-    student, teacher = (torch.tensor(chunks) for chunks in chunks_of(example))
-    return (student[:, None] == teacher[None]) & (student[:, None] >= 0)
+    shared, chunk = same_text(example), same_chunk(example)
+    with_text = shared.any(1)
+    return {
+        "on_text": float((example.t2s * shared).sum(1)[with_text].mean()),
+        "uniform_on_text": float(shared.float().mean(1)[with_text].mean()),
+        "in_chunk": float((example.t2s * chunk).sum(1).mean()),
+        "uniform_in_chunk": float(chunk.float().mean()),
+    }
 
 
-def attention_on_text(example: AlignmentExample) -> float:
-    """
-    Share of each student token's attention (`t2s`) on the teacher tokens of the same text, averaged over tokens.
-
-    1 is a perfect alignment. Student tokens without text, for which there is no right answer, don't count.
-    """
-    shared = same_text(example)
-    return float((example.t2s * shared).sum(1)[shared.any(1)].mean())
-
-
-def uniform_on_text(example: AlignmentExample) -> float:
-    """What [`attention_on_text`] would be if every student token attended to all teacher tokens alike."""
-    shared = same_text(example)
-    return float(shared.float().mean(1)[shared.any(1)].mean())
-
-
-def attention_in_chunk(example: AlignmentExample) -> float:
-    """Share of each student token's attention (`t2s`) on the teacher tokens of its chunk, averaged over tokens."""
-    return float((example.t2s * same_chunk(example)).sum(1).mean())
-
-
-def uniform_in_chunk(example: AlignmentExample) -> float:
-    """What [`attention_in_chunk`] would be if every student token attended to all teacher tokens alike."""
-    return float(same_chunk(example).float().mean())
+def check_given(examples: Sequence[AlignmentExample], function: str) -> None:
+    """Raises a [`UserError`] if there is nothing to draw."""
+    if not examples:
+        raise UserError(f"{function} got no examples: pass at least one from cross_attention")
 
 
 def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title: str | None = None) -> None:
@@ -217,8 +209,7 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     """
     from matplotlib.colors import Normalize
 
-    if not examples:
-        raise UserError("plot_attention got no examples: pass at least one from cross_attention")
+    check_given(examples, "plot_attention")
     panels = [_Panel.of(example) for example in examples]
     longest = max(max(panel.weights.shape) for panel in panels)
     # Few tokens fill a picture of ordinary size, many keep legible labels.
@@ -231,21 +222,16 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     columns = min(len(panels), max(int(_WIDEST // slot_width), 1))
     rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
     row_heights = [above + cell * max(panel.weights.shape[0] for panel in row) + below for row in rows]
-    width, height = slot_width * columns + 0.9, sum(row_heights)
 
-    figure = new_figure(width, height, _DPI, layout=None)
+    figure = new_figure(slot_width * columns + 0.9, sum(row_heights), _DPI, layout=None)
     scale = Normalize(0, max(float(panel.weights.max()) for panel in panels))
     for index, panel in enumerate(panels):
-        panel_height, panel_width = (cell * count for count in panel.weights.shape)
-        x = slot_width * (index % columns) + left
-        y = height - sum(row_heights[: index // columns]) - above - panel_height
-        axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-        _draw_panel(axes, panel, scale)
-        if index == 0:
-            # Beside the row's last panel, so that it stands for all of them.
-            last_panel = panels[columns - 1].weights.shape[1]
-            x = slot_width * (columns - 1) + left + cell * last_panel + 0.15
-            _draw_bar(figure, scale, x, y + panel_height, panel_height)
+        x, y = slot_width * (index % columns) + left, sum(row_heights[: index // columns]) + above
+        height, width = (cell * count for count in panel.weights.shape)
+        _draw_panel(_axes(figure, x, y, width, height), panel, scale)
+    # Beside the row's last panel, so that it stands for all of them.
+    x = slot_width * (columns - 1) + left + cell * panels[columns - 1].weights.shape[1] + 0.15
+    _draw_bar(figure, scale, x, above, cell * len(panels[0].weights))
     _save(figure, path, title)
 
 
@@ -254,87 +240,66 @@ def contact_sheet(examples: Sequence[AlignmentExample], path: str | Path, title:
     Writes a PNG of many examples' `t2s`, small and without the tokens' text; all share one scale.
 
     Cells of tokens with the same text are outlined. At most 24 examples and the first 120 tokens of a side are shown;
-    the shares in the captions are those of the whole response.
-
-    Args:
-        examples (`Sequence[AlignmentExample]`): One small panel each.
-        path (`str` or `Path`): File to write; its folder is made if need be.
-        title (`str`, *optional*): Stands above all panels.
-
-    Raises:
-        UserError: If `examples` is empty.
+    the shares in the captions are those of the whole response. Arguments and errors are those of [`plot_attention`].
     """
     from matplotlib.colors import Normalize
 
-    if not examples:
-        raise UserError("contact_sheet got no examples: pass at least one from cross_attention")
+    check_given(examples, "contact_sheet")
     shown = examples[:MOST_ON_SHEET]
     columns = min(len(shown), _SHEET_COLUMNS)
     rows = math.ceil(len(shown) / columns)
     side, between, above = 2.1, 0.25, 0.55
-    width, height = (side + between) * columns + 0.8, (side + above + between) * rows
-    figure = new_figure(width, height, _SHEET_DPI, layout=None)
+    figure = new_figure((side + between) * columns + 0.8, (side + above + between) * rows, _SHEET_DPI, layout=None)
     panels = [example.t2s[:_MOST_TOKENS_ON_SHEET, :_MOST_TOKENS_ON_SHEET].numpy() for example in shown]
     scale = Normalize(0, max(float(weights.max()) for weights in panels))
     for index, (example, weights) in enumerate(zip(shown, panels)):
         cell = side / max(weights.shape)
-        panel_height, panel_width = (cell * count for count in weights.shape)
-        x = 0.1 + (side + between) * (index % columns)
-        top = height - (side + above + between) * (index // columns) - above
-        axes = figure.add_axes((x / width, (top - panel_height) / height, panel_width / width, panel_height / height))
-        _draw_small(axes, example, weights, scale, cell)
-    _draw_bar(figure, scale, 0.1 + (side + between) * columns, height - above, side)
+        x, y = 0.1 + (side + between) * (index % columns), (side + above + between) * (index // columns) + above
+        height, width = (cell * count for count in weights.shape)
+        _draw_small(_axes(figure, x, y, width, height), example, weights, scale, cell)
+    _draw_bar(figure, scale, 0.1 + (side + between) * columns, above, side)
     if len(examples) > len(shown):
         title = f"{title or 'examples'} (the first {len(shown)} of {len(examples)})"
     _save(figure, path, title)
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """The part of an example that is shown, as it is drawn: the arrays are `[shown n_s, shown n_t]`."""
+class _Panel(NamedTuple):
+    """An example as it is drawn, the part of it that is shown."""
 
+    example: AlignmentExample
     weights: np.ndarray
-    shared: np.ndarray
-    in_chunk: np.ndarray
-    row_ends: list[int]
-    column_ends: list[int]
     student_labels: list[str]
     teacher_labels: list[str]
     heading: list[str]
 
     @classmethod
     def of(cls, example: AlignmentExample) -> _Panel:
+        found, counts = shares(example), example.t2s.shape
         heading = [drawable(example.caption)] if example.caption else []
-        heading.append(
-            f"on the same text (orange): {attention_on_text(example):.1%}, if uniform {uniform_on_text(example):.1%}"
-        )
-        heading.append(
-            f"in the same chunk (grey): {attention_in_chunk(example):.1%}, if uniform {uniform_in_chunk(example):.1%}"
-        )
-        counts = example.t2s.shape
-        chunks = chunks_of(example)
+        for what, name in (("on the same text (orange)", "on_text"), ("in the same chunk (grey)", "in_chunk")):
+            heading.append(f"{what}: {found[name]:.1%}, if uniform {found[f'uniform_{name}']:.1%}")
         if max(counts) > MOST_TOKENS:
             shown = [f"{min(count, MOST_TOKENS)} of {count}" for count in counts]
             heading.append(f"the first {shown[0]} student and {shown[1]} teacher tokens")
-        return cls(
-            weights=example.t2s[:MOST_TOKENS, :MOST_TOKENS].numpy(),
-            shared=same_text(example)[:MOST_TOKENS, :MOST_TOKENS].numpy(),
-            in_chunk=same_chunk(example)[:MOST_TOKENS, :MOST_TOKENS].numpy(),
-            row_ends=_chunk_ends(chunks[0]),
-            column_ends=_chunk_ends(chunks[1]),
-            student_labels=[_label(token) for token in example.student_tokens[:MOST_TOKENS]],
-            teacher_labels=[_label(token) for token in example.teacher_tokens[:MOST_TOKENS]],
-            heading=heading,
+        students, teachers = (
+            [_shortened(drawable(token), _LONGEST_LABEL) for token in tokens[:MOST_TOKENS]]
+            for tokens in (example.student_tokens, example.teacher_tokens)
         )
+        return cls(example, example.t2s[:MOST_TOKENS, :MOST_TOKENS].numpy(), students, teachers, heading)
 
 
-def _draw_bar(figure: Any, scale: Any, x: float, top: float, height: float) -> None:
-    """The legend of the colours; in inches from the figure's left and lower edge."""
+def _axes(figure: Any, x: float, y: float, width: float, height: float) -> Any:
+    """Adds axes; all is in inches, from the figure's left and upper edge."""
+    whole_width, whole_height = figure.get_size_inches()
+    place = (x / whole_width, 1 - (y + height) / whole_height, width / whole_width, height / whole_height)
+    return figure.add_axes(place)
+
+
+def _draw_bar(figure: Any, scale: Any, x: float, y: float, height: float) -> None:
+    """The legend of the colours; in inches from the figure's left and upper edge."""
     from matplotlib.cm import ScalarMappable
 
-    whole_width, whole_height = figure.get_size_inches()
-    height = min(height, 4.0)
-    bar = figure.add_axes((x / whole_width, (top - height) / whole_height, 0.14 / whole_width, height / whole_height))
+    bar = _axes(figure, x, y, 0.14, min(height, 4.0))
     figure.colorbar(ScalarMappable(scale, "Blues"), cax=bar)
     bar.tick_params(labelsize=_FONT_SIZE)
     bar.set_ylabel("attention (rows sum to 1)", fontsize=_FONT_SIZE)
@@ -368,7 +333,8 @@ def _draw_small(axes: Any, example: AlignmentExample, weights: np.ndarray, scale
     heading = [_shortened(drawable(example.caption), _LONGEST_CAPTION)] if example.caption else []
     cut = f", the first {_MOST_TOKENS_ON_SHEET} shown" if max(counts) > _MOST_TOKENS_ON_SHEET else ""
     heading.append(f"{counts[0]} × {counts[1]} tokens{cut}")
-    heading.append(f"same text {attention_on_text(example):.1%}, chunk {attention_in_chunk(example):.1%}")
+    found = shares(example)
+    heading.append(f"same text {found['on_text']:.1%}, chunk {found['in_chunk']:.1%}")
     axes.set_title("\n".join(heading), fontsize=7, loc="left", pad=3, parse_math=False)
 
 
@@ -377,25 +343,20 @@ def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
 
     axes.pcolormesh(panel.weights, norm=scale, cmap="Blues", edgecolors="#ececec", linewidth=0.4)
     rows, columns = panel.weights.shape
-    chunk_lines = [((0, y), (columns, y)) for y in panel.row_ends] + [((x, 0), (x, rows)) for x in panel.column_ends]
-    axes.add_collection(LineCollection(chunk_lines, colors="#c2c2c2", linewidths=0.4))
-    axes.add_collection(LineCollection(_outline(panel.in_chunk), colors="#7d7d7d", linewidths=0.9))
-    axes.add_collection(LineCollection(_outline(panel.shared), colors=COLORS[1], linewidths=0.9))
+    row_ends, column_ends = map(_chunk_ends, chunks_of(panel.example))
+    in_chunk, shared = (
+        _outline(pairs(panel.example)[:MOST_TOKENS, :MOST_TOKENS].numpy()) for pairs in (same_chunk, same_text)
+    )
+    chunk_lines = [((0, y), (columns, y)) for y in row_ends] + [((x, 0), (x, rows)) for x in column_ends]
+    for lines, color, width in ((chunk_lines, "#c2c2c2", 0.4), (in_chunk, "#7d7d7d", 0.9), (shared, COLORS[1], 0.9)):
+        axes.add_collection(LineCollection(lines, colors=color, linewidths=width))
     axes.invert_yaxis()
     axes.set_yticks([row + 0.5 for row in range(rows)], [""] * rows)
     axes.set_xticks([column + 0.5 for column in range(columns)], [""] * columns)
     axes.tick_params(length=2)
     # Not as tick labels: those are centred on their ink, which makes "_" and "." look like "-" and "·".
-    style: dict[str, Any] = {
-        "textcoords": "offset points",
-        "ha": "right",
-        "va": "baseline",
-        "rotation_mode": "anchor",
-        "fontsize": _FONT_SIZE,
-        "family": FONT,
-        "parse_math": False,
-        "annotation_clip": False,
-    }
+    style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "baseline", "rotation_mode": "anchor"}
+    style |= {"fontsize": _FONT_SIZE, "family": FONT, "parse_math": False, "annotation_clip": False}
     gap, half = 5, 0.33 * _FONT_SIZE
     for row, label in enumerate(panel.student_labels):
         axes.annotate(label, (0, row + 0.5), (-gap, -half), xycoords=axes.get_yaxis_transform(), **style)
@@ -403,10 +364,8 @@ def _draw_panel(axes: Any, panel: _Panel, scale: Any) -> None:
         axes.annotate(
             label, (column + 0.5, 0), (half, -gap), xycoords=axes.get_xaxis_transform(), rotation=90, **style
         )
-    for set_name, name, labels in (
-        (axes.set_ylabel, "student", panel.student_labels),
-        (axes.set_xlabel, "teacher", panel.teacher_labels),
-    ):
+    named = ((axes.set_ylabel, "student", panel.student_labels), (axes.set_xlabel, "teacher", panel.teacher_labels))
+    for set_name, name, labels in named:
         set_name(name, fontsize=_FONT_SIZE + 1, labelpad=72 * _CHARACTER * max(map(len, labels)) + gap)
     for spine in axes.spines.values():
         spine.set_color("#999999")
@@ -429,17 +388,8 @@ def _outline(cells: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]]
     return upright + level
 
 
-def _label(token: str) -> str:
-    return _shortened(drawable(token), _LONGEST_LABEL)
-
-
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _chunks(row: Mapping[str, Any], prefix: str) -> tuple[int, ...] | None:
-    ids = row.get(f"{prefix}chunk_ids")
-    return None if ids is None else tuple(int(chunk) for chunk in ids)
 
 
 def _closes(row: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
@@ -456,7 +406,8 @@ def _closes(row: Mapping[str, Any], prefix: str) -> tuple[int, ...]:
 def _response_bytes(row: Mapping[str, Any], *tokenizers: PreTrainedTokenizerBase) -> bytes | None:
     """The response's UTF-8 bytes, decoded by the first tokenizer that gives back as many as the row states."""
     for prefix, tokenizer in zip(("", "teacher_"), tokenizers):
-        ids = _response_ids(row, prefix, with_eos=False)
+        silent = silent_mask(row[f"{prefix}byte_ends"], [stop - start for start, stop in answer_spans(row, prefix)])
+        ids = [token for token, quiet in zip(_response_ids(row, prefix), silent) if not quiet]
         text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         # Tokenizers of the Llama 2 kind drop a space at the beginning.
         for data in (text.encode(), b" " + text.encode()):
@@ -483,9 +434,5 @@ def _token_texts(
     return texts
 
 
-def _response_ids(row: Mapping[str, Any], prefix: str, with_eos: bool = True) -> list[int]:
-    ids = [int(token) for start, stop in answer_spans(row, prefix) for token in row[f"{prefix}input_ids"][start:stop]]
-    if with_eos:
-        return ids
-    silent = silent_mask(row[f"{prefix}byte_ends"], [stop - start for start, stop in answer_spans(row, prefix)])
-    return [token for token, quiet in zip(ids, silent) if not quiet]
+def _response_ids(row: Mapping[str, Any], prefix: str) -> list[int]:
+    return [int(token) for start, stop in answer_spans(row, prefix) for token in row[f"{prefix}input_ids"][start:stop]]

@@ -15,21 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..alignment.chunked import chunk_mask
-from .heatmap import AlignmentExample, chunks_of
+from .heatmap import AlignmentExample, same_chunk
 
 
 def chunk_mass(attention: Tensor, pairs: Tensor) -> Tensor:
-    """
-    Share of each row's attention on the tokens of its own chunk.
-
-    Args:
-        attention (`torch.Tensor` of shape `[n, m]`): Rows sum to 1.
-        pairs (`torch.Tensor` of shape `[n, m]`, bool): Which tokens lie in the same chunk.
-
-    Returns:
-        `torch.Tensor` of shape `[n]`, 0 to 1.
-    """
+    """Share of each row's attention on the tokens of its own chunk, `[n]`; `pairs` `[n, m]` says which these are."""
     return (attention.double() * pairs).sum(1)
 
 
@@ -68,10 +58,7 @@ def attention_distance(attention: Tensor, row_centres: Tensor, column_centres: T
     """
     Expected distance of the attended token's centre from the row's token's, `[n]`, in the unit of the centres.
 
-    Args:
-        attention (`torch.Tensor` of shape `[n, m]`): Rows sum to 1.
-        row_centres (`torch.Tensor` of shape `[n]`), column_centres (`torch.Tensor` of shape `[m]`):
-            Where the middle of each token is in the text.
+    These, `[n]` and `[m]`, are where the middle of each token is in the text.
     """
     distances = (row_centres.double()[:, None] - column_centres.double()[None]).abs()
     return (attention.double() * distances).sum(1)
@@ -84,11 +71,7 @@ def prior_divergence(attention: Tensor, pairs: Tensor) -> Tensor:
     In this direction it says how badly the attention covers the chunk. The other one is infinite wherever the
     attention has any weight outside. It falls to 0 for attention that is the mean over the chunk (as in CLP), and is
     log(m / tokens of the chunk) for uniform attention. A weight that float32 rounds to 0 counts as its least positive
-    number, at 87 nats.
-
-    Args:
-        attention (`torch.Tensor` of shape `[n, m]`): Rows sum to 1.
-        pairs (`torch.Tensor` of shape `[n, m]`, bool): Which tokens lie in the same chunk; every row has one.
+    number, at 87 nats. Every row of `pairs` `[n, m]`, which tokens lie in the same chunk, has one.
     """
     size = pairs.sum(1).double()
     surprisals = -attention.double().clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -119,8 +102,7 @@ def alignment_metrics(examples: Sequence[AlignmentExample]) -> dict[str, float]:
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for example in examples:
-        student_chunks, teacher_chunks = (torch.tensor([ids]) for ids in chunks_of(example))
-        pairs = chunk_mask(student_chunks, teacher_chunks)[0]
+        pairs = same_chunk(example)
         student, teacher = _centres(example.student_byte_ends), _centres(example.teacher_byte_ends)
         directions = {"": (example.t2s, pairs, student, teacher), "s2t_": (example.s2t, pairs.T, teacher, student)}
         for prefix, arguments in directions.items():

@@ -16,16 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import UserError
 from ..utils.markup import render
-from .heatmap import (
-    AlignmentExample,
-    attention_in_chunk,
-    attention_on_text,
-    chunks_of,
-    uniform_in_chunk,
-    uniform_on_text,
-)
+from .heatmap import AlignmentExample, check_given, chunks_of, shares
 
 
 if TYPE_CHECKING:
@@ -43,16 +35,12 @@ def write_page(examples: Sequence[AlignmentExample], path: str | Path, title: st
     attention (`t2s` from the student's, `s2t` from the teacher's tokens) and tells the numbers of the strongest. All
     examples share one scale. Without JavaScript the texts and chunks can be read still.
 
-    Args:
-        examples (`Sequence[AlignmentExample]`): One section each. The attention is kept in thousandths.
-        path (`str` or `Path`): File to write; its folder is made if need be.
-        title (`str`): Stands above the page.
+    Each example is a section, with the attention in thousandths. The folder of the file is made if need be.
 
     Raises:
         UserError: If `examples` is empty.
     """
-    if not examples:
-        raise UserError("write_page got no examples: pass at least one from cross_attention")
+    check_given(examples, "write_page")
     full = max(_thousandths(weights).max() for example in examples for weights in (example.t2s, example.s2t))
     sections = [_section(example) for example in examples]
     page = render("analysis/page.html", title=_visible(title), full=int(full), sections=sections)
@@ -68,10 +56,7 @@ def _section(example: AlignmentExample) -> dict[str, Any]:
     tokens = {"Student": example.student_tokens, "Teacher": example.teacher_tokens}
     return {
         "caption": _visible(example.caption),
-        "on_text": f"{attention_on_text(example):.1%}",
-        "uniform_on_text": f"{uniform_on_text(example):.1%}",
-        "in_chunk": f"{attention_in_chunk(example):.1%}",
-        "uniform_in_chunk": f"{uniform_in_chunk(example):.1%}",
+        **{name: f"{share:.1%}" for name, share in shares(example).items()},
         "sides": [
             {"name": name, "count": len(side), "chunks": list(_chunks(side, chunks))}
             for (name, side), chunks in zip(tokens.items(), chunks_of(example))

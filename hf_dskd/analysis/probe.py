@@ -39,7 +39,7 @@ class Analysis:
 
     Attributes:
         step (`int`): Steps that the run had done.
-        numbers (`dict[str, float]`): By name; those that don't apply to the method are absent. See [`analyse`].
+        numbers (`dict[str, float]`): By name; those that don't apply to the method are absent.
         examples (`list[AlignmentExample]`): The attentions of each row.
         queries (`torch.Tensor` of shape `[n, 2 d_t]`), keys (`torch.Tensor` of shape `[m, 2 d_t]`, *optional*):
             Those of all response tokens, float32, on the CPU. `None` for a method without queries.
@@ -80,8 +80,7 @@ def analyse(
         rows (`Sequence[Mapping[str, Any]]`):
             Tokenized for both models, such as `trainer.eval_dataset.select(range(64))`.
         step (`int`, *optional*, defaults to `0`): Steps that the run has done.
-        batch_size (`int`, *optional*, defaults to `per_device_eval_batch_size`):
-            Rows at a time; changes rounding only.
+        batch_size (`int`, *optional*, defaults to `per_device_eval_batch_size`): Changes rounding only.
 
     Raises:
         UserError: If there are no rows, the method has no alignment, or the rows aren't tokenized for both models.
@@ -99,11 +98,11 @@ def analyse(
         return Analysis(step, numbers, examples)
 
     size = (batch_size or config.per_device_eval_batch_size) if distiller.exact_means else 1
-    batches = []
     with distiller.unchanged(), torch.no_grad():
-        for start in range(0, len(taken), size):
-            here = slice(start, start + size)
-            batches.append(_measured(distiller, taken[here], examples[here], start))
+        batches = [
+            _measured(distiller, taken[start : start + size], examples[start : start + size], start)
+            for start in range(0, len(taken), size)
+        ]
     sums, vectors = ([part[place] for part in batches] for place in (0, 1))
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
     for alignment in ("", "probe_clp_", "probe_cla_"):
@@ -129,11 +128,8 @@ def _measured(
     with distiller.autocast():
         sums = {"student_tokens": student.counts.sum(), "teacher_tokens": teacher.counts.sum()}
         sums |= _space_sums(distiller, student, teacher)
-        chunks = [chunks_of(example) for example in examples]
-        chunked = (
-            _with_chunks(student, [of_student for of_student, _ in chunks]),
-            _with_chunks(teacher, [of_teacher for _, of_teacher in chunks]),
-        )
+        of_student, of_teacher = zip(*map(chunks_of, examples))
+        chunked = _with_chunks(student, of_student), _with_chunks(teacher, of_teacher)
         probes = {"probe_clp_": "chunk_mean", **({"probe_cla_": "chunk_attention"} if has_queries else {})}
         for prefix, alignment in probes.items():
             probed = _space_sums(distiller, *chunked, alignment)
@@ -148,9 +144,10 @@ def _measured(
             "key_groups": teacher.mask.nonzero()[:, 0] + first,
         }
     if objective.matching is not None:
-        of_critic = {"query_scores": vectors["queries"], "key_scores": vectors["keys"]}
-        scores = {name: objective.matching.scores(rows) for name, rows in of_critic.items()}
-        vectors |= {name: found for name, found in scores.items() if found is not None}
+        for name, side in (("query_scores", "queries"), ("key_scores", "keys")):
+            scores = objective.matching.scores(vectors[side])
+            if scores is not None:
+                vectors[name] = scores
     return sums, {name: values.cpu() for name, values in vectors.items()}
 
 
@@ -171,7 +168,7 @@ def _space_sums(
     return {name: terms[name].double().sum() for name in _RATIOS if name in terms}
 
 
-def _with_chunks(states: ResponseStates, chunks: list[Sequence[int]]) -> ResponseStates:
+def _with_chunks(states: ResponseStates, chunks: Sequence[Sequence[int]]) -> ResponseStates:
     """The states with the chunk of each response token: one sequence for each example."""
     ids = torch.tensor([chunk for example in chunks for chunk in example], device=states.mask.device)
     padded = torch.full(states.mask.shape, -1, device=ids.device)

@@ -55,16 +55,9 @@ def record(
     """
     Analyses a run in its present state and writes the numbers to `folder`, with `pictures` also those.
 
-    Args:
-        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher, such as `trainer.distiller`.
-        rows (`Sequence[dict[str, Any]]`): Tokenized for both models.
-        folder (`str` or `Path`): `analysis` in the run's output folder. What it has of this step is replaced.
-        pictures (`bool`): Whether to draw.
-        step (`int`, *optional*, defaults to `0`): Steps that the run has done.
-        progress (`float`, *optional*, defaults to `0.0`): The same as a share of all, for scheduled temperatures.
-
-    Returns:
-        `dict[str, float]`: the numbers by name (see [`~hf_dskd.analysis.probe.analyse`] and [`gradient_norms`]).
+    What the folder, `analysis` in that of the run, has of this step is replaced. `progress` is the step as a share of
+    all, for scheduled temperatures. Other arguments and the numbers are those of [`~hf_dskd.analysis.probe.analyse`]
+    and [`gradient_norms`].
     """
     folder = Path(folder)
     numbers: dict[str, float] = {}
@@ -106,12 +99,8 @@ def gradient_norms(distiller: Distiller, rows: Sequence[Mapping[str, Any]], prog
     """
     Measures how strongly each term of the loss, with its weight, pulls at what the student's optimizer trains.
 
-    Computed on all `rows` as one batch, in evaluation mode; leaves the run as it is.
-
-    Args:
-        distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher.
-        rows (`Sequence[Mapping[str, Any]]`): Tokenized for both models.
-        progress (`float`, *optional*, defaults to `0.0`): How much of the training is done, 0 to 1.
+    Computed on all `rows` as one batch, in evaluation mode; leaves the run as it is. `progress` is how much of the
+    training is done, 0 to 1.
 
     Returns:
         `dict[str, float]`: `gradient_norm_{term}`, the L2 norm of the term's gradient in the student's trained weights
@@ -125,9 +114,8 @@ def gradient_norms(distiller: Distiller, rows: Sequence[Mapping[str, Any]], prog
         for name in names:
             with distiller.autocast():
                 terms = distiller.terms(views, Step(progress, only=name))
-            counts = (terms.student_tokens, terms.student_tokens)
-            if terms.teacher_tokens is not None:
-                counts = (terms.student_tokens, terms.teacher_tokens)
+            teacher_tokens = terms.student_tokens if terms.teacher_tokens is None else terms.teacher_tokens
+            counts = (terms.student_tokens, teacher_tokens)
             loss = distiller.loss(terms, *(count.sum().clamp_min(1) for count in counts))
             found = [
                 gradient.double().square().sum()

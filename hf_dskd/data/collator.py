@@ -19,12 +19,10 @@ class DualCollator:
     Pads the student's and the teacher's tokens of the same examples, each to its own length, on the right.
 
     Args:
-        student_pad_token_id (`int`):
-            Padding token of the student.
+        student_pad_token_id (`int`): Padding token of the student.
         teacher_pad_token_id (`int`, *optional*):
             Padding token of the teacher. Without it, the batch has no tensors for the teacher.
-        pad_to_multiple_of (`int`, *optional*):
-            Rounds both lengths up to a multiple of this.
+        pad_to_multiple_of (`int`, *optional*): Rounds both lengths up to a multiple of this.
         pad_to_length (`int`, *optional*):
             Pads both sides at least to this length, so that every batch has the same shape.
         teacher_states (`Callable`, *optional*):
@@ -40,11 +38,7 @@ class DualCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Makes a batch.
-
-        Args:
-            rows (`list[dict[str, Any]]`):
-                Rows as [`tokenize_dataset`] writes them.
+        Makes a batch of rows as [`tokenize_dataset`] writes them.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, `labels` (not shifted; -100 on the prompt and the

@@ -44,12 +44,9 @@ def format_of(name: str) -> str | None:
 
 def load_file(name: str, *, streaming: bool = False, skip_bad: bool = False) -> Dataset | IterableDataset:
     """
-    Loads the rows of a file.
+    Loads the rows of a file whose path ends as one of [`FORMATS`], or as one of them and `.gz`.
 
-    Args:
-        name (`str`): A path that ends as one of [`FORMATS`], or as one of them and `.gz`.
-        streaming (`bool`, *optional*, defaults to `False`): Read it while it is used.
-        skip_bad (`bool`, *optional*, defaults to `False`): Leave out rows that can't be read, and warn of them.
+    With `streaming` it is read while it is used; with `skip_bad` rows that can't be read are left out with a warning.
 
     Raises:
         UserError: It names the file, the line and the remedy.
@@ -75,10 +72,15 @@ def load_file(name: str, *, streaming: bool = False, skip_bad: bool = False) -> 
         if next(rows_of(**given), None) is None:
             raise UserError(f"dataset {name!r} has no rows: write at least one")
         return IterableDataset.from_generator(rows_of, gen_kwargs=given)
-    left_out = _LeftOut(name) if skip_bad else None
-    features = _features(name, read_rows(name, left_out.note if left_out else _stop))
-    if left_out is not None:
-        left_out.warn()
+    counts, first = Counter[str](), dict[str, str]()
+
+    def note(kind: str, message: str) -> None:
+        counts[kind] += 1
+        first.setdefault(kind, message)
+
+    features = _features(name, read_rows(name, note if skip_bad else _stop))
+    for kind, count in counts.items():
+        logger.warning("%r: %d rows are left out because each %s; the first: %s", name, count, kind, first[kind])
     # Kept on disk by what they are made of: another file of the same name is another one.
     stat = Path(name).stat()
     # Tuples, for lists would be taken for shards.
@@ -88,7 +90,7 @@ def load_file(name: str, *, streaming: bool = False, skip_bad: bool = False) -> 
 
 def rows_of(name: str, skip_bad: bool, version: Any = None, columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Makes [`read_rows`] a generator that datasets can keep; all rows have these `columns`."""
-    for row in read_rows(name, _pass if skip_bad else _stop):
+    for row in read_rows(name, (lambda *_: None) if skip_bad else _stop):
         yield {**dict.fromkeys(columns), **row}
 
 
@@ -105,27 +107,6 @@ def read_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
 
 def _stop(kind: str, message: str) -> None:
     raise UserError(message)
-
-
-def _pass(kind: str, message: str) -> None:
-    pass
-
-
-class _LeftOut:
-    """Counts rows that are left out, by what is wrong with them."""
-
-    def __init__(self, name: str):
-        self.name, self.counts = name, Counter[str]()
-        self.first: dict[str, str] = {}
-
-    def note(self, kind: str, message: str) -> None:
-        self.first.setdefault(kind, message)
-        self.counts[kind] += 1
-
-    def warn(self) -> None:
-        for kind, count in self.counts.items():
-            first = self.first[kind]
-            logger.warning("%r: %d rows are left out because each %s; the first: %s", self.name, count, kind, first)
 
 
 # ---- Text

@@ -33,21 +33,18 @@ _DECIDED = {
 
 
 class Columns(NamedTuple):
-    """
-    The columns that hold the example.
+    """The columns that hold the example: for `"messages"` both are the one that holds the whole conversation."""
 
-    Attributes:
-        kind (`str`):
-            `"messages"`, `"pair"` (a prompt and a response) or `"instruction"` (wrapped in the Alpaca-style template).
-        prompt (`str`):
-            Column of the prompt. For `"messages"` it is the column that holds the whole conversation.
-        response (`str`):
-            Column of the response. For `"messages"` it is the same column.
-    """
-
-    kind: Literal["messages", "pair", "instruction"]
+    kind: Literal["messages", "pair", "instruction"]  # the last is wrapped in the Alpaca-style template
     prompt: str
     response: str
+
+
+_FORMATS = (
+    Columns("messages", "messages", "messages"),
+    Columns("pair", "prompt", "completion"),
+    Columns("instruction", "instruction", "output"),
+)
 
 
 class Example(NamedTuple):
@@ -55,13 +52,10 @@ class Example(NamedTuple):
     One answer of a row, and what comes before it.
 
     Attributes:
-        messages (`list[dict[str, Any]]`):
-            The conversation up to and without the answer, each message with `role` and `content`, and whatever else
-            it has for a chat template (`tool_calls`, `name`, `reasoning_content`, ...).
-        prompt (`str`):
-            The same as plain text, for models without a chat template.
-        response (`str`):
-            The answer; `""` where the row has none.
+        messages (`list[dict[str, Any]]`): The conversation up to and without the answer, each message with `role` and
+            `content`, and whatever else it has for a chat template (`tool_calls`, `name`, `reasoning_content`, ...).
+        prompt (`str`): The same as plain text, for models without a chat template.
+        response (`str`): The answer; `""` where the row has none.
         extras (`dict[str, Any]`, *optional*):
             What the answer's message has beside role and content, such as `tool_calls`.
         continued (`bool`, *optional*, defaults to `False`):
@@ -87,19 +81,8 @@ def detect_format(
     """
     Finds the columns that hold the prompt and the response.
 
-    Named columns win. Otherwise the first complete one of `messages`, `prompt`/`completion` and
-    `instruction`/`output` is taken.
-
-    Args:
-        column_names (`Iterable[str]`):
-            Columns of the data set.
-        prompt_column (`str`, *optional*):
-            Column of the prompt. If only the response column is named, it is `"prompt"`.
-        response_column (`str`, *optional*):
-            Column of the response. If only the prompt column is named, it is `"completion"`.
-
-    Returns:
-        `Columns`: the kind of format and its columns.
+    Named columns win; where one of the two is named, the other is `"prompt"` or `"completion"`. Otherwise the first
+    complete one of `messages`, `prompt`/`completion` and `instruction`/`output` is taken.
 
     Raises:
         `UserError`: if a needed column is missing.
@@ -113,15 +96,11 @@ def detect_format(
                     f"column {column!r} is missing: the data set has {_listed(names)}; set {option} to one of these"
                 )
         return columns
-    if "messages" in names:
-        return Columns("messages", "messages", "messages")
-    if "prompt" in names and "completion" in names:
-        return Columns("pair", "prompt", "completion")
-    if "instruction" in names and "output" in names:
-        return Columns("instruction", "instruction", "output")
-
-    partners = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
-    missing = next((partners[name] for name in partners if name in names), None)
+    for columns in _FORMATS:
+        if {columns.prompt, columns.response} <= set(names):
+            return columns
+    partners = [pair for _, one, other in _FORMATS[1:] for pair in ((one, other), (other, one))]
+    missing = next((partner for name, partner in partners if name in names), None)
     if missing is None:
         raise UserError(
             f"no column 'messages', 'prompt' and 'completion', or 'instruction' and 'output': the data set has "
@@ -159,12 +138,8 @@ def read_examples(
     message from being learnt.
 
     Args:
-        row (`Mapping[str, Any]`):
-            The row.
-        prompt_column (`str`, *optional*):
-            Column of the prompt.
-        response_column (`str`, *optional*):
-            Column of the response.
+        row (`Mapping[str, Any]`), prompt_column (`str`, *optional*), response_column (`str`, *optional*):
+            The row, and columns of it that hold prompt and response.
         train_on (`str`, *optional*, defaults to `"all"`):
             `"all"` for every answer of `messages`, of a completion of several turns and of `history`; `"last"` for the
             last one alone.
@@ -178,10 +153,9 @@ def read_examples(
         `UserError`: if a column is missing, or a value isn't of the expected type or can't be encoded.
     """
     columns = detect_format(row, prompt_column, response_column)
-    turns, continued = _READERS[columns.kind](row, columns)
-    bare = [_without_end(turn, ends) for turn in turns]
-    ended = bare != turns
-    turns = bare
+    given, continued = _READERS[columns.kind](row, columns)
+    turns = [_without_end(turn, ends) for turn in given]
+    ended = turns != given
     if turns[0].message["role"] == "system" and row.get(SYSTEM):
         raise UserError(f"a column {SYSTEM!r} and a system message: leave one of them out")
     if row.get(SYSTEM):
@@ -189,9 +163,8 @@ def read_examples(
         plain = _plain("system", system) if columns.kind == "messages" else f"{system}\n\n"
         turns = [_Turn({"role": "system", "content": system}, plain), *turns]
     template = {name: value for name in TEMPLATE_COLUMNS if (value := _template_value(row, name))}
-    answers = [
-        index for index, turn in enumerate(turns) if index >= 1 and turn.message["role"] == "assistant" and turn.weight
-    ]
+    roles = [turn.message["role"] for turn in turns]
+    answers = [place for place in range(1, len(turns)) if roles[place] == "assistant" and turns[place].weight]
     if not answers:
         raise UserError("every answer of the conversation has weight 0: leave the row out, or weigh one with 1")
     return [
@@ -245,17 +218,18 @@ def _example(turns: list[_Turn], index: int, continued: bool, template: dict[str
 def _read_instruction(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], bool]:
     turns = []
     for instruction, answer in _history(row):
-        turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
-        turns.append(_Turn(_assistant(answer), f"{answer}\n\n"))
+        turns += [_instruction(instruction), _Turn(_assistant(answer), f"{answer}\n\n")]
     instruction = _string(row[columns.prompt], columns.prompt)
-    context = _string(row.get("input") or "", "input")
-    if context:
-        plain = INSTRUCTION_INPUT_TEMPLATE.format(instruction=instruction, input=context)
-        turns.append(_Turn(_user(f"{instruction}\n\n{context}"), plain))
-    else:
-        turns.append(_Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction)))
+    turns.append(_instruction(instruction, _string(row.get("input") or "", "input")))
     turns.append(_Turn(_assistant(_response_string(row[columns.response], columns.response)), ""))
     return turns, False
+
+
+def _instruction(instruction: str, context: str = "") -> _Turn:
+    if not context:
+        return _Turn(_user(instruction), INSTRUCTION_TEMPLATE.format(instruction=instruction))
+    plain = INSTRUCTION_INPUT_TEMPLATE.format(instruction=instruction, input=context)
+    return _Turn(_user(f"{instruction}\n\n{context}"), plain)
 
 
 def _read_messages(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], bool]:
@@ -291,11 +265,8 @@ def _read_pair(row: Mapping[str, Any], columns: Columns) -> tuple[list[_Turn], b
         return [*turns, _Turn(answer, "")], continued
     answers = _conversation(response, columns.response)
     _check_answer(answers[-1].message, columns.response)
-    if (
-        turns[-1].message["role"] == "assistant"
-        and len(answers) == 1
-        and answers[0].message.keys() == {"role", "content"}
-    ):
+    plain = len(answers) == 1 and answers[0].message.keys() == {"role", "content"}
+    if plain and turns[-1].message["role"] == "assistant":
         return _read_pair({**row, columns.response: answers[0].message["content"]}, columns)
     if len(answers) > 1 and isinstance(prompt, str):
         turns[-1] = _Turn(turns[-1].message, _plain("user", prompt), _HEADER)
@@ -342,8 +313,7 @@ def _template_value(row: Mapping[str, Any], name: str) -> Any:
     given = row.get(name)
     # What JSON says is nothing is so; `datasets` fills in others.
     value = _parsed(given) if isinstance(given, str) else _without_nothing(given)
-    kinds = {"chat_template_kwargs": dict}
-    kind = kinds.get(name, list)
+    kind = dict if name == "chat_template_kwargs" else list
     if value and not isinstance(value, kind):
         raise UserError(f"column {name!r} holds {_shown(value)}; it must be a {kind.__name__}, or JSON of one")
     taken = _DECIDED & set(value or ()) if kind is dict else ()
@@ -408,10 +378,9 @@ def _joined(content: Any) -> Any:
     """Joins a content that is a list of text parts; leaves anything else as it is."""
     if not isinstance(content, list) or not content:
         return content
-    parts = [
-        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
-    ]
-    return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
+    return "".join(map(str, parts)) if whole else content
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -422,11 +391,8 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     read = []
     for call in calls:
         function = call.get("function")
-        if isinstance(function, Mapping):
-            function = (
-                {**function, "arguments": _parsed(function["arguments"])} if "arguments" in function else function
-            )
-            call = {**call, "function": function}
+        if isinstance(function, Mapping) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": _parsed(function["arguments"])}}
         read.append(dict(call))
     return read
 

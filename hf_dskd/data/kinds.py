@@ -16,14 +16,9 @@ logger = logging.getLogger(__name__)
 
 def as_dataset(data: Any, parameter: str) -> Any:
     """
-    Makes a dataset of lists of rows, data frames and torch datasets of rows; takes one as it is.
+    Makes a dataset of lists of rows, data frames and torch datasets of rows; takes a dataset and `None` as they are.
 
-    Args:
-        data: What was given as `parameter`.
-        parameter (`str`): Its name, for errors.
-
-    Returns:
-        [`~datasets.Dataset`], [`~datasets.IterableDataset`] or `None`.
+    `parameter` is its name, for errors.
     """
     from datasets import Dataset, IterableDataset
 

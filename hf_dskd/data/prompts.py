@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import UserError
 from .formats import Example
 from .templates import Template, Turn, control_pattern, special_ids
-from .tokens import answer_tokens, encode, response_tokens, traits_of
+from .tokens import answer_tokens, encode, name_of, response_tokens, traits_of
 
 
 if TYPE_CHECKING:
@@ -21,16 +21,13 @@ class Frame(NamedTuple):
     """
     What stands around an answer.
 
-    Attributes:
-        lead (`str`):
-            What the chat template puts between where the model begins to write and the answer: white space, or an
-            empty thought. The model is to write it.
-        end (`list[int]`):
-            Tokens that end the answer: those that the chat template puts there, or else the end-of-sequence token.
-            They go up to the template's last control token, at which a model stops: white space after it belongs to
-            the next prompt. Where a template ends answers with ordinary text, the end-of-sequence token follows it.
+    The tokens that end it are those that the chat template puts there, or else the end-of-sequence token. They go up
+    to the template's last control token, at which a model stops: white space after it belongs to the next prompt.
+    Where a template ends answers with ordinary text, the end-of-sequence token follows it.
     """
 
+    # What the chat template puts between where the model begins to write and the answer: white space, or an empty
+    # thought. The model is to write it.
     lead: str
     end: list[int]
 
@@ -47,18 +44,12 @@ def prompt_tokens(
     Control tokens in the messages are text, as far as the chat template lets them be told from its own.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            A fast tokenizer.
-        example (`Example`):
-            Its messages are rendered by the tokenizer's chat template, or its plain prompt text is taken.
+        tokenizer (`PreTrainedTokenizerBase`): A fast one.
+        example (`Example`): Its messages are rendered by the chat template, or its plain prompt text is taken.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"` renders the chat template, which then decides on every special token, and is plain for tokenizers
             without one. `"plain"` takes the plain text after the special tokens with which the tokenizer begins.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat template, such as `{"enable_thinking": False}`.
-
-    Returns:
-        `list[int]`: token ids.
+        chat_template_kwargs (`dict[str, Any]`, *optional*): Such as `{"enable_thinking": False}`.
 
     Raises:
         `UserError`: if the chat template rejects the messages.
@@ -78,13 +69,7 @@ def answer_frame(
     prompt_style: str = "chat",
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> Frame:
-    """
-    Finds what stands around an answer.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`), prompt_style (`str`), chat_template_kwargs (`dict[str, Any]`):
-            As in [`prompt_tokens`].
-    """
+    """Finds what stands around an answer; the arguments are those of [`prompt_tokens`]."""
     if not uses_template(tokenizer, prompt_style):
         return Frame("", [tokenizer.eos_token_id])
     put, closing = Template(tokenizer, chat_template_kwargs).frame
@@ -229,22 +214,14 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 def check_eos(tokenizer: Any, role: str) -> None:
     """Refuses a tokenizer with which no response can end."""
     if tokenizer.eos_token_id is None:
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise UserError(f"the {role}'s tokenizer {name!r} has no EOS token: set tokenizer.eos_token first")
+        raise UserError(f"the {role}'s tokenizer {name_of(tokenizer)} has no EOS token: set tokenizer.eos_token first")
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:
     """
     Lets the end-of-sequence token serve as padding where the tokenizer has no padding token.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Changed in place.
-        name (`str`):
-            Whose tokenizer it is, such as `"student"`.
-
-    Returns:
-        `str` or `None`: a sentence for the log, or `None` if nothing was changed.
+    Returns a sentence for the log about the tokenizer of `name`, such as `"student"`, or `None` without a change.
     """
     if tokenizer.pad_token_id is not None:
         return None
@@ -256,18 +233,8 @@ def depends_on_the_day(
     tokenizer: PreTrainedTokenizerBase, name: str, chat_template_kwargs: dict[str, Any] | None = None
 ) -> str | None:
     """
-    Tells of a chat template that writes today's date into every prompt.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Of the chat template.
-        name (`str`):
-            Whose tokenizer it is, such as `"student"`.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat template; Llama's takes the date as `date_string`.
-
-    Returns:
-        `str` or `None`: a sentence for the log, or `None` if prompts are the same on every day.
+    Tells of a chat template that writes today's date into every prompt: a sentence for the log about the tokenizer of
+    `name`, such as `"student"`, or `None`. Llama's template takes the date as `date_string`.
     """
     template = json.dumps(tokenizer.chat_template or "")
     takes_date = "date_string" in template

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from ..errors import UserError
 from .formats import LINK, Example, Message
+from .tokens import name_of
 
 
 if TYPE_CHECKING:
@@ -30,24 +31,14 @@ _THOUGHT = re.compile(r"<[^<>/|\s]+>\s*\Z")
 
 
 class Turn(NamedTuple):
-    """
-    One model's view of an answer.
+    """One model's view of an answer."""
 
-    Attributes:
-        prompt (`str`): What the model is asked with, control tokens included.
-        lead (`str`): What the template puts between that and the answer: white space, or an empty thought.
-        answer (`str`): The answer as it is written here.
-        closing (`str`): What the template puts after the answer.
-        verbatim (`bool`): Whether the answer is the text that was given, not what the template made of it.
-        asked (`bool`): Whether the answer stands where the template asks for one.
-    """
-
-    prompt: str
-    lead: str
-    answer: str
-    closing: str
-    verbatim: bool = True
-    asked: bool = True
+    prompt: str  # what the model is asked with, control tokens included
+    lead: str  # what the template puts between that and the answer: white space, or an empty thought
+    answer: str  # as it is written here
+    closing: str  # what the template puts after the answer
+    verbatim: bool = True  # the answer is the text that was given, not what the template made of it
+    asked: bool = True  # the answer stands where the template asks for one
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -73,31 +64,19 @@ def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
-    """
-    Renders messages by the tokenizer's chat template.
-
-    Raises:
-        `UserError`: if the template rejects them, whatever it raises: a template is a program of its own.
-    """
+    """Renders messages; whatever a template raises is a [`UserError`], for it is a program of its own."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
-        name = repr(tokenizer.name_or_path or type(tokenizer).__name__)
         kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
         raise UserError(
-            f"the chat template of {name} rejects the messages ({kind}{' '.join(str(error).split())}); change them,"
-            " set tokenizer.chat_template, or set prompt_style='plain'"
+            f"the chat template of {name_of(tokenizer)} rejects the messages ({kind}{' '.join(str(error).split())});"
+            " change them, set tokenizer.chat_template, or set prompt_style='plain'"
         ) from error
 
 
 class Template:
-    """
-    A tokenizer's chat template, with the settings that are the same for every row.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): With a chat template.
-        options (`dict[str, Any]`, *optional*): For the chat template, such as `{"enable_thinking": False}`.
-    """
+    """A tokenizer's chat template, with the settings of all rows, such as `{"enable_thinking": False}`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, dict(options or {})
@@ -178,24 +157,16 @@ class Template:
     def refusal(self, example: Example) -> str:
         """Says why the template takes no conversation like this one; nothing if it does."""
         try:
-            self._render(example, self._answered(example, example.response, example.extras))
+            self._render(example, _answered(example, example.response, example.extras))
         except UserError as error:
             return str(error)
         return ""
 
     def _with_answer(self, example: Example, text: str, extras: Mapping[str, Any] | None = None) -> str | None:
         try:
-            return self._render(example, self._answered(example, text, extras))
+            return self._render(example, _answered(example, text, extras or {}))
         except UserError:
             return None
-
-    @staticmethod
-    def _answered(example: Example, text: str, extras: Mapping[str, Any] | None) -> list[Message]:
-        """Adds its answer to the conversation."""
-        if not example.continued:
-            return [*example.messages, {"role": "assistant", "content": text, **(extras or {})}]
-        *before, last = example.messages
-        return [*before, {**last, "content": last["content"] + text}]
 
     def _render(self, example: Example, messages: list[Message], **asks: Any) -> str:
         row = {name: value for name, value in example.template.items() if name != "chat_template_kwargs"}
@@ -219,6 +190,14 @@ class Template:
         return self._rendered[key]
 
 
+def _answered(example: Example, text: str, extras: Mapping[str, Any]) -> list[Message]:
+    """Adds its answer to the conversation."""
+    if not example.continued:
+        return [*example.messages, {"role": "assistant", "content": text, **extras}]
+    *before, last = example.messages
+    return [*before, {**last, "content": last["content"] + text}]
+
+
 def _arguments_as_json(messages: list[Message]) -> list[Message]:
     def changed(call: Mapping[str, Any]) -> dict[str, Any]:
         function = call.get("function")
@@ -233,13 +212,8 @@ def check_rendered(example: Example, templates: list[Template], sides: int) -> b
     """
     Raises a [`UserError`] for what no template writes, which would be dropped without a word.
 
-    Args:
-        example (`Example`): The row's last answer.
-        templates (`list[Template]`): Those of student and teacher that are used; none where both read plain text.
-        sides (`int`): How many models there are.
-
-    Returns:
-        `bool`: whether all models get all of it.
+    `example` is the row's last answer, `templates` are those of the `sides` models that use one. Returns whether all
+    models get all of it.
     """
     seen = True
     for what, whole, part, plain in _parts(example):

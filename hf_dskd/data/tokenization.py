@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from hf_dskd.data.kinds import as_dataset, as_tokenizer
 from hf_dskd.data.prompts import (
     Frame,
     answer_frame,
+    check_eos,
     closing_tokens,
     plain_tokens,
     rendered_tokens,
@@ -29,7 +30,7 @@ from hf_dskd.data.prompts import (
     written_tokens,
 )
 from hf_dskd.data.templates import Template, Turn, check_rendered, control_pattern
-from hf_dskd.data.tokens import answer_tokens, look_again, name_of, traits_of
+from hf_dskd.data.tokens import answer_tokens, look_again, traits_of
 from hf_dskd.errors import UserError, check_name
 
 
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
 
 logger = getLogger(__name__)
 
+# Of the columns of each model.
+_PREFIXES = {"student": "", "teacher": "teacher_"}
+
+
+# What else became of rows and answers, by the name of the count.
+_REMARKS = {
+    "left_out": "answers of these rows are empty or too far back to be learnt",
+    "ends_removed": "rows had an end-of-turn token in an answer, which was taken off",
+    "control_as_text": "rows have control tokens in their text, which are read as text",
+    "control_live": "rows have control tokens in a prompt that act as such: take them out of the data",
+    "one_sided": "rows have tools or the like that only one of the two chat templates writes",
+    "foreign_calls": "answers are in the format of one model's chat template, text to the other",
+    "unasked": "rows have an answer where a chat template asks for a thought, and are learnt without one",
+}
+
 
 @dataclass(frozen=True)
 class TokenizationReport:
@@ -47,37 +63,17 @@ class TokenizationReport:
     What became of the rows of a data set.
 
     Attributes:
-        rows (`int`):
-            Rows of the source.
-        kept (`int`):
-            Rows that are trained on.
-        cut (`int`):
-            Answers of kept rows that were shortened to fit into the maximum length.
-        empty_responses (`int`):
-            Rows skipped because their response is empty, or has no token for one of the models.
-        long_prompts (`int`):
-            Rows skipped because their prompt leaves no room for a response.
-        answers (`int`):
-            Answers that are learnt: more than `kept` where conversations have several.
-        left_out (`int`):
-            Answers of kept rows that aren't, because they are empty or lie behind the maximum length.
+        rows (`int`): Rows of the source.
+        kept (`int`): Rows that are trained on.
+        cut (`int`): Answers of kept rows that were shortened to fit into the maximum length.
+        empty_responses (`int`): Rows skipped because their response is empty, or has no token for one of the models.
+        long_prompts (`int`): Rows skipped because their prompt leaves no room for a response.
+        answers (`int`): Answers that are learnt: more than `kept` where conversations have several.
+        left_out, ends_removed, control_as_text, control_live, one_sided, foreign_calls, unasked (`int`):
+            Counts of what the report says of them as text.
+        parts (`int`): Rows that are trained on, of which a conversation can become several.
         bad (`dict[str, int]`):
             Rows skipped because they can't be read: the first of each kind of fault, and how many there are.
-        ends_removed (`int`):
-            Rows whose text already had an end-of-turn token after an answer, which was taken off.
-        control_as_text (`int`):
-            Rows with control tokens of a model in their text, which it gets as text.
-        control_live (`int`):
-            Rows with control tokens in a prompt of which the chat template's own can't be told apart: they act.
-        one_sided (`int`):
-            Rows with something, such as tools, that only one of the two chat templates writes.
-        foreign_calls (`int`):
-            Answers in the format of one model's chat template (calls of tools, thoughts), which the other one reads as
-            text.
-        unasked (`int`):
-            Rows with an answer where a chat template asks for a thought that the answer hasn't: it is learnt without.
-        parts (`int`):
-            Rows that are trained on, of which a conversation can become several.
         lost (`dict[str, int]`):
             Rows with characters that the `"student"`'s or the `"teacher"`'s tokenizer doesn't give back.
     """
@@ -105,17 +101,8 @@ class TokenizationReport:
         return self.kept < self.rows or self.cut > 0 or len(self._remarks()) > 0
 
     def _remarks(self) -> list[str]:
-        counts = [
-            (self.left_out, "answers of these rows are empty or too far back to be learnt"),
-            (self.ends_removed, "rows had an end-of-turn token in an answer, which was taken off"),
-            (self.control_as_text, "rows have control tokens in their text, which are read as text"),
-            (self.control_live, "rows have control tokens in a prompt that act as such: take them out of the data"),
-            (self.one_sided, "rows have tools or the like that only one of the two chat templates writes"),
-            (self.foreign_calls, "answers are in the format of one model's chat template, text to the other"),
-            (self.unasked, "rows have an answer where a chat template asks for a thought, and are learnt without one"),
-            *((count, f"rows have characters that the {name}'s tokenizer loses") for name, count in self.lost.items()),
-        ]
-        return [f"{count} {what}" for count, what in counts if count]
+        said = [f"{count} {what}" for name, what in _REMARKS.items() if (count := getattr(self, name))]
+        return said + [f"{n} rows have characters that the {name}'s tokenizer loses" for name, n in self.lost.items()]
 
     def __str__(self) -> str:
         answers = "" if self.answers in (0, self.kept) else f", {self.answers} answers in {self.parts}"
@@ -132,17 +119,8 @@ class TokenizationReport:
 
 def common_cut(text: str, *sides: tuple[list[int], int]) -> int:
     """
-    Finds where to cut a response so that it fits on every side.
-
-    Args:
-        text (`str`):
-            The response.
-        sides (`tuple[list[int], int]`):
-            For each model the byte ends of the response's tokens and how many of these tokens there is room for.
-
-    Returns:
-        `int`: the largest byte position at which every side has the end of a token that fits and at which no
-        character is split, or 0 if there is none.
+    Finds the largest byte position at which a response can be cut, or 0: every side has the end of a token that fits
+    there, and no character is split. `sides` have the byte ends of its tokens and how many there is room for.
     """
     data = text.encode()
     common = set.intersection(*(set(byte_ends[: max(room, 0)]) for byte_ends, room in sides))
@@ -163,6 +141,10 @@ class _Side(NamedTuple):
     def has_text(self) -> bool:
         return bool(self.byte_ends) and self.byte_ends[-1] > 0
 
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.ids + self.end
+
 
 class _Answer(NamedTuple):
     """An answer for both models, as much of it as there is room for; `cut` ones have no end."""
@@ -170,6 +152,11 @@ class _Answer(NamedTuple):
     sides: dict[str, _Side]
     size: int  # in UTF-8 bytes
     cut: bool
+
+    def ends(self, name: str) -> list[int]:
+        """Byte at which each token of a side ends, those of its end included."""
+        side = self.sides[name]
+        return side.byte_ends + [self.size] * len(side.end)
 
 
 def _opening(lead: str, byte_ends: list[int]) -> int:
@@ -179,57 +166,42 @@ def _opening(lead: str, byte_ends: list[int]) -> int:
 
 def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool = True) -> _Answer | None:
     """Cuts an answer to what fits on every side; `None` if nothing of it does."""
-    size = len(text.encode())
-    lengths = [len(side.prompt) + len(side.ids) + len(side.end) for side in sides.values()]
-    if finished and max(lengths) <= max_length:
-        return _Answer(sides, size, False)
+    if finished and max(len(side.tokens) for side in sides.values()) <= max_length:
+        return _Answer(sides, len(text.encode()), False)
     size = common_cut(text, *((side.byte_ends, max_length - len(side.prompt)) for side in sides.values()))
     if size == 0:
         return None
     cut = {}
     for name, side in sides.items():
         count = bisect_left(side.byte_ends, size) + 1
-        cut[name] = _Side(side.prompt, side.ids[:count], side.byte_ends[:count], [], side.opening)
+        cut[name] = side._replace(ids=side.ids[:count], byte_ends=side.byte_ends[:count], end=[])
     return _Answer(cut, size, True)
 
 
 def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
     """Joins answers that follow each other to a row: the prompt of each begins with all tokens before it."""
-    row: dict[str, Any] = {
-        "response_bytes": sum(answer.size for answer in answers),
-        "example_id": example_id,
-        "cut": answers[-1].cut,
-    }
+    offsets = list(accumulate((answer.size for answer in answers), initial=0))
+    row: dict[str, Any] = {"response_bytes": offsets[-1], "example_id": example_id, "cut": answers[-1].cut}
     names = list(answers[0].sides)
-    ids: dict[str, list[int]] = {}
-    columns: dict[str, dict[str, list[int]]] = {
-        name: {"byte_ends": [], "spans": [], "chunk_ids": []} for name in names
-    }
-    offset = chunks = 0
-    for answer in answers:
-        ends = {name: side.byte_ends + [answer.size] * len(side.end) for name, side in answer.sides.items()}
-        for name, side in answer.sides.items():
-            check_tiling(side.byte_ends, answer.size, example_id, name)
-            ids[name] = side.prompt + side.ids + side.end
-            columns[name]["spans"] += [len(side.prompt), len(ids[name])]
-            columns[name]["byte_ends"] += [offset + end for end in ends[name]]
-        if len(names) == 2:
-            student, teacher = (answer.sides[name] for name in names)
-            numbered = chunk_ids(
-                *(ends[names[0]], ends[names[1]], len(student.end), len(teacher.end)),
-                *(student.opening, teacher.opening),
-            )
-            for name, chunk in zip(names, numbered):
-                columns[name]["chunk_ids"] += [chunks + number if number >= 0 else -1 for number in chunk]
-            chunks += max(numbered[0]) + 1
-        offset += answer.size
     for name in names:
-        prefix = "" if name == "student" else "teacher_"
-        row[f"{prefix}input_ids"] = ids[name]
-        row[f"{prefix}prompt_length"] = columns[name]["spans"][0]
-        row |= {f"{prefix}{column}": values for column, values in columns[name].items()}
-        if len(names) == 1:
-            del row["chunk_ids"]
+        for answer in answers:
+            check_tiling(answer.sides[name].byte_ends, answer.size, example_id, name)
+        sides = [answer.sides[name] for answer in answers]
+        spans = [place for side in sides for place in (len(side.prompt), len(side.tokens))]
+        byte_ends = [offset + end for offset, answer in zip(offsets, answers) for end in answer.ends(name)]
+        columns = {"input_ids": sides[-1].tokens, "prompt_length": spans[0], "byte_ends": byte_ends, "spans": spans}
+        row |= {_PREFIXES[name] + column: values for column, values in columns.items()}
+    if len(names) == 2:
+        chunks: tuple[list[int], list[int]] = ([], [])
+        count = 0
+        for answer in answers:
+            one, other = (answer.sides[name] for name in names)
+            ends = answer.ends(names[0]), answer.ends(names[1])
+            numbered = chunk_ids(*ends, len(one.end), len(other.end), one.opening, other.opening)
+            for of_row, numbers in zip(chunks, numbered):
+                of_row += [count + number if number >= 0 else -1 for number in numbers]
+            count += max(numbered[0]) + 1
+        row["chunk_ids"], row["teacher_chunk_ids"] = chunks
     return row
 
 
@@ -247,21 +219,13 @@ def encode_response(
     Puts a response after a prompt that is tokenized already, for both models.
 
     Args:
-        prompts (`dict[str, list[int]]`):
-            Token ids of the prompt for the `"student"` and, where there is one, the `"teacher"`.
-        tokenizers (`dict[str, PreTrainedTokenizerBase]`):
-            Tokenizers of the same models.
-        response (`str`):
-            The response.
-        max_length (`int`):
-            The most tokens that prompt, response and its end may have together, on either side.
-        example_id (`int`):
-            Number of the example.
+        prompts (`dict[str, list[int]]`), tokenizers (`dict[str, PreTrainedTokenizerBase]`):
+            Token ids and tokenizers by model: `"student"` and, where there is one, `"teacher"`.
+        response (`str`), max_length (`int`), example_id (`int`): As in [`tokenize_dataset`].
         finished (`bool`, *optional*, defaults to `True`):
             Whether the response is whole. One that isn't has no end on either side, as if it had been cut.
         frames (`dict[str, Frame]`, *optional*):
-            What stands around a response of each model (see [`answer_frame`]); by default the end-of-sequence token
-            after it.
+            What stands around a response (see [`answer_frame`]); by default the end-of-sequence token after it.
 
     Returns:
         `dict[str, Any]` or `None`: the row's columns as in [`tokenize_dataset`], or `None` if the response has no
@@ -309,21 +273,12 @@ def tokenize_dataset(
 
     Args:
         dataset (`Dataset` or `IterableDataset`):
-            Rows in one of the formats of [`read_examples`].
-        student_tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer of the student.
-        teacher_tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer of the teacher. Without it, only the student's columns are written.
-        max_length (`int`):
-            The most tokens that prompt, response and its end may have together, on either side.
+            Rows in one of the formats of [`read_examples`], which `prompt_column` and `response_column` are for.
+        student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`, the latter *optional*): Fast ones.
+        max_length (`int`): The most tokens that prompt, response and its end may have together, on either side.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             `"chat"` for each model's chat template where it has one, `"plain"` for the same plain text for both.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For the chat templates of both, of which each takes what it knows.
-        prompt_column (`str`, *optional*):
-            Column of the prompt.
-        response_column (`str`, *optional*):
-            Column of the response.
+        chat_template_kwargs (`dict[str, Any]`, *optional*): Of which each template takes what it knows.
         skip_long_prompts (`bool`, *optional*, defaults to `False`):
             Whether to skip rows whose prompt leaves no room for a response instead of raising an error.
         train_on (`str`, *optional*, defaults to `"all"`):
@@ -331,22 +286,18 @@ def tokenize_dataset(
         on_bad_row (`str`, *optional*, defaults to `"stop"`):
             What to do about a row that can't be read: `"stop"` with an error, or `"skip"` and count it.
         finished_column (`str`, *optional*):
-            Column that tells whether the response is whole. Where it is false, the response is treated as a cut one:
-            no end follows it.
-        num_proc (`int`, *optional*):
-            Number of processes. Not used for an `IterableDataset`.
-        description (`str`, *optional*, defaults to `"train"`):
-            Name of the data set in the progress bar and in errors.
+            Where it is false, the response isn't whole and is treated as a cut one: no end follows it.
+        num_proc (`int`, *optional*): Number of processes. Not used for an `IterableDataset`.
+        description (`str`, *optional*, defaults to `"train"`): Name of the data set in the progress bar and in errors.
 
     Returns:
-        `tuple[Dataset | IterableDataset, TokenizationReport | None]`: the tokenized rows, and what became of the
-        source's rows (`None` for an `IterableDataset`, whose rows aren't read yet). The columns are `input_ids`;
-        `spans`, the place of the first token of each answer and the place after its end, `[start, stop, start, ...]`;
-        `prompt_length`, the first of them; `byte_ends` (one per token of the answers and their ends, see
-        [`response_tokens`]; bytes are counted through all answers of the row); the same four with the prefix
-        `teacher_`; `response_bytes` (UTF-8 bytes of the answers that are kept), `example_id` (number of the row in the
-        source) and `cut`; with a teacher also `chunk_ids` and `teacher_chunk_ids`, parallel to the byte ends (see
-        [`~hf_dskd.alignment.spans.chunk_ids`]).
+        The tokenized rows, and what became of the source's rows (`None` for an `IterableDataset`, whose rows aren't
+        read yet). The columns are `input_ids`; `spans`, the place of the first token of each answer and the place
+        after its end, `[start, stop, start, ...]`; `prompt_length`, the first of them; `byte_ends` (one per token of
+        the answers and their ends, see [`response_tokens`]; bytes are counted through all answers of the row); the
+        same four with the prefix `teacher_`; `response_bytes` (UTF-8 bytes of the answers that are kept), `example_id`
+        (number of the row in the source) and `cut`; with a teacher also `chunk_ids` and `teacher_chunk_ids`, parallel
+        to the byte ends (see [`~hf_dskd.alignment.spans.chunk_ids`]).
 
     Raises:
         `UserError`: if a tokenizer has no end-of-sequence token or isn't a fast one, if the data set has no usable
@@ -365,7 +316,8 @@ def tokenize_dataset(
     teacher_tokenizer = as_tokenizer(teacher_tokenizer, "teacher_tokenizer")
     for name, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer)):
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, name)
+            check_eos(tokenizer, name)
+            traits_of(tokenizer)  # raises for a slow one
     streamed = not isinstance(dataset, Dataset)
     tokenize_rows = _RowTokenizer(
         student_tokenizer,
@@ -432,8 +384,7 @@ def _report(notes: Iterable[list[str]]) -> TokenizationReport:
             kind = bad.setdefault(_kind_of(note), [note.removeprefix(_BAD), 0])
             kind[1] += count
     skipped = counts["empty"] + counts["long"] + sum(count for _, count in bad.values())
-    lost = {name: counts[f"lost {name}"] for name in ("student", "teacher") if counts[f"lost {name}"]}
-    plain = ("ends_removed", "control_as_text", "control_live", "one_sided", "foreign_calls", "left_out", "unasked")
+    lost = {name: counts[f"lost {name}"] for name in _PREFIXES if counts[f"lost {name}"]}
     return TokenizationReport(
         rows=counts["kept"] + skipped,
         kept=counts["kept"],
@@ -444,7 +395,7 @@ def _report(notes: Iterable[list[str]]) -> TokenizationReport:
         parts=counts["part"],
         bad=dict(bad.values()),
         lost=lost,
-        **{name: counts[name] for name in plain},
+        **{name: counts[name] for name in _REMARKS},
     )
 
 
@@ -561,12 +512,9 @@ class _RowTokenizer:
         raise _Skipped("long" if "long" in reasons else "empty")
 
     def _nothing(self, index: int, note: str) -> dict[str, Any]:
-        result: dict[str, Any] = {"response_bytes": 0, "example_id": index, "cut": False, "notes": [note]}
-        both = self.teacher_tokenizer is not None
-        for prefix in ("", "teacher_") if both else ("",):
-            result |= {f"{prefix}input_ids": [], f"{prefix}prompt_length": 0}
-            result |= {f"{prefix}{name}": [] for name in ("byte_ends", "spans", *(["chunk_ids"] if both else []))}
-        return result
+        numbers = {"example_id": index, "response_bytes": 0, "prompt_length": 0, "teacher_prompt_length": 0}
+        columns = _features(with_teacher=self.teacher_tokenizer is not None)
+        return {**{name: numbers.get(name, []) for name in columns}, "cut": False, "notes": [note]}
 
 
 class _Model(NamedTuple):
@@ -660,7 +608,7 @@ def _joined(answers: list[_Answer]) -> list[list[_Answer]]:
         follows = not before.cut and all(
             answer.sides[name].prompt[: len(tokens)] == tokens
             for name, side in before.sides.items()
-            for tokens in [side.prompt + side.ids + side.end]
+            for tokens in [side.tokens]
         )
         if follows:
             parts[-1].append(answer)
@@ -683,25 +631,11 @@ def _features(with_teacher: bool) -> Any:
     from datasets import Features, Sequence, Value
 
     # Stated, because a first batch of skipped rows would leave the element type of the lists open.
-    features = {}
-    for prefix in ("", "teacher_") if with_teacher else ("",):
-        features[f"{prefix}input_ids"] = Sequence(Value("int32"))
-        features[f"{prefix}prompt_length"] = Value("int32")
-        features[f"{prefix}byte_ends"] = Sequence(Value("int32"))
-        features[f"{prefix}spans"] = Sequence(Value("int32"))
-        if with_teacher:
-            features[f"{prefix}chunk_ids"] = Sequence(Value("int32"))
-    features["response_bytes"] = Value("int32")
-    features["example_id"] = Value("int64")
-    features["cut"] = Value("bool")
-    features["notes"] = Sequence(Value("string"))
-    return Features(features)
-
-
-def _check_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the {name}'s tokenizer {name_of(tokenizer)} has no end-of-sequence token; set its eos_token to the "
-            f"token that ends an answer"
-        )
-    traits_of(tokenizer)
+    number, numbers = Value("int32"), Sequence(Value("int32"))
+    columns = {"input_ids": numbers, "prompt_length": number, "byte_ends": numbers, "spans": numbers}
+    if with_teacher:
+        columns["chunk_ids"] = numbers
+    prefixes = ("", "teacher_") if with_teacher else ("",)
+    features = {prefix + name: kind for prefix in prefixes for name, kind in columns.items()}
+    others = {"response_bytes": number, "example_id": Value("int64"), "cut": Value("bool")}
+    return Features({**features, **others, "notes": Sequence(Value("string"))})

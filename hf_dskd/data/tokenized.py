@@ -28,16 +28,13 @@ def check_tokenized(
     max_length: int,
 ) -> Dataset | IterableDataset:
     """
-    Checks a dataset whose rows are tokens: a map-style one now, a stream as it is read.
+    Checks a dataset with the columns of [`tokenize_dataset`]: a map-style one now, a stream as it is read.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With the columns of [`tokenize_dataset`].
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Returned, a stream so that it is checked.
         split (`str`): Its name, for errors.
         tokenizers (`Mapping`): The student's tokenizer as `""`, the teacher's as `"teacher_"`, for methods with one.
         max_length (`int`): Most tokens that a row may have.
-
-    Returns:
-        The dataset, which a stream is checked through.
 
     Raises:
         UserError: For the first row that can't be right, by its number.
@@ -144,12 +141,11 @@ def _lists(batch: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
 
     column = batch[name]
     lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not lists or not pa.types.is_integer(column.type.value_type):
-        # A column of empty lists alone is of no type.
-        if not lists or not pa.types.is_null(column.type.value_type):
-            raise UserError(
-                f"the column {name} of the tokenized data is of type {column.type}, not lists of integers: {_REMEDY}"
-            )
+    # A column of empty lists alone is of no type.
+    if not lists or not (pa.types.is_integer(column.type.value_type) or pa.types.is_null(column.type.value_type)):
+        raise UserError(
+            f"the column {name} of the tokenized data is of type {column.type}, not lists of integers: {_REMEDY}"
+        )
     return pc.list_flatten(column).to_numpy(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
 
 
@@ -161,14 +157,10 @@ def _check_texts(rows: list[dict[str, Any]], split: str, tokenizers: Mapping[str
     """
     shown = None
     for index, row in enumerate(rows):
+        responses = (row[f"{prefix}input_ids"][int(row[f"{prefix}prompt_length"]) :] for prefix in tokenizers)
         student, teacher = (
-            str(
-                tokenizer.decode(
-                    [int(token) for token in row[f"{prefix}input_ids"]][int(row[f"{prefix}prompt_length"]) :],
-                    skip_special_tokens=True,
-                )
-            )[:400]
-            for prefix, tokenizer in tokenizers.items()
+            str(tokenizer.decode(list(map(int, response)), skip_special_tokens=True))[:400]
+            for tokenizer, response in zip(tokenizers.values(), responses)
         )
         blocks = SequenceMatcher(None, student, teacher, autojunk=False).get_matching_blocks()
         if sum(block.size for block in blocks) >= 0.6 * min(len(student), len(teacher)):

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ..errors import UserError
@@ -39,22 +39,12 @@ def response_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, control: bool = False
 ) -> tuple[list[int], list[int]]:
     """
-    Tokenizes a response as it stands after a prompt, and tells which bytes each token covers.
+    Tokenizes a response as it stands after a prompt: token ids, and the byte at which each token ends.
 
     No special token is added, nor the space that tokenizers of the Llama 2 kind put before any text. The tokens' byte
     spans tile the response: token `i` covers `[byte_ends[i - 1], byte_ends[i])` of its UTF-8 bytes, the first one
-    starts at 0 and the last one ends at the last byte. A span can be empty.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            A fast tokenizer.
-        text (`str`):
-            The response.
-        control (`bool`, *optional*, defaults to `False`):
-            Whether control tokens that are spelled out in the text are meant. In data they are text like any other.
-
-    Returns:
-        `tuple[list[int], list[int]]`: token ids and byte ends, of the same length.
+    starts at 0 and the last one ends at the last byte. A span can be empty. Control tokens that are spelled out in the
+    text, which in data are text like any other, are such only with `control`.
 
     Raises:
         `UserError`: if the tokenizer isn't a fast one.
@@ -79,13 +69,8 @@ def located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: bool)
     if b"".join(pieces) == data:
         return ids, list(accumulate(map(len, pieces))), True
     # The tokenizer changed the text (normalization, an unknown token), so the vocabulary doesn't say where tokens end.
-    encoding = tokenizer(
-        anchor + text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-        split_special_tokens=not control,
-    )
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+    encoding = tokenizer(anchor + text, **options, split_special_tokens=not control)
     offsets = [
         (max(start - len(anchor), 0), max(end - len(anchor), 0)) for start, end in encoding["offset_mapping"][skipped:]
     ]
@@ -109,13 +94,8 @@ def answer_tokens(
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, control: bool) -> list[int]:
     """Encodes a text; control tokens that are spelled out in it are such only with `control`."""
-    return tokenizer(
-        text,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-        split_special_tokens=not control,
-    )["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(text, **options, split_special_tokens=not control)["input_ids"]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
@@ -157,8 +137,9 @@ def _read_traits(tokenizer: PreTrainedTokenizerBase) -> Traits:
     )
 
 
-def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    return repr(tokenizer.name_or_path or type(tokenizer).__name__)
+def name_of(tokenizer: Any) -> str:
+    """Names a tokenizer in a message."""
+    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:

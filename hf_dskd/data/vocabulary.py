@@ -24,13 +24,8 @@ def shared_tokens(
     """
     Pairs tokens of two vocabularies that stand for the same bytes, and as one pair the two tokens that end an answer.
 
-    Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken.
-
-    Args:
-        student_tokenizer, teacher_tokenizer (`PreTrainedTokenizerBase`): Fast ones.
-        ends (`tuple[int, int]`, *optional*):
-            Tokens that end an answer (see [`~hf_dskd.data.prompts.answer_frame`]); the end-of-sequence tokens by
-            default.
+    Where several tokens of a vocabulary stand for the same bytes, the one with the lowest id is taken. The tokens that
+    end an answer are `ends` (see [`~hf_dskd.data.prompts.answer_frame`]), by default the end-of-sequence tokens.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted
@@ -39,9 +34,7 @@ def shared_tokens(
     Raises:
         UserError: If no token but the end-of-sequence token is shared.
     """
-    student, teacher = (
-        _ids_by_bytes(tokenizer, len(tokenizer)) for tokenizer in (student_tokenizer, teacher_tokenizer)
-    )
+    student, teacher = map(_ids_by_bytes, (student_tokenizer, teacher_tokenizer))
     pairs = {student[data]: teacher[data] for data in student.keys() & teacher.keys()}
     if not pairs:
         raise UserError(
@@ -64,8 +57,8 @@ def same_vocabulary(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenize
     return first == {piece: token for piece, token in teacher.items() if token < common}
 
 
-def _ids_by_bytes(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[bytes, int]:
-    special = special_ids(tokenizer)
+def _ids_by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+    special, size = special_ids(tokenizer), len(tokenizer)
     found: dict[bytes, int] = {}
     for token, data in sorted(token_bytes(tokenizer).items()):
         if data and token not in special and token < size:

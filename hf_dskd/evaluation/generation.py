@@ -38,15 +38,9 @@ def complete(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_to
 
 
 class Scores(NamedTuple):
-    """
-    What a model wrote, and how it compares with the references.
+    """What a model wrote, in the order of the examples, and how it compares with the references."""
 
-    Attributes:
-        metrics: `rouge_l` and `exact_match` in percent, `unfinished` as a share.
-        responses: The texts, in the order of the examples.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # `rouge_l` and `exact_match` in percent, `unfinished` as a share
     responses: list[str]
 
 
@@ -71,9 +65,6 @@ def score_generation(
         frame ([`~hf_dskd.data.prompts.Frame`], *optional*): What a chat template puts around an answer.
         batch_size (`int`, *optional*, defaults to `8`): Prompts at a time.
         description (`str`, *optional*): Of the progress bar; without one there is none.
-
-    Returns:
-        [`Scores`]: metrics, means over the examples, and the answers.
     """
     from transformers import GenerationConfig
 

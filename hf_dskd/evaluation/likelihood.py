@@ -18,20 +18,12 @@ LOGITS_BYTES = 2**28
 
 
 class RowLikelihood(NamedTuple):
-    """
-    What a model makes of one response.
+    """What a model makes of one response."""
 
-    Attributes:
-        nats: Spent on its text; the EOS token is no text, and each tokenizer has its own.
-        bytes: UTF-8 bytes of its text.
-        correct: Tokens that are the most likely one where they stand, EOS included.
-        tokens: Tokens, EOS included.
-    """
-
-    nats: float
-    bytes: int
-    correct: int
-    tokens: int
+    nats: float  # spent on its text; the EOS token is no text, and each tokenizer has its own
+    bytes: int  # UTF-8 bytes of its text
+    correct: int  # tokens that are the most likely one where they stand, EOS included
+    tokens: int  # EOS included
 
 
 def row_likelihoods(
@@ -80,11 +72,8 @@ def covers_text(byte_ends: Tensor) -> Tensor:
     """
     Tells which tokens cover a byte of an answer. Those that close it don't: each tokenizer has its own.
 
-    Args:
-        byte_ends (`torch.Tensor` of shape `[B, S]`): Byte at which each token ends, -1 outside the answers.
-
-    Returns:
-        `torch.Tensor` of shape `[B, S - 1]`, bool: of the tokens from the second on, which are predicted.
+    Of `byte_ends` `[B, S]`, -1 outside the answers, for the tokens that are predicted, those from the second on:
+    `[B, S - 1]`, bool.
     """
     return byte_ends[:, 1:] > byte_ends.cummax(1).values[:, :-1].clamp_min(0)
 
@@ -101,15 +90,8 @@ def bits_per_byte(
     """
     Computes bits per UTF-8 byte of the responses' text: comparable between models with different tokenizers.
 
-    The EOS token is left out; it is no text, and each tokenizer has its own.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): A causal language model.
-        rows ([`~datasets.Dataset`]): From [`~hf_dskd.tokenize_dataset`].
-        side (`str`, *optional*, defaults to `"student"`): Whose columns to read, `"student"` or `"teacher"`.
-        batch_size (`int`, *optional*, defaults to `8`): Doesn't change the result.
-        dtype (`torch.dtype`, *optional*): Autocast to it.
-        description (`str`, *optional*): Of the progress bar; without one there is none.
+    The EOS token is left out; it is no text, and each tokenizer has its own. Arguments are those of
+    [`row_likelihoods`]; `batch_size` doesn't change the result, and without a `description` there is no progress bar.
     """
     from tqdm.auto import tqdm
 

@@ -34,7 +34,7 @@ from ..models.generation import end_token_ids, padding_token_id, read_response, 
 from ..models.pretrained import commit, loading
 from ..offline.packaged import model_name
 from ..utils.environment import hardware, versions
-from ..utils.files import whole_lines, write_json_lines, write_text
+from ..utils.files import plain, whole_lines, write_json_lines, write_text
 from .likelihood import row_likelihoods
 from .scores import answer_scores, average, reference_scores
 from .sets import PROMPT_STYLES, QuestionSet, load_set, question_tokens
@@ -52,18 +52,9 @@ REMEDIES = {
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 # What a model and its tokenizer are read from; a run leaves other files beside them.
 MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "adapter_model.bin",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model.bin"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 
 
@@ -139,39 +130,23 @@ class EvaluationSettings:
 
 
 class Task(NamedTuple):
-    """
-    Lines to make for the examples of a set, and where they are written.
+    """Lines to make for the examples of a set, and where they are written."""
 
-    Attributes:
-        title: For the progress bar.
-        path: File, one line an example.
-        lengths: Of each example; those of about one length share a batch.
-        lines: From numbers of examples to their lines.
-    """
-
-    title: str
+    title: str  # for the progress bar
     path: Path
-    lengths: list[int]
-    lines: Callable[[list[int]], list[dict[str, Any]]]
+    lengths: list[int]  # of each example; those of about one length share a batch
+    lines: Callable[[list[int]], list[dict[str, Any]]]  # from numbers of examples
 
 
 @dataclass
 class Evaluation:
-    """
-    An evaluation in progress, in one process of those that share it.
-
-    Attributes:
-        settings: What is evaluated, and how.
-        sets: The examples.
-        state: Which process this is.
-        seconds: Time it took to make each file, in this run and in those before it that were stopped.
-    """
+    """An evaluation in progress, in one process of those that share it."""
 
     settings: EvaluationSettings
     sets: list[QuestionSet]
     state: PartialState
+    # Time it took to make each file, in this run and in those before it that were stopped.
     seconds: dict[str, float] = field(default_factory=dict)
-    _prompts: dict[str, list[list[int]]] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -197,15 +172,14 @@ class Evaluation:
         style = "chat" if self.settings.prompt_style == "chat" else "plain"
         return answer_frame(self.tokenizer, style, self.settings.chat_template_kwargs)
 
-    def prompts(self, questions: QuestionSet) -> list[list[int]]:
-        """Tokenizes a set's prompts, whole."""
-        if questions.name not in self._prompts:
-            settings = self.settings
-            self._prompts[questions.name] = [
-                question_tokens(self.tokenizer, question, settings.prompt_style, settings.chat_template_kwargs)
-                for question in questions.questions
-            ]
-        return self._prompts[questions.name]
+    @functools.cached_property
+    def prompts(self) -> dict[str, list[list[int]]]:
+        """Tokenizes the prompts of each set, whole."""
+        style = self.settings.prompt_style, self.settings.chat_template_kwargs
+        return {
+            questions.name: [question_tokens(self.tokenizer, question, *style) for question in questions.questions]
+            for questions in self.sets
+        }
 
     def answers_path(self, questions: QuestionSet, seed: int | None) -> Path:
         """Names the file of the answers to a set: the greedy ones without a seed, else the sampled ones."""
@@ -218,7 +192,7 @@ class Evaluation:
 
     def answers(self, questions: QuestionSet, seed: int | None) -> Task:
         """Makes the task of answering a set: greedily without a seed, else by sampling."""
-        prompts = [prompt[: self.settings.max_prompt_length] for prompt in self.prompts(questions)]
+        prompts = [prompt[: self.settings.max_prompt_length] for prompt in self.prompts[questions.name]]
         path = self.answers_path(questions, seed)
         lines = functools.partial(self.answer, questions, prompts, seed)
         return Task(path.stem, path, [len(prompt) for prompt in prompts], lines)
@@ -245,26 +219,22 @@ class Evaluation:
             example_ids=examples,
             batch_size=len(examples),
         )
-        lines = []
-        for example, response in zip(examples, responses):
-            text, finished = read_response(tokenizer, response, ends, self.frame)
-            prompt = tokenizer.decode(prompts[example], clean_up_tokenization_spaces=False)
-            references = questions.questions[example].references
-            lines.append(
-                {
-                    "example": example,
-                    "prompt": prompt,
-                    "response": text,
-                    "references": references,
-                    "tokens": len(response),
-                    "finished": finished,
-                }
-            )
-        return lines
+        read = [read_response(tokenizer, response, ends, self.frame) for response in responses]
+        return [
+            {
+                "example": example,
+                "prompt": tokenizer.decode(prompts[example], clean_up_tokenization_spaces=False),
+                "response": text,
+                "references": questions.questions[example].references,
+                "tokens": len(response),
+                "finished": finished,
+            }
+            for example, response, (text, finished) in zip(examples, responses, read)
+        ]
 
     def references(self, questions: QuestionSet) -> Task:
         """Makes the task of reading a set's references after whole prompts."""
-        prompts = self.prompts(questions)
+        prompts = self.prompts[questions.name]
         lengths = [
             len(prompt) + max(len(text.encode()) for text in question.references)
             for prompt, question in zip(prompts, questions.questions)
@@ -285,10 +255,8 @@ class Evaluation:
         rows: list[dict[str, Any]] = []
         for example in examples:
             for text in questions.questions[example].references:
-                prompt, tokenizer = {"student": prompts[example]}, {"student": self.tokenizer}
-                row = encode_response(
-                    prompt, tokenizer, text, room, example_id=example, frames={"student": self.frame}
-                )
+                of_model: tuple[Any, Any] = {"student": prompts[example]}, {"student": self.tokenizer}
+                row = encode_response(*of_model, text, room, example_id=example, frames={"student": self.frame})
                 if row is None:
                     lines[example]["skipped"] += 1
                 else:
@@ -348,14 +316,12 @@ class Evaluation:
     def scores(self) -> dict[str, Any]:
         """Collects everything that `scores.json` says, from the files."""
         sets = {questions.name: self.set_scores(questions) for questions in self.sets}
-        given = {**asdict(self.settings), "seeds": list(self.settings.seeds)}
-        left_out = ("model", "base_model", "output_dir", "sets", "in_distribution", "batch_size")
         inside = [name for name in sets if name in self.settings.in_distribution]
         outside = [name for name in sets if name not in inside]
         groups = {"in_distribution": inside, "out_of_distribution": outside, "all": list(sets)}
         return {
             "model": self.settings.model,
-            "settings": {name: value for name, value in given.items() if name not in left_out},
+            "settings": how(self.settings),
             "sets": sets,
             "averages": {
                 group: {"sets": names, **average([sets[name] for name in names])}
@@ -371,24 +337,21 @@ class Evaluation:
             for seed in (None, *self.settings.seeds)
         }
         longest = self.settings.max_prompt_length
-        result: dict[str, Any] = {
+        seeds = self.settings.seeds
+        sampled = {"sampled": answer_scores([found[seed] for seed in seeds])} if seeds else {}
+        return {
             "source": questions.source,
             "examples": len(questions.questions),
-            "prompts_cut": sum(len(prompt) > longest for prompt in self.prompts(questions)),
+            "prompts_cut": sum(len(prompt) > longest for prompt in self.prompts[questions.name]),
             **reference_scores(read_lines(self.references_path(questions)).values()),
             "greedy": answer_scores([found[None]]),
+            **sampled,
         }
-        if self.settings.seeds:
-            result["sampled"] = answer_scores([found[seed] for seed in self.settings.seeds])
-        return result
 
 
 def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     """
     Runs the whole evaluation, or the rest of one that was stopped; writes `scores.json` and `table.md`.
-
-    Args:
-        settings ([`EvaluationSettings`]): What is evaluated, and how.
 
     Returns:
         `dict`: the content of `scores.json`; empty in processes other than the first.
@@ -415,8 +378,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
 
     def note() -> None:
         about = {"hardware": hardware(state.num_processes), "versions": versions(), "seconds": run.seconds}
-        content = {"model": settings.model, "evaluated": evaluated, **about}
-        write_text(known, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write(known, {"model": settings.model, "evaluated": evaluated, **about})
 
     if state.is_main_process:
         note()
@@ -428,9 +390,14 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     if not state.is_main_process:
         return {}
     scores = run.scores()
-    write_text(settings.output_dir / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    write(settings.output_dir / "scores.json", scores)
     write_text(settings.output_dir / "table.md", table(scores))
     return scores
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes JSON with its characters as they are."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---- Models
@@ -489,11 +456,14 @@ def load_model(settings: EvaluationSettings, device: torch.device) -> Any:
 # ---- What is evaluated
 
 
+def how(settings: EvaluationSettings) -> dict[str, Any]:
+    """Lists the settings that answers depend on, as JSON has them."""
+    others = ("model", "base_model", "output_dir", "sets", "in_distribution", "batch_size")
+    return {name: plain(value) for name, value in asdict(settings).items() if name not in others}
+
+
 def facts(settings: EvaluationSettings, sets: list[QuestionSet]) -> dict[str, Any]:
     """Collects what answers depend on; an evaluation may go on with another batch size, from a folder that moved."""
-    given = asdict(settings)
-    own = ("model", "base_model", "output_dir", "sets", "in_distribution", "batch_size")
-    kept = {name: value for name, value in given.items() if name not in own}
     name, base = model_and_base(settings)
     models = {"model": name} if base is None else {"adapter": name, "base model": base}
     files = {
@@ -502,7 +472,7 @@ def facts(settings: EvaluationSettings, sets: list[QuestionSet]) -> dict[str, An
         for file, digest in model_files(place, f"the {role}")
     }
     data = {f"set {questions.name}": f"sha256 {questions.sha256}" for questions in sets}
-    return json.loads(json.dumps({**kept, **data, **files}))
+    return {**how(settings), **data, **files}
 
 
 def model_files(name: str, role: str = "the model") -> list[tuple[str, str]]:
@@ -541,13 +511,12 @@ def check_facts(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None
 
 def check_own(folder: Path) -> None:
     """Raises a [`UserError`] if an evaluation would write over, or go on with, what isn't of one."""
-    if not (folder / SETTINGS_NAME).is_file():
-        there = [name for name in ("answers", "references", "scores.json", "table.md") if (folder / name).exists()]
-        if there:
-            raise UserError(
-                f"--output_dir {str(folder)!r} has {', '.join(there)} but no {SETTINGS_NAME}, which says of what:"
-                " choose another folder"
-            )
+    there = [name for name in ("answers", "references", "scores.json", "table.md") if (folder / name).exists()]
+    if there and not (folder / SETTINGS_NAME).is_file():
+        raise UserError(
+            f"--output_dir {str(folder)!r} has {', '.join(there)} but no {SETTINGS_NAME}, which says of what:"
+            " choose another folder"
+        )
 
 
 def read_known(path: Path) -> dict[str, Any]:
@@ -568,15 +537,14 @@ def parts(path: Path) -> list[Path]:
 def read_lines(path: Path) -> dict[int, dict[str, Any]]:
     """Reads the whole lines of a file and of the parts beside it, by their example, in the order of the examples."""
     lines: dict[int, dict[str, Any]] = {}
-    for part in parts(path):
-        if part.is_file():
-            for number, line in enumerate(part.read_bytes().splitlines(keepends=True), start=1):
-                if line.endswith(b"\n"):
-                    try:
-                        content = json.loads(line)
-                    except ValueError:
-                        raise UserError(f"{part}, line {number} is damaged: delete the line") from None
-                    lines[content["example"]] = content
+    for part in filter(Path.is_file, parts(path)):
+        for number, line in enumerate(part.read_bytes().splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                try:
+                    content = json.loads(line)
+                except ValueError:
+                    raise UserError(f"{part}, line {number} is damaged: delete the line") from None
+                lines[content["example"]] = content
     return dict(sorted(lines.items()))
 
 

@@ -21,16 +21,7 @@ def _scorer() -> Any:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """
-    Computes the F-measure of ROUGE-L (Lin, 2004) with stemming, that of the best reference.
-
-    Args:
-        prediction (`str`): An answer.
-        references (sequence of `str`): Right answers, one at least.
-
-    Returns:
-        `float`: between 0 and 1.
-    """
+    """Computes the F-measure of ROUGE-L (Lin, 2004) with stemming, that of the best reference, from 0 to 1."""
     return max(_scorer().score(target=reference, prediction=prediction)["rougeL"].fmeasure for reference in references)
 
 
@@ -47,10 +38,7 @@ def bootstrap_interval(values: Sequence[float], *, resamples: int = RESAMPLES, s
     """
     Finds the interval in which the mean lies with 95% confidence (percentile bootstrap over examples; Efron, 1979).
 
-    Args:
-        values (sequence of `float`): One per example.
-        resamples (`int`, *optional*, defaults to `1000`): Times that examples are drawn with replacement.
-        seed (`int`, *optional*, defaults to `0`): Of the draws.
+    `values` are those of the examples, which are drawn `resamples` times with replacement.
     """
     import numpy as np
 
@@ -118,14 +106,14 @@ def average(sets: list[dict[str, Any]]) -> dict[str, Any]:
         name: mean([part[name] for part in sets]) for name in ("bits_per_byte", "token_accuracy")
     }
     for kind in ("greedy", "sampled"):
-        if kind in sets[0]:
-            result[kind] = {name: mean([part[kind][name] for part in sets]) for name in ("rouge_l", "exact_match")}
-            for name in ("rouge_l", "exact_match"):
-                if f"{name}_seeds" in sets[0][kind]:
-                    of_seeds = [
-                        statistics.fmean(of_sets) for of_sets in zip(*(part[kind][f"{name}_seeds"] for part in sets))
-                    ]
-                    result[kind][f"{name}_sd"] = rounded(statistics.stdev(of_seeds))
+        kinds = [part[kind] for part in sets if kind in part]
+        if not kinds:
+            continue
+        result[kind] = {name: mean([part[name] for part in kinds]) for name in ("rouge_l", "exact_match")}
+        for name in ("rouge_l", "exact_match"):
+            if f"{name}_seeds" in kinds[0]:
+                of_seeds = map(statistics.fmean, zip(*(part[f"{name}_seeds"] for part in kinds)))
+                result[kind][f"{name}_sd"] = rounded(statistics.stdev(of_seeds))
     return result
 
 

@@ -40,13 +40,7 @@ HUB_SETS = {
 
 
 class Question(NamedTuple):
-    """
-    One example.
-
-    Attributes:
-        example ([`~hf_dskd.data.formats.Example`]): Its prompt, as messages and as text.
-        references: Right answers, one at least.
-    """
+    """One example: its prompt, as messages and as text, and right answers, one at least."""
 
     example: Example
     references: list[str]
@@ -54,13 +48,10 @@ class Question(NamedTuple):
 
 class QuestionSet(NamedTuple):
     """
-    A set of examples.
+    A set of examples, in the order of its file.
 
-    Attributes:
-        name: How it is called in the scores and in the names of files.
-        source: The file, or the repository on the hub and its file.
-        sha256: Of the file.
-        questions: The examples, in the order of the file.
+    `name` is how it is called in the scores and in the names of files, `source` the file, or the repository on the hub
+    and its file, and `sha256` that of the file.
     """
 
     name: str
@@ -71,10 +62,7 @@ class QuestionSet(NamedTuple):
 
 def parse_sets(text: str) -> dict[str, str | None]:
     """
-    Reads names of sets, each with a file or, where it comes from the hub, with `None`.
-
-    Args:
-        text (`str`): Such as `"dolly=path/test.jsonl,vicuna"`.
+    Reads names of sets such as `"dolly=path/test.jsonl,vicuna"`, each with a file or, from the hub, with `None`.
 
     Raises:
         UserError: For a name that is no set on the hub and has no file, can't name a file, or is there twice.
@@ -100,12 +88,9 @@ def parse_sets(text: str) -> dict[str, str | None]:
 
 def load_set(name: str, path: str | None = None, limit: int | None = None) -> QuestionSet:
     """
-    Reads a set from a file or, without one, from the hub.
+    Reads a set from a JSONL file (see [`read_question`]) or, without one, by its name in `HUB_SETS` from the hub.
 
-    Args:
-        name (`str`): One of `HUB_SETS`, or any other with a `path`.
-        path (`str`, *optional*): A JSONL file (see [`read_question`]).
-        limit (`int`, *optional*): Takes the first ones only.
+    With a `limit` the first ones only.
 
     Raises:
         UserError: If the set can't be had, or for the first row that is wrong, with its file and line.
@@ -137,12 +122,8 @@ def load_set(name: str, path: str | None = None, limit: int | None = None) -> Qu
 
 def read_question(row: Mapping[str, Any]) -> Question:
     """
-    Reads one row.
-
-    Args:
-        row (`Mapping[str, Any]`):
-            `instruction` and, where there is one, `input`; or, without an instruction, a `prompt`, which is used as it
-            is. And `output`, a string or a list of them.
+    Reads one row: `instruction` and, where there is one, `input`; or, without an instruction, a `prompt`, which is
+    used as it is. And `output`, a string or a list of them.
 
     Raises:
         UserError: If something is missing, empty, or no string.
@@ -176,27 +157,21 @@ def question_tokens(
     """
     Tokenizes a prompt as in training.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): A fast one.
-        question ([`Question`]): The example.
-        prompt_style (`str`):
-            `"alpaca"` wraps an instruction in MiniLLM's template (training's `prompt_style="plain"`), `"plain"` takes
-            instruction and input alone, `"chat"` renders the tokenizer's chat template. A row's own `prompt` stays as
-            it is with the first two.
-        chat_template_kwargs (`dict`, *optional*): For the chat template.
+    Style `"alpaca"` wraps an instruction in MiniLLM's template (training's `prompt_style="plain"`), `"plain"` takes
+    instruction and input alone, `"chat"` renders the tokenizer's chat template with `chat_template_kwargs`. A row's
+    own `prompt` stays as it is with the first two.
 
     Raises:
         UserError: If there is no chat template where one is asked for.
     """
-    from ..data.prompts import prompt_tokens
+    from ..data.prompts import name_of, prompt_tokens
 
     example = question.example
     if prompt_style == "chat":
         if not tokenizer.chat_template:
-            name = tokenizer.name_or_path or type(tokenizer).__name__
             raise UserError(
-                f"tokenizer {name!r} has no chat template: evaluate with --prompt_style alpaca or plain, or set"
-                " tokenizer.chat_template and save it"
+                f"tokenizer {name_of(tokenizer)} has no chat template: evaluate with --prompt_style alpaca or plain,"
+                " or set tokenizer.chat_template and save it"
             )
         return prompt_tokens(tokenizer, example, "chat", chat_template_kwargs)
     if prompt_style == "plain":

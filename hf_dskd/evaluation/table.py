@@ -12,12 +12,7 @@ AVERAGES = {"in_distribution": "in distribution", "out_of_distribution": "out of
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """
-    Writes scores as Markdown: a row for each set, then the averages where there are several.
-
-    Args:
-        scores (`Mapping[str, Any]`): The content of `scores.json`.
-    """
+    """Writes the content of `scores.json` as Markdown: a row for each set, then averages where there are several."""
     sets, settings = scores["sets"], scores["settings"]
     averages = scores["averages"] if len(sets) > 1 else {}
     rows = {**sets, **{f"*{AVERAGES[group]}*": part for group, part in averages.items()}}
@@ -33,10 +28,9 @@ def table(scores: Mapping[str, Any]) -> str:
     counts = {
         "unfinished, greedy": [_unfinished(part, "greedy") for part in rows.values()],
         f"unfinished, {sampled}": [_unfinished(part, "sampled") for part in rows.values()],
-        "prompts cut": [_count(part, "prompts_cut") for part in rows.values()],
-        "references cut": [_count(part, "references_cut") for part in rows.values()],
-        "references skipped": [_count(part, "references_skipped") for part in rows.values()],
     }
+    for name in ("prompts_cut", "references_cut", "references_skipped"):
+        counts[name.replace("_", " ")] = [str(part.get(name, "–")) for part in rows.values()]
     # The averages have none; what no set has is no column.
     columns |= {title: cells for title, cells in counts.items() if any(cell not in ("–", "0") for cell in cells)}
     caption = (
@@ -67,10 +61,6 @@ def _score(part: Mapping[str, Any], name: str) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _count(part: Mapping[str, Any], name: str) -> str:
-    return str(part.get(name, "–"))
 
 
 def _unfinished(part: Mapping[str, Any], kind: str) -> str:

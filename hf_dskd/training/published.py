@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..alignment.chunked import input_chunks
+from ..alignment.weights import input_chunks
 from ..losses.conditional_transport import TransportCritics, transport_cost
 from ..losses.key_query import Discriminator, discriminator_loss, row_noise
 from ..losses.matching import Matching
@@ -92,7 +92,7 @@ def published_states(
 
     `targets` `[B, S]` are already shifted: `targets[:, i]` is the token after `input_ids[:, i]`, or -100. `chunks`
     `[B, S]` are those of the *input* tokens, by which that code aligns
-    (see [`~hf_dskd.alignment.chunked.input_chunks`]).
+    (see [`~hf_dskd.alignment.weights.input_chunks`]).
     """
     mask = targets != IGNORE
     embedding = embedding.detach()

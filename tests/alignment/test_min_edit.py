@@ -51,10 +51,6 @@ def word_tokenizer(words, size=0, eos="</s>"):
     )
 
 
-def test_levenshtein_of_the_tests_is_right():
-    assert levenshtein("kitten", "sitting") == 3 and levenshtein("", "ab") == 2 and levenshtein("ab", "ab") == 0
-
-
 @pytest.mark.parametrize("swap", [False, True])
 def test_map_of_tiny_tokenizers_equals_brute_force(swap, tmp_path):
     student, teacher = tiny.byte_level_tokenizer(330), tiny.sentencepiece_tokenizer(400)
@@ -91,17 +87,18 @@ def test_special_tokens_and_padding_rows(tmp_path):
     torch.testing.assert_close(target.exp(), torch.tensor([[1, 1, 1, 1, 2]]) / 6)
 
 
-def test_a_space_counts_and_ties_go_to_the_lowest_id(tmp_path):
-    student = word_tokenizer(["cot", "cut", "Ġcat", "s", "</s>"], size=1)
-    teacher = word_tokenizer(["cat", "Ġcats", "s", "</s>"], size=1)
-    # "cat" is one away from "cot", "cut" and " cat".
-    assert vocabulary_map(student, teacher, tmp_path).tolist() == [0, 2, 3, 4]
-
-
-def test_a_text_with_nothing_in_common_has_no_partner(tmp_path):
-    student = word_tokenizer(["cot", "x", "</s>"], size=1)
-    teacher = word_tokenizer(["zq", "xy", "x", "</s>"], size=1)
-    assert vocabulary_map(student, teacher, tmp_path).tolist() == [-1, 1, 1, 2]
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        # "cat" is one away from "cot", "cut" and " cat": a space counts, and the lowest id is taken.
+        (["cot", "cut", "Ġcat", "s"], ["cat", "Ġcats", "s"], [0, 2, 3, 4]),
+        # A text with nothing in common has no partner.
+        (["cot", "x"], ["zq", "xy", "x"], [-1, 1, 1, 2]),
+    ],
+)
+def test_map_by_hand(student, teacher, expected, tmp_path):
+    tokenizers = (word_tokenizer([*words, "</s>"], size=1) for words in (student, teacher))
+    assert vocabulary_map(*tokenizers, tmp_path).tolist() == expected
 
 
 def test_vocabularies_without_a_common_token(tmp_path):
@@ -111,57 +108,52 @@ def test_vocabularies_without_a_common_token(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class TestCache:
-    @pytest.fixture
-    def computed(self, monkeypatch):
-        calls = []
-        compute = min_edit._compute
-        monkeypatch.setattr(min_edit, "_compute", lambda *pair: calls.append(pair) or compute(*pair))
-        return calls
+@pytest.fixture
+def computed(monkeypatch):
+    """The pairs of which a map is computed and not read."""
+    calls = []
+    compute = min_edit._compute
+    monkeypatch.setattr(min_edit, "_compute", lambda *pair: calls.append(pair) or compute(*pair))
+    return calls
 
-    @pytest.fixture
-    def pair(self):
-        return tiny.byte_level_tokenizer(300), tiny.sentencepiece_tokenizer(380)
 
-    def test_computed_once(self, pair, computed, tmp_path):
-        first = vocabulary_map(*pair, tmp_path)
-        again = vocabulary_map(tiny.byte_level_tokenizer(300), tiny.sentencepiece_tokenizer(380), tmp_path)
-        assert len(computed) == 1 and torch.equal(first, again)
-        assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+PAIR = tiny.byte_level_tokenizer(300), tiny.sentencepiece_tokenizer(380)
 
-    def test_another_pair_is_another_map(self, pair, computed, tmp_path):
-        vocabulary_map(*pair, tmp_path)
-        vocabulary_map(pair[1], pair[0], tmp_path)
-        vocabulary_map(tiny.byte_level_tokenizer(301), pair[1], tmp_path)
-        assert len(computed) == 3 and len(list(tmp_path.iterdir())) == 3
 
-    @pytest.mark.parametrize("damage", ["empty", "truncated", "noise", "other tensor", "ids out of range"])
-    def test_a_damaged_file_is_computed_again(self, damage, pair, computed, tmp_path):
-        expected = vocabulary_map(*pair, tmp_path)
-        (path,) = tmp_path.iterdir()
-        data = path.read_bytes()
-        if damage == "empty":
-            path.write_bytes(b"")
-        elif damage == "truncated":
-            path.write_bytes(data[:-8])
-        elif damage == "noise":
-            path.write_bytes(b"\xff" * len(data))
-        elif damage == "other tensor":
-            save_file({"vocabulary_map": expected[:-1].clone()}, path)
-        else:
-            save_file({"vocabulary_map": expected + len(pair[0])}, path)
-        assert torch.equal(vocabulary_map(*pair, tmp_path), expected)
-        assert len(computed) == 2 and torch.equal(load_file(path)["vocabulary_map"], expected)
+def test_each_pair_is_computed_once(computed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path))
+    first = vocabulary_map(*PAIR)
+    folder = tmp_path / "vocabulary_maps"
+    again = vocabulary_map(tiny.byte_level_tokenizer(300), tiny.sentencepiece_tokenizer(380), folder)
+    assert len(computed) == 1 and torch.equal(first, again)
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
+    vocabulary_map(PAIR[1], PAIR[0], folder)
+    vocabulary_map(tiny.byte_level_tokenizer(301), PAIR[1], folder)
+    assert len(computed) == 3 and len(list(folder.iterdir())) == 3
 
-    def test_default_folder(self, pair, computed, tmp_path, monkeypatch):
-        monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path))
-        vocabulary_map(*pair)
-        assert len(list((tmp_path / "vocabulary_maps").iterdir())) == 1
 
-    def test_a_folder_that_cannot_be_made(self, pair, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="HF_DSKD_CACHE"):
-            vocabulary_map(*pair, tmp_path / "file" / "maps")
+def test_a_damaged_file_is_computed_again(computed, tmp_path):
+    expected = vocabulary_map(*PAIR, tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    damages = [
+        lambda: path.write_bytes(b""),
+        lambda: path.write_bytes(data[:-8]),
+        lambda: path.write_bytes(b"\xff" * len(data)),
+        # Of another pair: too short, and ids out of range.
+        lambda: save_file({"vocabulary_map": expected[:-1].clone()}, path),
+        lambda: save_file({"vocabulary_map": expected + len(PAIR[0])}, path),
+    ]
+    for number, damage in enumerate(damages, start=2):
+        damage()
+        assert torch.equal(vocabulary_map(*PAIR, tmp_path), expected)
+        assert len(computed) == number and torch.equal(load_file(path)["vocabulary_map"], expected)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="HF_DSKD_CACHE"):
+        vocabulary_map(*PAIR, tmp_path / "file" / "maps")
 
 
 def plain_alignment(student, teacher):
@@ -187,62 +179,55 @@ def plain_alignment(student, teacher):
     return [places[0] if len(places) == 1 else -1 for places in beside]
 
 
-class TestAlignment:
-    def test_equals_plain_loops_on_random_cuts(self):
-        generator = random.Random(0)
-        several = 0
-        for _ in range(60):
-            text = "".join(generator.choice("ab c") for _ in range(generator.randint(1, 25)))
-            student, teacher = ([], [])
-            for tokens in (student, teacher):
-                start = 0
-                while start < len(text):
-                    end = start + generator.randint(1, 4)
-                    tokens.append(text[start:end])
-                    start = end
-            expected = plain_alignment(student, teacher)
-            assert align_tokens(student, teacher) == expected
-            assert align_tokens([t.encode() for t in student], [t.encode() for t in teacher]) == expected
-            several += expected.count(-1)
-        assert several > 20
-
-    def test_one_beside_several(self):
-        assert align_tokens(["The", " cats", " sat"], ["The", " cat", "s", " sat"]) == [0, 1, -1]
-        assert align_tokens(["Another", " keyboard", " is"], ["Another", " key", "board", " is"]) == [0, -1, 3]
-        assert align_tokens(["The", " cat", "s", " sat"], ["The", " cats", " sat"]) == [0, 1, 2, 2]
-        assert align_tokens(["a"], ["b"]) == [0]
-
-    def test_bytes_that_are_no_text(self):
-        first, second = "é".encode()[:1], "é".encode()[1:]
-        # Costs 1 where it lies beside "x" as where it lies beside "é", and the pair before comes first.
-        assert align_tokens([b"x", first, second, b"y"], ["x", "é", "y"]) == [0, 0, 1, 2]
-        assert align_tokens([first, second], [first, second]) == [0, 1]
+def test_alignment_equals_plain_loops_on_random_cuts():
+    generator = random.Random(0)
+    several = 0
+    for _ in range(60):
+        text = "".join(generator.choice("ab c") for _ in range(generator.randint(1, 25)))
+        student, teacher = ([], [])
+        for tokens in (student, teacher):
+            start = 0
+            while start < len(text):
+                end = start + generator.randint(1, 4)
+                tokens.append(text[start:end])
+                start = end
+        expected = plain_alignment(student, teacher)
+        assert align_tokens(student, teacher) == expected
+        assert align_tokens([t.encode() for t in student], [t.encode() for t in teacher]) == expected
+        several += expected.count(-1)
+    assert several > 20
 
 
-class TestPartners:
-    def test_only_tokens_that_map_to_each_other(self, tmp_path):
-        student = word_tokenizer(["The", "Ġcat", "Ġcats", "s", "Ġsat", ".", "</s>"], size=1)
-        teacher = word_tokenizer(["</s>", "Ġsat", "The", "Ġcats", "."], eos="</s>")
-        found = vocabulary_map(student, teacher, tmp_path)
-        assert found.tolist() == [6, 4, 0, 2, 5]
-        # " cat" and "s" both lie beside " cats", which maps to neither.
-        assert partners([0, 1, 3, 4, 5, 6], [2, 3, 1, 4, 0], student, teacher, found) == [0, -1, -1, 2, 3, 4]
-        assert partners([0, 2, 4, 6], [2, 3, 1, 0], student, teacher, found) == [0, 1, 2, 3]
+def test_bytes_that_are_no_text():
+    first, second = "é".encode()[:1], "é".encode()[1:]
+    # Costs 1 where it lies beside "x" as where it lies beside "é", and the pair before comes first.
+    assert align_tokens([b"x", first, second, b"y"], ["x", "é", "y"]) == [0, 0, 1, 2]
+    assert align_tokens([first, second], [first, second]) == [0, 1]
 
-    def test_of_one_text_have_the_same_text_before_them(self, tmp_path):
-        student, teacher = tiny.byte_level_tokenizer(330), tiny.sentencepiece_tokenizer(400)
-        found = vocabulary_map(student, teacher, tmp_path)
-        text = tiny.TEXTS[0] + " " + tiny.TEXTS[4]
-        student_ids = student(text)["input_ids"]
-        teacher_ids = teacher(text)["input_ids"][1:]
-        pairs = partners(student_ids, teacher_ids, student, teacher, found)
-        assert len(pairs) == len(student_ids)
-        kept = [(s, t) for s, t in enumerate(pairs) if t >= 0]
-        assert len(kept) > 10
-        for s, t in kept:
-            assert found[teacher_ids[t]] == student_ids[s]
-        same = sum(
-            student.decode(student_ids[: s + 1]).strip() == teacher.decode(teacher_ids[: t + 1]).strip()
-            for s, t in kept
-        )
-        assert same > 0.9 * len(kept)
+
+def test_only_tokens_that_map_to_each_other(tmp_path):
+    student = word_tokenizer(["The", "Ġcat", "Ġcats", "s", "Ġsat", ".", "</s>"], size=1)
+    teacher = word_tokenizer(["</s>", "Ġsat", "The", "Ġcats", "."], eos="</s>")
+    found = vocabulary_map(student, teacher, tmp_path)
+    assert found.tolist() == [6, 4, 0, 2, 5]
+    # " cat" and "s" both lie beside " cats", which maps to neither.
+    assert partners([0, 1, 3, 4, 5, 6], [2, 3, 1, 4, 0], student, teacher, found) == [0, -1, -1, 2, 3, 4]
+    assert partners([0, 2, 4, 6], [2, 3, 1, 0], student, teacher, found) == [0, 1, 2, 3]
+
+
+def test_of_one_text_have_the_same_text_before_them(tmp_path):
+    student, teacher = tiny.byte_level_tokenizer(330), tiny.sentencepiece_tokenizer(400)
+    found = vocabulary_map(student, teacher, tmp_path)
+    text = tiny.TEXTS[0] + " " + tiny.TEXTS[4]
+    student_ids = student(text)["input_ids"]
+    teacher_ids = teacher(text)["input_ids"][1:]
+    pairs = partners(student_ids, teacher_ids, student, teacher, found)
+    assert len(pairs) == len(student_ids)
+    kept = [(s, t) for s, t in enumerate(pairs) if t >= 0]
+    assert len(kept) > 10
+    for s, t in kept:
+        assert found[teacher_ids[t]] == student_ids[s]
+    same = sum(
+        student.decode(student_ids[: s + 1]).strip() == teacher.decode(teacher_ids[: t + 1]).strip() for s, t in kept
+    )
+    assert same > 0.9 * len(kept)

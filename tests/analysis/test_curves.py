@@ -1,24 +1,15 @@
 """The curves show what was logged, run by run."""
 
 import math
-import warnings
 
 import pytest
 import runs
 import tiny
-from matplotlib.image import imread
+from drawing import plot, size
 from test_model_loss import mixtral
 
 from hf_dskd import UserError
 from hf_dskd.analysis.curves import plot_analysis, plot_curves, series, training_panels
-
-
-def plot(*args, draw=plot_curves):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # The oldest matplotlib with a new pyparsing.
-        warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
-        draw(*args)
 
 
 def panels(figure):
@@ -56,7 +47,7 @@ def test_series():
 
 
 def test_only_what_was_logged_has_a_panel(tmp_path, figures):
-    plot({"one": HISTORY}, tmp_path / "folder" / "curves.png")
+    plot(plot_curves, {"one": HISTORY}, tmp_path / "folder" / "curves.png")
     [figure] = figures
     assert set(panels(figure)) == {
         "cross entropy (ce_loss)",
@@ -70,16 +61,15 @@ def test_only_what_was_logged_has_a_panel(tmp_path, figures):
     [line] = panels(figure)["evaluation: bits per byte"].lines
     assert list(line.get_xdata()) == [20] and line.get_marker() == "o"
     assert {axes.get_xlim() for axes in figure.axes} == {(9.7, 20.3)}
-    height, width, _ = imread(tmp_path / "folder" / "curves.png").shape
+    width, height = size(tmp_path / "folder" / "curves.png")
     assert 1000 < width < 1600 and 400 < height < 800
 
 
 def test_one_step(tmp_path, figures):
-    plot({"one": HISTORY[:1]}, tmp_path / "curves.png")
+    plot(plot_curves, {"one": HISTORY[:1]}, tmp_path / "curves.png")
     for axes in figures[0].axes:
         low, high = axes.get_xlim()
-        assert low < 10 < high
-        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [10]
+        assert [tick for tick in axes.get_xticks() if low < tick < high] == [10] and low < 10 < high
         assert all(line.get_marker() == "o" for line in axes.lines)
 
 
@@ -96,7 +86,7 @@ OF_OTHER_METHODS = {
 def test_panels_of_other_methods(title, settings, tmp_path, figures):
     run = runs.trainer(tmp_path, rows=4, max_steps=1, **settings)
     run.train()
-    plot({"run": run.state.log_history}, tmp_path / "curves.png")
+    plot(plot_curves, {"run": run.state.log_history}, tmp_path / "curves.png")
     assert title in panels(figures[0])
 
 
@@ -107,7 +97,7 @@ def test_real_runs_share_colours(tmp_path, figures):
         run = runs.trainer(tmp_path / method, rows=8, method=method, max_steps=4, **settings)
         run.train()
         histories[name] = run.state.log_history
-    plot(histories, tmp_path / "curves.png")
+    plot(plot_curves, histories, tmp_path / "curves.png")
     [figure] = figures
     shown = panels(figure)
     # Everything that has a panel is really logged, under this name.
@@ -140,23 +130,17 @@ def test_real_runs_share_colours(tmp_path, figures):
 
 
 def test_wide_ranges_are_logarithmic(tmp_path, figures):
-    def history(norm, rate):
-        return [{"grad_norm": 1.0, "projector_grad_norm": norm, "learning_rate": rate, "step": 1}]
-
-    plot({"a": history(100.0, 0.0)}, tmp_path / "curves.png")
-    plot({"a": history(2.0, 1e-3)}, tmp_path / "curves.png")
+    for norm, rate in ((100.0, 0.0), (2.0, 1e-3)):
+        history = [{"grad_norm": 1.0, "projector_grad_norm": norm, "learning_rate": rate, "step": 1}]
+        plot(plot_curves, {"a": history}, tmp_path / "curves.png")
     scales = [panels(figure)["gradient norms"].get_yscale() for figure in figures]
     assert scales == ["log", "linear"]
     assert panels(figures[0])["learning rates"].get_yscale() == "linear"  # 0 has no logarithm
 
 
 def test_several_evaluation_sets(tmp_path, figures):
-    history = [
-        {"eval_easy_bits_per_byte": 1.0, "step": 5},
-        {"eval_hard_bits_per_byte": 2.0, "step": 5},
-        {"eval_easy_loss": 1.0, "step": 5},
-    ]
-    plot({"one": history}, tmp_path / "curves.png")
+    history = [{f"eval_{name}_bits_per_byte": bits, "step": 5} for name, bits in (("easy", 1.0), ("hard", 2.0))]
+    plot(plot_curves, {"one": [*history, {"eval_easy_loss": 1.0, "step": 5}]}, tmp_path / "curves.png")
     axes = panels(figures[0])["evaluation: bits per byte"]
     assert curves(axes) == [[(5, 1.0)], [(5, 2.0)]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["easy", "hard"]
@@ -178,7 +162,7 @@ def analyses(*keys, steps=(0, 10, 20)):
 
 def test_analysis_of_one_run(tmp_path, figures):
     history = analyses("chunk_mass", "chunk_mass_uniform", "mmd", "gradient_norm_kq", "gradient_norm_ce")
-    plot(history, tmp_path / "folder" / "analysis.png", draw=plot_analysis)
+    plot(plot_analysis, history, tmp_path / "folder" / "analysis.png")
     [figure] = figures
     assert not figure.legends
     shown = panels(figure)
@@ -200,7 +184,7 @@ def test_analysis_of_one_run(tmp_path, figures):
 
 def test_numbers_without_a_panel_of_their_own(tmp_path, figures):
     history = [{"step": 5, "mmd": 1.0, "new_$number": 2.0, "another": 1, "name": "text", "undefined": math.nan}]
-    plot(history, tmp_path / "analysis.png", draw=plot_analysis)
+    plot(plot_analysis, history, tmp_path / "analysis.png")
     shown = panels(figures[0])
     assert list(shown) == ["queries and keys: squared MMD", "another", "new_$number"]
     assert curves(shown["new_$number"]) == [[(5, 2.0)]]
@@ -208,7 +192,7 @@ def test_numbers_without_a_panel_of_their_own(tmp_path, figures):
 
 def test_analyses_of_several_runs(tmp_path, figures):
     histories = {"_first": analyses("chunk_mass", "linear_probe_auc"), "second": analyses("chunk_mass", "entropy")}
-    plot(histories, tmp_path / "analysis.png", draw=plot_analysis)
+    plot(plot_analysis, histories, tmp_path / "analysis.png")
     [figure] = figures
     colours = legend(figure)
     assert list(colours) == ["_first", "second"]
@@ -222,9 +206,8 @@ def test_analyses_of_several_runs(tmp_path, figures):
 
 
 def test_axes_of_analyses_do_not_depend_on_small_changes(tmp_path, figures):
-    history = [{"step": step, "mmd": value, "mean_cosine": 0.5, "mean_gap": 0.0}
-               for step, value in ((0, 0.1), (1, -0.01))]  # fmt: skip
-    plot(history, tmp_path / "analysis.png", draw=plot_analysis)
+    history = [{"step": step, "mmd": mmd, "mean_cosine": 0.5, "mean_gap": 0.0} for step, mmd in ((0, 0.1), (1, -0.01))]
+    plot(plot_analysis, history, tmp_path / "analysis.png")
     shown = panels(figures[0])
     assert shown["queries and keys: squared MMD"].get_ylim() == pytest.approx((-0.0108, 0.108))
     assert shown["queries and keys: gap of the means"].get_ylim() == (0, 1)

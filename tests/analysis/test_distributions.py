@@ -27,10 +27,6 @@ def share_below(z):
     return (1 + math.erf(z / math.sqrt(2))) / 2
 
 
-def rotation(d, seed=0):
-    return torch.linalg.qr(normal(d, d, seed=seed))[0]
-
-
 def clusters(groups, rows, d, spread, seed):
     """Rows of each group around a centre of its own: `[groups * rows, d]`, and the group of each."""
     centres = spread * normal(groups, d, seed=seed)
@@ -96,23 +92,20 @@ def test_tokens_of_an_example_are_no_independent_observations():
     assert sum(p <= 0.05 for p in by_examples) < 7
 
 
-def test_a_difference_is_found():
+def test_a_difference_is_found_and_none_where_there_is_none():
     value, p = mmd(normal(60, 4), normal(80, 4, seed=1) + 1)
     assert value > 0.1 and p == 1 / 1001
     (x, groups), (y, _) = (clusters(12, 6, 3, 0.3, seed=s) for s in (1, 2))
     assert mmd(x, y + 2, groups, groups)[1] < 0.01
-
-
-def test_few_examples_cannot_be_sure():
+    # Few examples can't be sure.
     (x, groups), (y, _) = (clusters(2, 30, 3, 0.3, seed=s) for s in (1, 2))
     assert mmd(x, y + 9)[1] < 0.01
     assert mmd(x, y + 9, groups, groups)[1] == pytest.approx(0.5, abs=0.05)
-
-
-def test_the_same_rows_have_no_discrepancy():
-    x = normal(50, 4)
     value, p = mmd(x, x)
     assert -0.05 < value < 0 and p > 0.9
+    # Rows that coincide.
+    value, p = mmd(torch.zeros(4, 3), torch.zeros(5, 3))
+    assert value == pytest.approx(0) and p == 1
 
 
 def test_large_sets_are_sampled():
@@ -124,27 +117,13 @@ def test_large_sets_are_sampled():
     assert mmd(x, y, most_rows=100, seed=1)[0] != sampled[0]
 
 
-def test_mmd_of_rows_that_coincide():
-    value, p = mmd(torch.zeros(4, 3), torch.zeros(5, 3))
-    assert value == pytest.approx(0) and p == 1
-
-
 # ---- Wasserstein
 
 
 def test_equal_sets_are_at_distance_0():
-    x = normal(40, 5)
-    assert sliced_wasserstein(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
+    x = normal(50, 6)
     # Every point three times is the same distribution.
-    assert sliced_wasserstein(x, x.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
-
-
-def test_distance_of_a_shift():
-    x, shift = normal(50, 6), normal(6, seed=1)
-    expected = float(shift.norm()) / math.sqrt(6)
-    assert sliced_wasserstein(x, x + shift, projections=20_000) == pytest.approx(expected, rel=0.02)
-    # On a line there is one direction, and nothing is left to chance.
-    assert sliced_wasserstein(x[:, :1], x[:, :1] - 3, projections=2) == pytest.approx(3)
+    assert sliced_wasserstein(x, x.flip(0).repeat(3, 1)) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 7), (6, 4), (1, 3), (8, 8)])
@@ -202,7 +181,7 @@ def test_logistic_regression_is_at_its_minimum():
     assert abs(float(error.sum())) < 1e-4 and weight.abs().max() > 0.05
 
 
-@pytest.mark.parametrize("gap", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gap", [0.5, 2.0])
 def test_probe_of_shifted_gaussians(gap):
     shift = torch.tensor([gap, 0.0, 0.0, 0.0])
     value = linear_probe_auc(normal(1000, 4) + shift, normal(1000, 4, seed=1))
@@ -235,24 +214,12 @@ def test_probe_standardises():
     # A dimension without any spread.
     flat = [torch.cat([values, torch.ones(len(values), 1)], 1) for values in (x, y)]
     assert linear_probe_auc(*flat) == pytest.approx(expected, abs=1e-6)
-
-
-def test_two_examples_make_two_folds():
+    # Two examples make two folds.
     groups = torch.tensor([4] * 30 + [9] * 30)
-    assert linear_probe_auc(normal(60, 3) + 5, normal(60, 3, seed=1), groups, groups) == 1
+    assert linear_probe_auc(x[:60] + 5, y[:60] - 5, groups, groups) == 1
 
 
 # ---- Projection
-
-
-def test_projection_keeps_what_lies_in_a_plane():
-    x, y = normal(40, 2) * torch.tensor([3.0, 1.0]), normal(30, 2, seed=1) * torch.tensor([3.0, 1.0]) + 1
-    plane = rotation(50)[:2]
-    x2, y2, explained = pca(x @ plane + 5, y @ plane + 5)
-    assert x2.shape == (40, 2) and y2.shape == (30, 2)
-    assert sum(explained) == pytest.approx(1) and explained[0] > explained[1]
-    torch.testing.assert_close(torch.cdist(x2, y2), torch.cdist(x, y))
-    torch.testing.assert_close(torch.cat([x2, y2]).mean(0), torch.zeros(2, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_projection_against_the_covariance():
@@ -269,11 +236,9 @@ def test_projection_has_one_sign():
     x, y = normal(20, 8), normal(30, 8, seed=1) + 1
     x2, y2, _ = pca(x, y)
     other_x2, other_y2, _ = pca(x.flip(0), y.flip(0))
-    torch.testing.assert_close(other_x2.flip(0), x2)
-    torch.testing.assert_close(other_y2.flip(0), y2)
     swapped_y2, swapped_x2, _ = pca(y, x)
-    torch.testing.assert_close(swapped_x2, x2)
-    torch.testing.assert_close(swapped_y2, y2)
+    for one, other in ((other_x2.flip(0), x2), (other_y2.flip(0), y2), (swapped_x2, x2), (swapped_y2, y2)):
+        torch.testing.assert_close(one, other)
 
 
 # ---- Together
@@ -281,21 +246,16 @@ def test_projection_has_one_sign():
 
 def test_everything_together():
     (x, groups), (y, _) = (clusters(6, 10, 4, 0.5, seed=s) for s in (1, 2))
-    y = (y + 1).float()
-    numbers = distribution_metrics(x.float(), y, groups, groups, x[:, 0], y[:, 0])
-    assert (numbers["mmd"], numbers["mmd_p_value"]) == mmd(x.float(), y, groups, groups)
-    assert numbers["sliced_wasserstein"] == sliced_wasserstein(x.float(), y)
-    assert numbers["linear_probe_auc"] == linear_probe_auc(x.float(), y, groups, groups)
-    assert numbers["discriminator_auc"] == auc(x[:, 0], y[:, 0])
-    assert set(numbers) == {
-        "mmd",
-        "mmd_p_value",
-        "sliced_wasserstein",
-        "mean_gap",
-        "variance_gap",
-        "mean_cosine",
-        "linear_probe_auc",
-        "discriminator_auc",
+    x, y = x.float(), (y + 1).float()
+    numbers = distribution_metrics(x, y, groups, groups, x[:, 0], y[:, 0])
+    discrepancy, p_value = mmd(x, y, groups, groups)
+    assert numbers == {
+        "mmd": discrepancy,
+        "mmd_p_value": p_value,
+        "sliced_wasserstein": sliced_wasserstein(x, y),
+        "linear_probe_auc": linear_probe_auc(x, y, groups, groups),
+        "discriminator_auc": auc(x[:, 0], y[:, 0]),
+        **moment_gaps(x, y),
     }
     assert all(type(value) is float and math.isfinite(value) for value in numbers.values())
 

@@ -1,7 +1,6 @@
 """The attention that is shown is the one of training; labels and numbers say what they claim."""
 
 import dataclasses
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -9,9 +8,9 @@ import runs
 import tiny
 import torch
 from datasets import Dataset
+from drawing import plot, size
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex
-from matplotlib.image import imread
 
 from hf_dskd import UserError
 from hf_dskd.alignment import weights
@@ -20,8 +19,6 @@ from hf_dskd.analysis.heatmap import (
     MOST_ON_SHEET,
     NOTE,
     AlignmentExample,
-    attention_in_chunk,
-    attention_on_text,
     chunks_of,
     contact_sheet,
     cross_attention,
@@ -29,23 +26,16 @@ from hf_dskd.analysis.heatmap import (
     plot_attention,
     same_chunk,
     same_text,
-    uniform_in_chunk,
-    uniform_on_text,
+    shares,
 )
 from hf_dskd.losses.dual_space import queries_and_keys
 from hf_dskd.losses.states import response_states
 from hf_dskd.models.causal_lm import input_embedding
 
 
-@pytest.fixture(autouse=True)
-def own_precision(monkeypatch):
-    """transformers 4 leaves a run's precision in the environment, where the next run takes it from."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-
-
-@pytest.fixture
-def trainer(tmp_path):
-    run = runs.trainer(tmp_path, rows=8)
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    run = runs.trainer(tmp_path_factory.mktemp("run"), rows=8)
     # Scores far from 0, so that a wrong row or scale shows.
     with torch.no_grad():
         run.projectors.query.weight.mul_(100)
@@ -126,20 +116,6 @@ def test_neighbours_in_the_batch_change_nothing(trainer):
         assert shown.t2s.max() > 3 / columns
 
 
-def test_rows_sum_to_one(trainer):
-    shown = cross_attention(trainer.distiller, trainer.train_dataset[1], caption="a caption")
-    torch.testing.assert_close(shown.t2s.sum(1), torch.ones(len(shown.student_tokens)))
-    torch.testing.assert_close(shown.s2t.sum(1), torch.ones(len(shown.teacher_tokens)))
-    assert shown.caption == "a caption"
-
-
-def test_follows_the_projector(tmp_path):
-    run = runs.trainer(tmp_path, rows=4)
-    before = cross_attention(run.distiller, run.train_dataset[0]).t2s
-    run.train()
-    assert not torch.allclose(cross_attention(run.distiller, run.train_dataset[0]).t2s, before, atol=1e-6)
-
-
 # ---- Labels
 
 
@@ -184,13 +160,6 @@ def test_space_that_decoding_drops(tmp_path):
         assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens) == visible(text) + "</s>"
 
 
-def test_label_is_the_token_that_is_predicted(trainer):
-    row = trainer.train_dataset[0]
-    shown = cross_attention(trainer.distiller, row)
-    first = row["input_ids"][row["prompt_length"]]
-    assert shown.student_tokens[0] == visible(trainer.processing_class.decode([first]))
-
-
 def test_parts_of_a_character_are_bytes(tmp_path):
     data = Dataset.from_list([{"prompt": "Q: ", "completion": "é東"}])
     run = runs.trainer(tmp_path, train_dataset=data)
@@ -206,7 +175,6 @@ def test_cut_response_has_no_eos(tmp_path):
     assert row["cut"] and not shown.has_eos
     assert shown.student_tokens[-1] != "<|endoftext|>"
     assert "".join(shown.student_tokens) == "".join(shown.teacher_tokens)
-    assert not same_text(example(shown.t2s, (1, 1), (1, 1), has_eos=False))[1, 1]
 
 
 def test_labels_without_the_text(trainer):
@@ -224,31 +192,28 @@ def test_labels_without_the_text(trainer):
 def test_same_text_by_hand():
     # student: "The" "·cat" EOS; teacher: "Th" "e·c" "at" EOS
     expected = [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-    shared = same_text(example(torch.zeros(3, 4), (3, 7, 7), (2, 5, 7, 7)))
-    assert shared.int().tolist() == expected
+    assert same_text(example(torch.zeros(3, 4), (3, 7, 7), (2, 5, 7, 7))).int().tolist() == expected
     cut = same_text(example(torch.zeros(2, 3), (3, 7), (2, 5, 7), has_eos=False))
     assert cut.int().tolist() == [row[:3] for row in expected[:2]]
+    assert not same_text(example(torch.zeros(2, 2), (1, 1), (1, 1), has_eos=False))[1, 1]
 
 
-def test_attention_on_text_by_hand():
-    assert attention_on_text(diagonal(7)) == 1.0
-    shifted = diagonal(4)
-    assert attention_on_text(dataclasses.replace(shifted, t2s=torch.eye(4).roll(1, 1))) == 0.0
+def test_shares_by_hand():
+    found = shares(diagonal(7))
+    assert found["on_text"] == found["in_chunk"] == 1.0
+    assert shares(dataclasses.replace(diagonal(4), t2s=torch.eye(4).roll(1, 1)))["on_text"] == 0.0
     mixed = example([[0.1, 0.2, 0.3, 0.4], [0.25, 0.5, 0.125, 0.125], [0.0, 0.0, 0.0, 1.0]], (3, 7, 7), (2, 5, 7, 7))
-    assert attention_on_text(mixed) == pytest.approx((0.3 + 0.625 + 1.0) / 3)
+    assert shares(mixed)["on_text"] == pytest.approx((0.3 + 0.625 + 1.0) / 3)
     # Five of twelve cells share text.
     uniform = dataclasses.replace(mixed, t2s=torch.full((3, 4), 0.25))
-    assert attention_on_text(uniform) == pytest.approx(5 / 12)
-    assert uniform_on_text(mixed) == pytest.approx(5 / 12)
+    assert shares(uniform)["on_text"] == pytest.approx(5 / 12)
+    assert shares(mixed)["uniform_on_text"] == pytest.approx(5 / 12)
 
 
 def test_tokens_without_text_do_not_count():
     # The second student token covers no byte and is no EOS.
     shown = example([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], (2, 2, 4), (2, 4), has_eos=False)
-    assert attention_on_text(shown) == 1.0
-    # Nor does one inside of a teacher token.
-    shown = example([[1.0], [1.0]], (1, 1), (2,), has_eos=False)
-    assert same_text(shown).tolist() == [[True], [False]]
+    assert shares(shown)["on_text"] == 1.0
 
 
 def test_chunks_of_a_row(trainer):
@@ -269,45 +234,29 @@ def test_attention_in_chunk_by_hand():
     shown = example(t2s, (3, 5, 7, 7), (2, 5, 7, 7))
     assert chunks_of(shown) == ((0, 0, 1, 2), (0, 0, 1, 2))
     assert same_chunk(shown).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert attention_in_chunk(shown) == pytest.approx((0.3 + 0.75 + 1.0 + 0.0) / 4)
-    assert uniform_in_chunk(shown) == pytest.approx(6 / 16)
+    found = shares(shown)
+    assert found["in_chunk"] == pytest.approx((0.3 + 0.75 + 1.0 + 0.0) / 4)
+    assert found["uniform_in_chunk"] == pytest.approx(6 / 16)
     # "·c" shares no text with "Th".
-    assert attention_on_text(shown) == pytest.approx((0.3 + 0.25 + 1.0 + 0.0) / 4)
+    assert found["on_text"] == pytest.approx((0.3 + 0.25 + 1.0 + 0.0) / 4)
     given = dataclasses.replace(shown, student_chunks=(0, 1, 2, 2), teacher_chunks=(0, 1, 1, 2))
-    assert attention_in_chunk(given) == pytest.approx((0.1 + 0.375 + 0.0 + 0.0) / 4)
-    assert attention_in_chunk(diagonal(7)) == 1.0
+    assert shares(given)["in_chunk"] == pytest.approx((0.1 + 0.375 + 0.0 + 0.0) / 4)
 
 
 # ---- Pictures
 
 
-def size(path):
-    height, width, _ = imread(path).shape
-    return width, height
-
-
-def plot(*args, draw=plot_attention, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # The oldest matplotlib with a new pyparsing.
-        warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
-        draw(*args, **kwargs)
-
-
-@pytest.mark.parametrize(("count", "least", "most"), [(5, 250, 700), (30, 550, 1000), (60, 1150, 1600)])
-def test_size_grows_with_the_tokens(tmp_path, count, least, most):
-    plot([diagonal(count)], tmp_path / "folder" / "one.png")
-    width, height = size(tmp_path / "folder" / "one.png")
-    assert least <= width <= most and least <= height <= most
+def panels_of(figure):
+    return [axes for axes in figure.axes if axes.get_xlabel() == "teacher"]
 
 
 def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
     shown = [cross_attention(trainer.distiller, trainer.train_dataset[index], f"row {index}") for index in (0, 2)]
-    plot(shown, tmp_path / "two.png", title="Tiny models at $5 and $6")
+    plot(plot_attention, shown, tmp_path / "two.png", title="Tiny models at $5 and $6")
     assert not caplog.records
     [figure] = figures
     assert [text.get_text() for text in figure.texts] == [NOTE, "Tiny models at $5 and $6"]
-    panels = [axes for axes in figure.axes if axes.get_xlabel() == "teacher"]
+    panels = panels_of(figure)
     assert len(panels) == 2
     top = max(float(one.t2s.max()) for one in shown)
     for axes, one in zip(panels, shown):
@@ -322,37 +271,39 @@ def test_picture_of_a_run(tmp_path, trainer, figures, caplog):
         assert axes.texts[0].xy == (0, 0.5) and axes.texts[len(one.student_tokens)].xy == (0.5, 0)
         heading = axes.get_title("left").split("\n")
         assert heading[0] == one.caption
-        assert f"{attention_on_text(one):.1%}" in heading[1] and f"{uniform_on_text(one):.1%}" in heading[1]
-        assert f"{attention_in_chunk(one):.1%}" in heading[2] and f"{uniform_in_chunk(one):.1%}" in heading[2]
+        found = {name: f"{share:.1%}" for name, share in shares(one).items()}
+        assert found["on_text"] in heading[1] and found["uniform_on_text"] in heading[1]
+        assert found["in_chunk"] in heading[2] and found["uniform_in_chunk"] in heading[2]
 
 
-def test_two_panels_side_by_side_or_stacked(tmp_path, figures):
-    for count, beside in ((10, True), (60, False)):
-        plot([diagonal(count), diagonal(count)], tmp_path / "two.png")
-        first, second = (axes.get_position() for axes in figures[-1].axes if axes.get_xlabel() == "teacher")
+def test_panels_are_placed_by_their_size(tmp_path, figures):
+    for count, least, most, beside in ((10, 250, 1400, True), (60, 1150, 3200, False)):
+        plot(plot_attention, [diagonal(count), diagonal(count)], tmp_path / "folder" / "two.png")
+        assert all(least <= pixels <= most for pixels in size(tmp_path / "folder" / "two.png"))
+        first, second = (axes.get_position() for axes in panels_of(figures[-1]))
         assert (first.y0 == pytest.approx(second.y0)) == beside
         assert (first.x0 == pytest.approx(second.x0)) == (not beside)
         assert second.x0 > first.x1 if beside else second.y1 < first.y0
-
-
-def test_rows_of_panels_are_as_high_as_their_own(tmp_path, figures):
+    # A row of panels is as high as its own.
     short = example(torch.full((3, 60), 1 / 60), (1, 2, 3), tuple(range(1, 61)), has_eos=False)
-    plot([short, diagonal(60)], tmp_path / "two.png")
-    [figure] = figures
-    first, second = (axes.get_position() for axes in figure.axes if axes.get_xlabel() == "teacher")
+    plot(plot_attention, [short, diagonal(60)], tmp_path / "two.png")
+    first, second = (axes.get_position() for axes in panels_of(figures[-1]))
     # Nothing between them but labels and heading: about an inch and a half.
-    assert 0.5 < (first.y0 - second.y1) * figure.get_size_inches()[1] < 2
+    assert 0.5 < (first.y0 - second.y1) * figures[-1].get_size_inches()[1] < 2
 
 
 def test_long_responses_are_truncated_and_it_is_said(tmp_path, figures):
     ends = tuple(range(1, 71))
     shown = example(torch.eye(70), ends, ends, has_eos=False)
     shown.t2s[60:] = shown.t2s[60:].roll(1, 1)
-    plot([shown, diagonal(60)], tmp_path / "long.png")
-    long, short = (axes for axes in figures[0].axes if axes.get_xlabel() == "teacher")
+    plot(plot_attention, [shown, diagonal(60)], tmp_path / "long.png")
+    long, short = panels_of(figures[0])
     assert "the first 60 of 70 student and 60 of 70 teacher tokens" in long.get_title("left")
     assert f"{60 / 70:.1%}" in long.get_title("left")  # of the whole response, not of the part shown
     assert len(long.texts) == 120 and "first" not in short.get_title("left")
+    # The boundaries of chunks end with the picture.
+    lines = segments(long)[LIGHT]
+    assert len(lines) == 2 * 59 and max(x for line in lines for point in line for x in point) == 60
 
 
 def segments(axes):
@@ -368,19 +319,28 @@ ORANGE, GREY, LIGHT = "#e4572e", "#7d7d7d", "#c2c2c2"
 
 
 def test_outline_follows_the_text(tmp_path, figures):
-    plot([example(torch.full((2, 3), 1 / 3), (3, 7), (2, 3, 7), has_eos=False)], tmp_path / "outline.png")
+    plot(
+        plot_attention,
+        [example(torch.full((2, 3), 1 / 3), (3, 7), (2, 3, 7), has_eos=False)],
+        tmp_path / "outline.png",
+    )
     lines = segments(figures[0].axes[0])
     # Around columns 0 and 1 of row 0, and column 2 of row 1; no line between the first two.
-    expected = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((2, 1), (2, 2)), ((3, 1), (3, 2))}  # upright
-    expected |= {((0, 0), (1, 0)), ((1, 0), (2, 0)), ((0, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (3, 1))}
-    expected |= {((2, 2), (3, 2))}
-    assert lines[ORANGE] == sorted(expected)
-    assert lines[GREY] == lines[ORANGE]  # a chunk of one token has no more cells
+    upright = {((0, 0), (0, 1)), ((2, 0), (2, 1)), ((2, 1), (2, 2)), ((3, 1), (3, 2))}
+    level = {
+        ((0, 0), (1, 0)),
+        ((1, 0), (2, 0)),
+        ((0, 1), (1, 1)),
+        ((1, 1), (2, 1)),
+        ((2, 1), (3, 1)),
+        ((2, 2), (3, 2)),
+    }
+    assert lines[ORANGE] == lines[GREY] == sorted(upright | level)  # a chunk of one token has no more cells
 
 
 def test_chunks_are_outlined_and_divided(tmp_path, figures):
     # Chunks of 2 × 2, 1 × 1 and (EOS) 1 × 1 tokens.
-    plot([example(torch.full((4, 4), 0.25), (3, 5, 7, 7), (2, 5, 7, 7))], tmp_path / "chunks.png")
+    plot(plot_attention, [example(torch.full((4, 4), 0.25), (3, 5, 7, 7), (2, 5, 7, 7))], tmp_path / "chunks.png")
     lines = segments(figures[0].axes[0])
     # Right through, after the second and the third token of both sides.
     assert lines[LIGHT] == sorted([((0, 2), (4, 2)), ((0, 3), (4, 3)), ((2, 0), (2, 4)), ((3, 0), (3, 4))])
@@ -389,13 +349,6 @@ def test_chunks_are_outlined_and_divided(tmp_path, figures):
     inside = {((0, 1), (1, 1)), ((1, 1), (1, 2))}
     assert corner <= set(lines[GREY]) and not corner & set(lines[ORANGE])
     assert inside <= set(lines[ORANGE]) and not inside & set(lines[GREY])
-
-
-def test_boundaries_of_long_responses_end_with_the_picture(tmp_path, figures):
-    ends = tuple(range(1, 71))
-    plot([example(torch.eye(70), ends, ends, has_eos=False)], tmp_path / "long.png")
-    lines = segments(figures[0].axes[0])[LIGHT]
-    assert len(lines) == 2 * 59 and max(x for line in lines for point in line for x in point) == 60
 
 
 # ---- The contact sheet
@@ -407,7 +360,7 @@ def sheet_panels(figure):
 
 def test_contact_sheet_of_a_run(tmp_path, trainer, figures, caplog):
     shown = [cross_attention(trainer.distiller, trainer.train_dataset[index], f"row {index}") for index in range(8)]
-    plot(shown, tmp_path / "folder" / "sheet.png", draw=contact_sheet, title="Eight $x$ rows")
+    plot(contact_sheet, shown, tmp_path / "folder" / "sheet.png", title="Eight $x$ rows")
     assert not caplog.records
     [figure] = figures
     assert [text.get_text() for text in figure.texts] == [NOTE, "Eight $x$ rows"]
@@ -420,10 +373,10 @@ def test_contact_sheet_of_a_run(tmp_path, trainer, figures, caplog):
         assert (image.norm.vmin, image.norm.vmax) == (0, top)
         assert axes.get_xlim() == (0, one.t2s.shape[1]) and axes.get_ylim() == (one.t2s.shape[0], 0)
         assert not axes.texts and not len(axes.get_xticks())
-        caption, counts, shares = axes.get_title("left").split("\n")
+        caption, counts, shown_shares = axes.get_title("left").split("\n")
         assert caption == one.caption and counts == "{} × {} tokens".format(*one.t2s.shape)
-        assert f"same text {attention_on_text(one):.1%}" in shares
-        assert f"chunk {attention_in_chunk(one):.1%}" in shares
+        found = shares(one)
+        assert shown_shares == f"same text {found['on_text']:.1%}, chunk {found['in_chunk']:.1%}"
         [(colour, lines)] = segments(axes).items()
         assert colour == ORANGE and lines
     # Rows of six, that don't overlap.
@@ -437,33 +390,27 @@ def test_contact_sheet_of_a_run(tmp_path, trainer, figures, caplog):
 def test_contact_sheet_says_what_it_leaves_out(tmp_path, figures):
     ends = tuple(range(1, 131))
     long = example(torch.eye(130), ends, ends[:-1] + (130,), has_eos=False, caption="a caption " * 9)
-    plot([long] + [diagonal(5)] * MOST_ON_SHEET, tmp_path / "sheet.png", draw=contact_sheet)
-    plot([diagonal(5)] * MOST_ON_SHEET, tmp_path / "sheet.png", draw=contact_sheet)
-    many, all_of_them = figures
-    assert many.texts[1].get_text() == "examples (the first 24 of 25)" and len(all_of_them.texts) == 1
-    assert len(sheet_panels(many)) == len(sheet_panels(all_of_them)) == 24
+    plot(contact_sheet, [long] + [diagonal(5)] * MOST_ON_SHEET, tmp_path / "sheet.png")
+    [many] = figures
+    assert many.texts[1].get_text() == "examples (the first 24 of 25)" and len(sheet_panels(many)) == 24
     first, second = sheet_panels(many)[:2]
     assert first.images[0].get_array().shape == (120, 120)
-    caption, counts, shares = first.get_title("left").split("\n")
+    caption, counts, found = first.get_title("left").split("\n")
     assert caption == ("a caption " * 9)[:35] + "…"
-    assert counts == "130 × 130 tokens, the first 120 shown" and "text 100.0%" in shares
+    assert counts == "130 × 130 tokens, the first 120 shown" and "text 100.0%" in found
     assert second.get_title("left").split("\n") == ["5 × 5 tokens", "same text 100.0%, chunk 100.0%"]
 
 
 def test_any_character_can_be_drawn(tmp_path, figures, caplog):
     tokens = ("$x$", "$\\frac{$", "東", "👩\u200d👧", "a\x00\u0301\x1b")
     shown = diagonal(5, student_tokens=tokens, teacher_tokens=tokens, caption="$\\frac{$ 東")
-    plot([shown], tmp_path / "all.png", title="東 $\\frac{$")
+    plot(plot_attention, [shown], tmp_path / "all.png", title="東 $\\frac{$")
     labels = [text.get_text() for text in figures[0].axes[0].texts]
     # Drawn as mathematics, $\frac{$ would be an error. A label has at most 18 characters.
     expected = ["$x$", "$\\frac{$", "\\u6771", "\\U0001f469\\u200d\\…", "a\\x00\\u0301\\x1b"]
     assert labels == expected * 2
     assert not caplog.records
-
-
-def test_drawable_leaves_ordinary_text_alone():
     assert drawable("Zwölf·↵⇥ naïve £ 'a' \"b\" \\n") == "Zwölf·↵⇥ naïve £ 'a' \"b\" \\n"
-    assert drawable("e\u0301 \n \x7f") == "e\\u0301 \\n \\x7f"
 
 
 # ---- Errors

@@ -1,6 +1,5 @@
 """Numbers of an attention: known answers, and plain loops."""
 
-import dataclasses
 import math
 
 import pytest
@@ -21,7 +20,6 @@ from hf_dskd.analysis.metrics import (
 
 # "The" "·cat" "·sat" EOS and "Th" "e" "·cat·s" "at" EOS: chunks "The", "·cat·sat" and EOS.
 STUDENT_ENDS, TEACHER_ENDS = (3, 7, 11, 11), (2, 3, 9, 11, 11)
-CHUNKS = (0, 1, 1, 2), (0, 0, 1, 1, 2)
 PAIRS = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
 
 
@@ -56,21 +54,12 @@ def same_tokens(t2s):
     return example(t2s, ends, ends, s2t=t2s.T)
 
 
-# ---- Known answers
-
-
-def test_the_chunks_of_these_tests():
-    assert chunk_ids(list(STUDENT_ENDS), list(TEACHER_ENDS), True, True) == tuple(map(list, CHUNKS))
-
-
 def test_a_perfect_diagonal():
     numbers = alignment_metrics([same_tokens(torch.eye(7))])
-    for prefix in ("", "s2t_"):
-        assert numbers[f"{prefix}chunk_mass"] == numbers[f"{prefix}argmax_in_chunk"] == 1
-        assert numbers[f"{prefix}monotonicity"] == numbers[f"{prefix}aligned_rate"] == 1
-        assert numbers[f"{prefix}entropy"] == numbers[f"{prefix}entropy_normalised"] == 0
-        assert numbers[f"{prefix}attention_distance_bytes"] == numbers[f"{prefix}prior_kl"] == 0
-        assert numbers[f"{prefix}chunk_mass_uniform"] == pytest.approx(1 / 7)
+    best = {"chunk_mass": 1, "argmax_in_chunk": 1, "monotonicity": 1, "aligned_rate": 1, "entropy": 0, "prior_kl": 0}
+    best |= {"entropy_normalised": 0, "attention_distance_bytes": 0, "chunk_mass_uniform": pytest.approx(1 / 7)}
+    for name, value in best.items():
+        assert numbers[name] == numbers[f"s2t_{name}"] == value, name
 
 
 def test_uniform_attention():
@@ -88,14 +77,6 @@ def test_uniform_attention():
     assert numbers["s2t_entropy"] == pytest.approx(math.log(4))
 
 
-def test_a_reversed_diagonal():
-    numbers = alignment_metrics([same_tokens(torch.eye(7).flip(1))])
-    assert numbers["monotonicity"] == numbers["s2t_monotonicity"] == -1
-    assert numbers["chunk_mass"] == pytest.approx(1 / 7)
-    # Centres 1, 3, 5, 7, 9, 11 and EOS at 12; rows with text attend to EOS, 11, 9, 7, 5, 3.
-    assert numbers["attention_distance_bytes"] == pytest.approx((11 + 8 + 4 + 0 + 4 + 8) / 6)
-
-
 def test_the_mean_over_the_chunk_has_no_divergence_from_it():
     prior = PAIRS / PAIRS.sum(1, keepdim=True)
     numbers = alignment_metrics([example(prior)])
@@ -111,19 +92,10 @@ def test_divergence_from_the_chunk_by_hand():
     pairs = torch.tensor([[True, True, False]])
     assert prior_divergence(weights, pairs).item() == pytest.approx(0.5 * math.log(2))
     assert prior_divergence(weights, pairs.roll(1)).item() == pytest.approx(math.log(2))
-
-
-def test_a_weight_that_vanished_keeps_the_divergence_finite():
-    value = prior_divergence(torch.tensor([[1.0, 0.0]]), torch.tensor([[False, True]]))
-    assert value.item() == pytest.approx(87.3, abs=0.1)
-
-
-def test_distance_by_hand():
-    weights = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0.25, 0.75], [0, 0, 0, 0, 1]])
-    numbers = alignment_metrics([example(weights)])
-    # Student centres 1.5, 5, 9; teacher's 1, 2.5, 6, 10 and EOS at 11. The student's EOS has no text.
-    expected = [0.5 * 0.5 + 0.5 * 1, 1, 0.25 * 1 + 0.75 * 2]
-    assert numbers["attention_distance_bytes"] == pytest.approx(sum(expected) / 3)
+    # A weight that vanished keeps it finite.
+    assert prior_divergence(torch.tensor([[1.0, 0.0]]), torch.tensor([[False, True]])).item() == pytest.approx(
+        87.3, abs=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,16 +173,14 @@ def test_against_loops(seed):
 def test_row_numbers_do_not_depend_on_the_columns_order():
     weights, order = attention(4, 5).double(), torch.tensor([3, 0, 4, 1, 2])
     rows, columns = torch.arange(4.0), torch.arange(5.0) ** 2
-    for function, beside in ((chunk_mass, PAIRS), (argmax_in_chunk, PAIRS), (prior_divergence, PAIRS)):
-        moved = function(weights[:, order], beside[:, order])
-        torch.testing.assert_close(moved, function(weights, beside))
+    for function in (chunk_mass, argmax_in_chunk, prior_divergence):
+        torch.testing.assert_close(function(weights[:, order], PAIRS[:, order]), function(weights, PAIRS))
     torch.testing.assert_close(entropy(weights[:, order]), entropy(weights))
     moved = attention_distance(weights[:, order], rows, columns[order])
     torch.testing.assert_close(moved, attention_distance(weights, rows, columns))
     # In another unit, and from another beginning of the text.
     torch.testing.assert_close(attention_distance(weights, 3 * rows + 7, 3 * columns + 7) / 3, moved)
-    assert monotonicity(weights.flip(1)) == pytest.approx(-monotonicity(weights))
-    assert monotonicity(weights.flip(0)) == pytest.approx(-monotonicity(weights)) and monotonicity(weights) != 0
+    assert monotonicity(weights.flip(1)) == monotonicity(weights.flip(0)) == pytest.approx(-monotonicity(weights))
 
 
 # ---- Several examples
@@ -227,18 +197,6 @@ def test_means_are_over_tokens():
     assert both[name] == pytest.approx((1 * one[name] + 7 * other[name]) / 8)
     assert alignment_metrics([long, short]) == pytest.approx(both)
     assert alignment_metrics([long] * 3) == pytest.approx(other)
-
-
-def test_s2t_is_t2s_with_the_sides_changed():
-    here = example(attention(4, 5), s2t=attention(5, 4))
-    there = dataclasses.replace(
-        example(attention(5, 4), TEACHER_ENDS, STUDENT_ENDS, s2t=attention(4, 5)),
-    )
-    numbers, swapped = alignment_metrics([here]), alignment_metrics([there])
-    names = [name for name in numbers if not name.startswith("s2t_")]
-    assert len(names) == 10 == len(numbers) / 2
-    for name in names:
-        assert swapped[f"s2t_{name}"] == numbers[name] and swapped[name] == numbers[f"s2t_{name}"]
 
 
 def test_rows_without_a_partner():

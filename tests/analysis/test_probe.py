@@ -8,28 +8,17 @@ import pytest
 import runs
 import tiny
 import torch
-from transformers import TrainerCallback
 
 from hf_dskd import UserError
 from hf_dskd.analysis.distributions import auc, distribution_metrics
 from hf_dskd.analysis.heatmap import cross_attention
-from hf_dskd.analysis.metrics import alignment_metrics
 from hf_dskd.analysis.probe import analyse
+from hf_dskd.analysis.record import gradient_norms
 from hf_dskd.models.causal_lm import lm_head
 
 
-ATTENTION = {
-    "aligned_rate",
-    "chunk_mass",
-    "chunk_mass_uniform",
-    "argmax_in_chunk",
-    "monotonicity",
-    "entropy",
-    "entropy_normalised",
-    "attention_distance_bytes",
-    "attention_distance_bytes_uniform",
-    "prior_kl",
-}
+ATTENTION = {"aligned_rate", "chunk_mass", "chunk_mass_uniform", "argmax_in_chunk", "monotonicity", "prior_kl"}
+ATTENTION |= {"entropy", "entropy_normalised", "attention_distance_bytes", "attention_distance_bytes_uniform"}
 ATTENTION |= {f"s2t_{name}" for name in ATTENTION}
 STUDENT_SPACE = {"t2s_accuracy", "t2s_ce_loss"}
 SPACES = STUDENT_SPACE | {"s2t_accuracy", "s2t_agreement"}
@@ -87,13 +76,6 @@ def test_what_applies_is_there(case, tmp_path):
     assert (analysis.queries is None) == (analysis.keys is None) == (not QUERIES <= NAMES[case])
 
 
-@pytest.mark.parametrize("method", ["sft", "uld", "min_edit", "kd"])
-def test_methods_without_alignment_are_refused(method, tmp_path):
-    run = runs.trainer(tmp_path, method=method, rows=4)
-    with pytest.raises(UserError, match=f"method='{method}' has no alignment to show"):
-        analyse(run.distiller, run.train_dataset)
-
-
 def test_bad_rows_are_refused(trained):
     with pytest.raises(UserError, match=r"no rows: pass tokenized ones, such as trainer\.eval_dataset"):
         analyse(trained.distiller, [])
@@ -102,17 +84,6 @@ def test_bad_rows_are_refused(trained):
 
 
 # ---- What they are
-
-
-def test_alignment_is_that_of_the_examples(trained):
-    rows = trained.train_dataset.select(range(3))
-    analysis = analyse(trained.distiller, rows, step=25)
-    assert analysis.step == 25
-    examples = [cross_attention(trained.distiller, row) for row in rows]
-    for mine, expected in zip(analysis.examples, examples):
-        assert torch.equal(mine.t2s, expected.t2s) and torch.equal(mine.s2t, expected.s2t)
-    expected = alignment_metrics(examples)
-    assert {name: analysis.numbers[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("settings", [{}, {"scale_queries": True}, {"discriminator_dropout": 0.5}], ids=str)
@@ -138,7 +109,7 @@ def test_queries_keys_and_discriminator_are_those_of_training(settings, tmp_path
         assert analysis.numbers[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"method": "dskd_eta"}], ids=str)
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"method": "dskd_eta"}], ids=str)
 def test_accuracies_are_those_of_evaluate(settings, tmp_path):
     run = learnt(tmp_path, **settings)
     rows = run.train_dataset
@@ -149,14 +120,14 @@ def test_accuracies_are_those_of_evaluate(settings, tmp_path):
     assert 0.05 < numbers["t2s_accuracy"] < 1 and 0.005 < numbers["s2t_agreement"] < 1
 
 
-def test_accuracies_by_hand(tmp_path):
+def test_accuracies_by_hand(trained, monkeypatch):
     """One token at a time, in float64, from the models' own states and the attention that is shown."""
-    trained = learnt(tmp_path)
     teacher, projectors = trained.teacher.model, trained.projectors
     # In teacher space a few frequent tokens are likely, or nobody would be right about any.
     frequent = torch.cat([torch.tensor(ids) for ids in trained.train_dataset["teacher_input_ids"]]).bincount()
-    with torch.no_grad():
-        teacher.lm_head.weight[frequent.topk(6).indices] *= 5
+    weight = teacher.lm_head.weight.detach().clone()
+    weight[frequent.topk(6).indices] *= 5
+    monkeypatch.setattr(teacher.lm_head.weight, "data", weight)
     sums = dict.fromkeys(("t2s_accuracy", "t2s_ce_loss", "s2t_accuracy", "s2t_agreement"), 0.0)
     student_tokens = teacher_tokens = 0
     rows = [trained.train_dataset[index] for index in range(8)]
@@ -240,6 +211,8 @@ def test_a_cached_teacher_does_as_well(tmp_path):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-6), name
     for name in probes(SPACES, "clp", "cla"):
         assert numbers[name] == pytest.approx(expected[name], rel=1e-2, abs=0.02), name
+    norms = [gradient_norms(run.distiller, list(run.train_dataset)[:2]) for run in (live, cached)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1, abs=0.05)
     rows = runs.trainer(tmp_path / "more", rows=8).train_dataset
     with pytest.raises(UserError, match="no states of example"):
         analyse(cached.distiller, rows)
@@ -257,49 +230,6 @@ def test_as_published_each_row_is_alone(tmp_path):
 # ---- What it leaves alone
 
 
-class Analysing(TrainerCallback):
-    def __init__(self):
-        self.analyses = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        rows = self.trainer.train_dataset.select(range(3))
-        self.analyses.append(analyse(self.trainer.distiller, rows, step=state.global_step))
-
-
-def trained_run(folder, callbacks, **settings):
-    run = runs.trainer(
-        folder,
-        student=tiny.gpt2(len(runs._STUDENT_TOKENIZER), dropout=0.1),
-        rows=8,
-        callbacks=callbacks,
-        discriminator_dropout=0.2,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        **settings,
-    )
-    for callback in callbacks:
-        callback.trainer = run
-    run.train()
-    return run
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"padding_free": True}], ids=str)
-def test_a_run_does_not_notice(settings, tmp_path):
-    if "padding_free" in settings:
-        settings = {**settings, "method": "dskd_cma"}
-    plain = trained_run(tmp_path / "plain", [], **settings)
-    callback = Analysing()
-    watched = trained_run(tmp_path / "watched", [callback], **settings)
-    assert [analysis.step for analysis in callback.analyses] == [1, 2, 3]
-    first, last = callback.analyses[0].numbers, callback.analyses[-1].numbers
-    assert first["t2s_ce_loss"] > last["t2s_ce_loss"]
-    expected = runs.weights(plain)
-    for name, weight in runs.weights(watched).items():
-        assert torch.equal(weight, expected[name]), name
-    names = ["loss", "grad_norm", "token_accuracy", "t2s_ce_loss"]
-    assert runs.history(watched, *names) == runs.history(plain, *names)
-
-
 def test_modes_gradients_and_random_numbers_stay(trained):
     trained.model.train()
     trained.model.transformer.h[0].eval()
@@ -313,19 +243,15 @@ def test_modes_gradients_and_random_numbers_stay(trained):
     kept = len(trained.adversary._features)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
-    analyse(trained.distiller, trained.train_dataset)
+    first = analyse(trained.distiller, trained.train_dataset)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     assert [part.training for module in modules for part in module.modules()] == modes
     assert True in modes and False in modes
     assert all(torch.equal(p.grad, gradients[name]) for name, p in trained.model.named_parameters())
     assert len(trained.adversary._features) == kept
     assert all(p.grad is None for p in trained.adversary.critic.parameters())
-
-
-def test_the_same_state_gives_the_same_numbers(trained):
-    trained.model.train()
-    first = analyse(trained.distiller, trained.train_dataset)
+    assert not first.queries.requires_grad and not first.keys.requires_grad
+    # The same state gives the same numbers.
     torch.rand(7)
     trained.model.eval()
     assert analyse(trained.distiller, trained.train_dataset).numbers == first.numbers
-    assert not first.queries.requires_grad and not first.keys.requires_grad

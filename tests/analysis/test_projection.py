@@ -1,26 +1,16 @@
 """Every point is where it belongs, in its colour, on axes that can be compared."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
+from drawing import plot, size
 from matplotlib.colors import to_hex
-from matplotlib.image import imread
 
 from hf_dskd import UserError
 from hf_dskd.analysis.projection import plot_projection
 
 
 BLUE, ORANGE = "#1f5fa8", "#e4572e"
-
-
-def plot(panels, path, explained=(0.412, 0.127)):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # The oldest matplotlib with a new pyparsing.
-        warnings.filterwarnings("ignore", message=".* (argument is deprecated, use|deprecated - use)")
-        plot_projection(panels, path, explained)
 
 
 def normal(count, shift=0.0, seed=0):
@@ -45,7 +35,7 @@ def test_points_and_axes(tmp_path, figures):
         "before $x$ 東": (normal(30, 5.0), normal(40, seed=1)),
         "after": (normal(20, 1.0, seed=2).to(torch.bfloat16), normal(40, seed=1)),
     }
-    plot(panels, tmp_path / "folder" / "projection.png")
+    plot(plot_projection, panels, tmp_path / "folder" / "projection.png", (0.412, 0.127))
     [figure] = figures
     assert [axes.get_title("left") for axes in figure.axes] == ["before $x$ \\u6771", "after"]
     for axes, (queries, keys) in zip(figure.axes, panels.values()):
@@ -66,27 +56,23 @@ def test_points_and_axes(tmp_path, figures):
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["queries (student)", "keys (teacher)", "mean"]
     assert [line.get_color() for line in legend.get_lines()[:2]] == [BLUE, ORANGE]
-    height, width, _ = imread(tmp_path / "folder" / "projection.png").shape
+    width, height = size(tmp_path / "folder" / "projection.png")
     assert width > 1.5 * height
 
 
-def test_neither_set_hides_the_other(tmp_path, figures):
-    plot({"one": (normal(500), normal(500, seed=1))}, tmp_path / "one.png")
-    [points] = figures[0].axes[0].collections
+def test_many_points_are_fainter_and_neither_set_hides_the_other(tmp_path, figures):
+    for count in (5, 500, 3000):
+        plot(plot_projection, {"one": (normal(count), normal(count, seed=1))}, tmp_path / "one.png", (0.5, 0.5))
+    few, some, many = (drawn(figure.axes[0])[1] for figure in figures)
+    assert few > some > many > 0.05
+    [points] = figures[1].axes[0].collections
     blue = np.array([to_hex(colour) == BLUE for colour in points.get_facecolors()])
     # In order of drawing: about as many of each among the first and the last.
     assert 150 < blue[:500].sum() < 350
 
 
-def test_many_points_are_fainter(tmp_path, figures):
-    for count in (5, 300, 3000):
-        plot({"one": (normal(count), normal(count, seed=1))}, tmp_path / "one.png")
-    few, some, many = (drawn(figure.axes[0])[1] for figure in figures)
-    assert few > some > many > 0.05
-
-
 def test_points_at_one_place(tmp_path, figures):
-    plot({"one": (torch.ones(1, 2), torch.ones(3, 2))}, tmp_path / "one.png")
+    plot(plot_projection, {"one": (torch.ones(1, 2), torch.ones(3, 2))}, tmp_path / "one.png", (0.5, 0.5))
     left, right = figures[0].axes[0].get_xlim()
     assert left < 1 < right
 

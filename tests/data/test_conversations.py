@@ -11,7 +11,6 @@ from hf_dskd.data.collator import DualCollator
 from hf_dskd.data.formats import read_examples
 from hf_dskd.data.prompts import answer_frame, prompt_tokens
 from hf_dskd.data.tokenization import is_tokenized, tokenize_dataset
-from hf_dskd.data.tokens import response_tokens
 from hf_dskd.errors import UserError
 from hf_dskd.offline.tiny_models import tiny_model
 
@@ -53,6 +52,10 @@ def answers(row, tokenizer, prefix=""):
 
 def chat(*contents):
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
+
+
+def of_assistant(content, **extras):
+    return {"messages": [*chat("hi"), {"role": "assistant", "content": content, **extras}]}
 
 
 # ---- The end of an answer
@@ -131,8 +134,17 @@ def test_ends_of_the_pair_are_one_chunk(tokenizer):
     student, teacher = tokenizer("qwen2", template(" <|im_end|>\n")), tokenizer("gemma3")
     (row,), _ = tokenized([{"prompt": "hi", "completion": "yes"}], student, teacher)
     last = max(row["chunk_ids"])
-    assert row["chunk_ids"][-2:] == [last, last] and row["teacher_chunk_ids"][-1:] == [last]
-    assert row["chunk_ids"].count(last) == 2 and row["teacher_chunk_ids"].count(last) == 1
+    assert row["chunk_ids"][-3] < last and row["chunk_ids"][-2:] == [last, last]
+    assert row["teacher_chunk_ids"][-2] < row["teacher_chunk_ids"][-1] == last
+
+
+def test_the_end_of_a_template_that_needs_a_system_message(tokenizer):
+    own = tokenizer(
+        "qwen2",
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + template("<|im_end|>\n"),
+    )
+    own.eos_token = "<|endoftext|>"
+    assert own.convert_ids_to_tokens(answer_frame(own).end) == ["<|im_end|>"]
 
 
 # ---- An end that is there already
@@ -154,30 +166,37 @@ def test_an_end_in_the_data_is_taken_off_and_counted(tokenizer, end):
     assert report.ends_removed == 0 and row["response_bytes"] == 2 + len(end.strip())
 
 
+def test_an_end_in_an_earlier_answer_is_in_no_prompt(tokenizer):
+    own = tokenizer("llama2")
+    rows, report = tokenized([{"messages": chat("hi", "yes</s>", "sure?", "yes!</s>")}], own, prompt_style="plain")
+    assert report.ends_removed == 1 and all("</s>" not in own.decode(row["input_ids"][:-1]) for row in rows)
+    # A mark of HTML is none.
+    (row,), report = tokenized([{"prompt": "hi", "completion": "<s>old</s>"}], own)
+    assert report.ends_removed == 0 and row["response_bytes"] == len("<s>old</s>")
+
+
 # ---- Control tokens in data
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("place", ["prompt", "earlier answer", "response"])
-def test_control_tokens_in_data_are_text(tokenizer, family, place):
+def test_control_tokens_in_data_are_text(tokenizer, family):
     own = tokenizer(family)
     control = {token for token, added in own.added_tokens_decoder.items() if added.special}
     names = "".join(own.convert_ids_to_tokens(sorted(control)))
-    texts = {name: f"say {names} now" if name == place else "so" for name in ("prompt", "earlier answer", "response")}
 
-    def row(texts):
-        return {"messages": chat(texts["prompt"], texts["earlier answer"], "and?", texts["response"])}
+    def read(place):
+        texts = [f"say {names} now" if number == place else "so" for number in (0, 1, 2)]
+        (row,), report = tokenized([{"messages": chat(texts[0], texts[1], "and?", texts[2])}], own, train_on="last")
+        return row["input_ids"], report
 
-    (plain,), _ = tokenized([row(dict.fromkeys(texts, "so"))], own, train_on="last")
-    (found,), report = tokenized([row(texts)], own, train_on="last")
-
-    def controls(found):
-        return [token for token in found["input_ids"] if token in control]
-
-    # The same control tokens as without: those of the template.
-    assert controls(found) == controls(plain)
-    assert (report.control_as_text, report.control_live) == (1, 0)
-    assert own.decode(found["input_ids"]).replace(" ", "").count(names.replace(" ", "")) == 1
+    plain, _ = read(None)
+    # In the prompt, an earlier answer and the response.
+    for place in (0, 1, 2):
+        ids, report = read(place)
+        # The same control tokens as without: those of the template.
+        assert [token for token in ids if token in control] == [token for token in plain if token in control]
+        assert (report.control_as_text, report.control_live) == (1, 0)
+        assert own.decode(ids).replace(" ", "").count(names.replace(" ", "")) == 1
 
 
 def test_a_token_that_is_no_control_token_stays(tokenizer):
@@ -292,6 +311,8 @@ def test_a_prompt_that_ends_in_an_answer_is_continued(tokenizer, family):
     assert own.decode(row["input_ids"]) == own.decode(whole["input_ids"])
     text = own.convert_tokens_to_string(answers(row, own)[0][:-1])
     assert text.lstrip() == ", three" and len(answers(row, own)) == 1
+    # A list of one message goes on too.
+    assert tokenized([{"prompt": prompt, "completion": [chat("", ", three")[1]]}], own)[0] == [row]
     (row,), _ = tokenized([{"prompt": prompt, "completion": ", three"}], own, prompt_style="plain")
     assert "### Assistant:\none, two, three" in own.decode(row["input_ids"])
 
@@ -341,18 +362,9 @@ def test_tools_and_calls_reach_the_templates(tokenizer):
     ("row", "what"),
     [
         ({"messages": chat("hi", "yes"), "tools": TOOLS}, "column 'tools'"),
-        (
-            {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": CALLS}]},
-            "'tool_calls' of the",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "hi", "name": "Ann"}, *chat("", "yes")[1:]]},
-            "'name' of message 0",
-        ),
-        (
-            {"messages": [*chat("hi"), {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]},
-            "'reasoning_content' of the answer",
-        ),
+        (of_assistant("", tool_calls=CALLS), "'tool_calls' of the"),
+        ({"messages": [{"role": "user", "content": "hi", "name": "Ann"}, chat("", "yes")[1]]}, "'name' of message 0"),
+        (of_assistant("yes", reasoning_content="hm"), "'reasoning_content' of the answer"),
         ({"prompt": "hi", "completion": "yes", "documents": [{"text": "x"}]}, "column 'documents'"),
     ],
 )
@@ -366,13 +378,6 @@ def test_what_no_template_writes_is_refused(tokenizer, row, what, style):
     bare = {key: None if key in ("tools", "documents") else value for key, value in row.items()}
     if bare != row:
         assert tokenized([bare], tokenizer("qwen2"), tokenizer("gemma3"))[1].kept == 1
-
-
-def test_thoughts_are_part_of_the_answer(tokenizer):
-    own = tokenizer("qwen2", WITH_TOOLS)
-    messages = [*chat("hi"), {"role": "assistant", "content": "yes", "reasoning_content": "hm"}]
-    (row,), _ = tokenized([{"messages": messages}], own)
-    assert own.convert_tokens_to_string(answers(row, own)[0][:-1]) == "(hm)yes"
 
 
 def test_system_and_history_columns(tokenizer):
@@ -399,21 +404,32 @@ def test_system_and_history_columns(tokenizer):
 def test_lists_of_text_parts_are_joined(tokenizer):
     own = tokenizer("qwen2")
     parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]
-    assert (
-        tokenized([{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}], own)[
-            0
-        ]
-        == tokenized([{"messages": chat("hi there", "hi there")}], own)[0]
-    )
-    image = [{"type": "image", "text": None}]
+    rows, _ = tokenized([{"messages": chat(parts, parts)}], own)
+    assert rows == tokenized([{"messages": chat("hi there", "hi there")}], own)[0]
     with pytest.raises(UserError, match=r"'content' of message 0 in column 'messages'"):
-        read_examples({"messages": [{"role": "user", "content": image}, *chat("", "yes")[1:]]})
+        read_examples({"messages": chat([{"type": "image", "text": None}], "yes")})
 
 
-def test_options_of_a_row_for_its_template(tokenizer):
-    own = tokenizer("llama3")
-    rows = [{"prompt": "hi", "completion": "yes", "chat_template_kwargs": {"date_string": "2 June"}}]
-    assert "2 June" in own.decode(tokenized(rows, own)[0][0]["input_ids"])
+ARGUMENTS_AS_TEXT = WITH_TOOLS.replace(
+    "'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson)",
+    "'CALL ' + m.tool_calls[0].function.arguments",
+)
+NULL = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}])
+
+
+@pytest.mark.parametrize(
+    ("family", "chat_template", "row", "text"),
+    [
+        ("qwen2", WITH_TOOLS, of_assistant("yes", reasoning_content="hm"), "assistant\n(hm)yes<|im_end|>"),
+        ("qwen2", ARGUMENTS_AS_TEXT, of_assistant("", tool_calls=CALLS), 'CALL {"city": "Paris"}<|im_end|>'),
+        # Nulls that JSON says stay.
+        ("qwen2", WITH_TOOLS, {"messages": chat("hi", "yes"), "tools": NULL}, '"default": null'),
+        ("llama3", None, {"messages": chat("hi", "yes"), "chat_template_kwargs": {"date_string": "2 June"}}, "2 June"),
+    ],
+)
+def test_a_template_writes_what_the_row_says(tokenizer, family, chat_template, row, text):
+    own = tokenizer(family, chat_template)
+    assert text in own.decode(tokenized([row], own)[0][0]["input_ids"])
 
 
 # ---- Templates that think
@@ -460,8 +476,7 @@ def test_an_empty_thought_is_written_by_the_model_and_is_none_of_the_text(tokeni
 
 def test_calls_and_plain_answers_follow_one_prompt(tokenizer):
     own = tokenizer("qwen3", QWEN3)
-    call = {"role": "assistant", "content": "", "tool_calls": CALLS}
-    rows, _ = tokenized([{"messages": [*chat("hi"), call]}, {"messages": chat("hi", "yes")}], own)
+    rows, _ = tokenized([of_assistant("", tool_calls=CALLS), {"messages": chat("hi", "yes")}], own)
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     assert prompts[0] == prompts[1]
     assert [learnt(row, own)[0].split("</think>")[-1] for row in rows] == [
@@ -503,23 +518,11 @@ def test_calls_that_a_template_rejects_are_refused(tokenizer):
         "{% if m.tool_calls and m.tool_calls[0].id | length != 9 %}"
         "{{ raise_exception('ids have nine letters') }}{% endif %}{% if m.tool_calls %}",
     )
-    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "let me look", "tool_calls": CALLS}]}
+    row = of_assistant("let me look", tool_calls=CALLS)
     with pytest.raises(UserError, match=r"row 0 .*ids have nine letters"):
         tokenized([row], tokenizer("qwen2", rejects))
     with pytest.raises(UserError, match=r"'tool_calls' of the answer.*\(the chat template .*ids have nine letters"):
         tokenized([row], tokenizer("qwen2", rejects), tokenizer("smollm2"))
-
-
-def test_templates_that_want_the_arguments_of_a_call_as_text(tokenizer):
-    own = tokenizer(
-        "qwen2",
-        WITH_TOOLS.replace(
-            "'CALL ' + (m.tool_calls | map(attribute='function') | list | tojson)",
-            "'CALL ' + m.tool_calls[0].function.arguments",
-        ),
-    )
-    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": CALLS}]}
-    assert learnt(tokenized([row], own)[0][0], own) == ['CALL {"city": "Paris"}<|im_end|>']
 
 
 @pytest.mark.parametrize("role", ["system", "tool"])
@@ -539,7 +542,7 @@ def test_a_message_that_no_template_writes_is_refused(tokenizer, role):
 
 def test_text_beside_a_call_that_the_template_drops(tokenizer):
     drops = WITH_TOOLS.replace("{{ m.content or '' }}", "{% if not m.tool_calls %}{{ m.content or '' }}{% endif %}")
-    row = {"messages": [*chat("hi"), {"role": "assistant", "content": "let me look", "tool_calls": CALLS}]}
+    row = of_assistant("let me look", tool_calls=CALLS)
     with pytest.raises(UserError, match="the text of the answer beside 'tool_calls' can't be told"):
         tokenized([row], tokenizer("qwen2", drops))
     row["messages"][1]["content"] = ""
@@ -555,19 +558,8 @@ def test_control_tokens_in_an_answer_of_the_templates_own_format(tokenizer):
     assert report.control_as_text == 1 and learnt(row, own) == [f"{text}<|im_end|>"]
     assert row["byte_ends"][-1] == row["response_bytes"] == len(text)
     calls = [{**CALLS[0], "function": {"name": "w<|im_end|>", "arguments": {}}}]
-    (row,), report = tokenized(
-        [{"messages": [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": calls}]}], own
-    )
+    (row,), report = tokenized([of_assistant("", tool_calls=calls)], own)
     assert answers(row, own)[0].count("<|im_end|>") == 1 and report.control_as_text == 1
-
-
-def test_the_end_of_a_template_that_needs_a_system_message(tokenizer):
-    own = tokenizer(
-        "qwen2",
-        "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + template("<|im_end|>\n"),
-    )
-    own.eos_token = "<|endoftext|>"
-    assert own.convert_ids_to_tokens(answer_frame(own).end) == ["<|im_end|>"]
 
 
 def test_tokens_that_are_added_later_are_control_tokens_then():
@@ -578,48 +570,6 @@ def test_tokens_that_are_added_later_are_control_tokens_then():
     (after,), report = tokenized([{"prompt": "hi", "completion": "yes<|im_end|>"}], own)
     assert len(answers(before, own)[0]) > 2 and answers(after, own)[0][-1] == "<|im_end|>"
     assert report.ends_removed == 1 and len(answers(after, own)[0]) < len(answers(before, own)[0])
-
-
-def test_an_end_in_an_earlier_answer_is_in_no_prompt(tokenizer):
-    own = tokenizer("llama2")
-    rows, report = tokenized([{"messages": chat("hi", "yes</s>", "sure?", "yes!</s>")}], own, prompt_style="plain")
-    assert report.ends_removed == 1 and all("</s>" not in own.decode(row["input_ids"][:-1]) for row in rows)
-    # A mark of HTML is none.
-    (row,), report = tokenized([{"prompt": "hi", "completion": "<s>old</s>"}], own)
-    assert report.ends_removed == 0 and row["response_bytes"] == len("<s>old</s>")
-
-
-def test_a_list_of_one_message_goes_on_too(tokenizer):
-    own = tokenizer("qwen2")
-    prompt = [*chat("count"), {"role": "assistant", "content": "one,"}]
-    as_text, as_messages = (
-        tokenized([{"prompt": prompt, "completion": completion}], own)[0]
-        for completion in (" two", [{"role": "assistant", "content": " two"}])
-    )
-    assert as_text == as_messages and "one, two" in own.decode(as_text[0]["input_ids"])
-
-
-def test_nulls_that_json_says_stay(tokenizer):
-    own = tokenizer("qwen2", WITH_TOOLS)
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
-    row = {"messages": chat("hi", "yes"), "tools": json.dumps(tools)}
-    assert '"default": null' in own.decode(tokenized([row], own)[0][0]["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"messages": [{"role": "user", "content": "hi"}, None, {"role": "assistant", "content": "x"}]}, "message 1"),
-        ({"messages": ["hi", "x"]}, "must be a list of messages"),
-        (
-            {"prompt": "a", "completion": "b", "chat_template_kwargs": {"add_generation_prompt": True}},
-            "which training",
-        ),
-    ],
-)
-def test_other_rows_that_are_none(row, words):
-    with pytest.raises(UserError, match=words):
-        read_examples(row)
 
 
 def test_long_conversations_take_time_in_proportion(tokenizer, monkeypatch):
@@ -722,9 +672,3 @@ def test_a_text_dataset_with_a_column_of_a_tokenized_one():
     assert not is_tokenized(Dataset.from_list(rows))
     data, report = tokenized(rows, tiny.byte_level_tokenizer())
     assert report.kept == 1 and is_tokenized(Dataset.from_list(data))
-
-
-def test_special_tokens_of_the_response_are_those_of_its_end(tokenizer):
-    own = tokenizer("llama2")
-    assert own.eos_token_id not in response_tokens(own, "a </s> b")[0]
-    assert own.eos_token_id in response_tokens(own, "a </s> b", control=True)[0]

@@ -11,12 +11,6 @@ USER = {"role": "user", "content": "Why?"}
 ASSISTANT = {"role": "assistant", "content": "Because."}
 
 
-def test_strings():
-    example = read_example({"prompt": "Why?\n", "completion": " Because."})
-    assert example.messages == [{"role": "user", "content": "Why?\n"}]
-    assert (example.prompt, example.response) == ("Why?\n", " Because.")
-
-
 def test_instruction_without_input():
     example = read_example({"instruction": "Add 1 and 2.", "input": "", "output": "3"})
     assert example.messages == [{"role": "user", "content": "Add 1 and 2."}]
@@ -128,6 +122,12 @@ def test_missing_column(names, options, parts):
         ({"messages": []}, ["'messages'", "[]"]),
         ({"messages": [{"role": "user", "content": ["a\nb"]}, ASSISTANT]}, ["message 0", "'content'"]),
         ({"messages": [{"content": "x"}, ASSISTANT]}, ["message 0", "'role'", "None"]),
+        ({"messages": [USER, None, ASSISTANT]}, ["message 1"]),
+        ({"messages": ["hi", "x"]}, ["must be a list of messages"]),
+        (
+            {"prompt": "a", "completion": "b", "chat_template_kwargs": {"add_generation_prompt": True}},
+            ["which training decides"],
+        ),
     ],
 )
 def test_bad_value(row, parts):

@@ -1,32 +1,22 @@
-import json
-import pickle
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+import tiny
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_dskd.data.formats import Example
 from hf_dskd.data.prompts import depends_on_the_day, prompt_tokens, set_pad_token
-from hf_dskd.data.tokenization import _RowTokenizer, common_cut, tokenize_dataset
+from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.data.tokens import _byte_ends_from_offsets, located_tokens, response_tokens, traits_of
 from hf_dskd.errors import UserError
 
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "tokenizers"
 REAL = ["gpt2", "qwen1.5", "tinyllama", "mistral"]
-BUILT = [
-    "bytes",
-    "bytes_with_space",
-    "sentencepiece",
-    "sentencepiece_newlines",
-    "sentencepiece_metaspace",
-    "wordpiece",
-]
+SENTENCEPIECE = ["sentencepiece", "sentencepiece_newlines", "sentencepiece_metaspace"]
+BUILT = ["bytes", "bytes_with_space", *SENTENCEPIECE, "wordpiece"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.\nHello world, hello again!\n",
     "A naïve café owner said: 'Why not?'\n\nNumbers 1234567890, and  two  spaces.",
@@ -117,26 +107,12 @@ def build(kind):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
-def load(name):
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"no tokenizer at {folder}")
-    # Not AutoTokenizer: the folders name classes that only one of the supported versions of transformers has.
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    template = folder / "chat_template.jinja"
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        chat_template=template.read_text() if template.exists() else None,
-        **{key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token") if config.get(key)},
-    )
-
-
 CACHE = {}
 
 
 def get(name):
     if name not in CACHE:
-        CACHE[name] = load(name) if name in REAL else build(name)
+        CACHE[name] = tiny.real_tokenizer(name) if name in REAL else build(name)
     return CACHE[name]
 
 
@@ -145,82 +121,65 @@ def tokenizer(request):
     return get(request.param)
 
 
-@pytest.fixture(params=[*BUILT[1:5], "tinyllama", "mistral"])
-def spaced(request):
-    """Tokenizers that put a space before any text."""
-    return get(request.param)
-
-
 def spans(text, byte_ends):
     data = text.encode()
     return [data[start:end] for start, end in pairwise([0, *byte_ends])]
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_spans_tile_the_response(tokenizer, text):
-    ids, byte_ends = response_tokens(tokenizer, text)
-    assert len(ids) == len(byte_ends)
-    if ids:
-        assert byte_ends[0] >= 0
-        assert byte_ends == sorted(byte_ends)
-        assert b"".join(spans(text, byte_ends)) == text.encode()
-
-
-def test_random_text_tiles(tokenizer):
+def test_spans_tile_any_response(tokenizer):
     generator = random.Random(0)
     alphabet = "ab  \n\t\r▁é\u0301日👩\u200d🇩שﷺ<s>/0xA"
-    for _ in range(200):
-        text = "".join(generator.choices(alphabet, k=generator.randint(1, 30)))
+    texts = ["".join(generator.choices(alphabet, k=generator.randint(1, 30))) for _ in range(200)]
+    for text in NASTY + texts:
         ids, byte_ends = response_tokens(tokenizer, text)
-        assert byte_ends == sorted(byte_ends)
+        assert len(ids) == len(byte_ends) and byte_ends == sorted(byte_ends), text
         if ids:
-            assert b"".join(spans(text, byte_ends)) == text.encode()
+            assert byte_ends[0] >= 0 and b"".join(spans(text, byte_ends)) == text.encode(), text
+
+
+# Without the texts whose characters a tokenizer doesn't tell from its own.
+OWN = [text for text in NASTY if "▁" not in text and "<s>" not in text]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bytes_with_space", "sentencepiece", "gpt2", "tinyllama", "mistral"])
-# Without the texts whose characters a tokenizer doesn't tell from its own.
-@pytest.mark.parametrize("text", [text for text in NASTY if "▁" not in text and "<s>" not in text])
-def test_spans_are_what_the_tokens_decode_to(name, text):
+def test_spans_are_what_the_tokens_decode_to(name):
     tokenizer = get(name)
-    ids, byte_ends = response_tokens(tokenizer, text)
     # After a first token no decoder strips anything.
     first = tokenizer("x", add_special_tokens=False)["input_ids"]
     start = tokenizer.decode(first)
-    assert tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == start + text
-    for count, end in enumerate(byte_ends, start=1):
-        decoded = tokenizer.decode(first + ids[:count], clean_up_tokenization_spaces=False)
-        try:
-            assert decoded == start + text.encode()[:end].decode()
-        except UnicodeDecodeError:
-            assert decoded.endswith("\ufffd")
+    for text in OWN:
+        ids, byte_ends = response_tokens(tokenizer, text)
+        assert tokenizer.decode(first + ids, clean_up_tokenization_spaces=False) == start + text
+        for count, end in enumerate(byte_ends, start=1):
+            decoded = tokenizer.decode(first + ids[:count], clean_up_tokenization_spaces=False)
+            try:
+                assert decoded == start + text.encode()[:end].decode()
+            except UnicodeDecodeError:
+                assert decoded.endswith("\ufffd")
 
 
-@pytest.mark.parametrize("text", NASTY)
-def test_no_phantom_space(spaced, text):
+@pytest.mark.parametrize("name", ["bytes_with_space", *SENTENCEPIECE, "tinyllama", "mistral"])
+def test_no_space_is_put_before_a_response(name):
+    spaced = get(name)
     assert traits_of(spaced).adds_space
-    first, *_ = spans(text, response_tokens(spaced, text)[1])
-    piece = traits_of(spaced).token_bytes[response_tokens(spaced, text)[0][0]]
-    if not text.startswith(("▁", "<")):
-        assert piece == first
-
-
-def test_phantom_space_would_be_seen(spaced):
-    # The plain call does put one there, so that the tests of its absence mean something.
-    with_space = spaced("Hello", add_special_tokens=False)["input_ids"]
-    assert with_space != response_tokens(spaced, "Hello")[0]
-    assert response_tokens(spaced, "Hello")[1][-1] == 5
+    # The plain call does put one there, so that the test of its absence means something.
+    assert spaced("Hello", add_special_tokens=False)["input_ids"] != response_tokens(spaced, "Hello")[0]
+    for text in NASTY:
+        ids, byte_ends = response_tokens(spaced, text)
+        if not text.startswith(("▁", "<")):
+            assert traits_of(spaced).token_bytes[ids[0]] == spans(text, byte_ends)[0], text
 
 
 @pytest.mark.parametrize("name", ["sentencepiece", "sentencepiece_metaspace", "tinyllama", "mistral"])
-@pytest.mark.parametrize("text", NASTY)
-def test_same_ids_as_in_context(name, text):
+def test_same_ids_as_in_context(name):
     tokenizer = get(name)
     prompt = "### Response:\n"
     prompt_ids = tokenizer(prompt)["input_ids"]
-    # Control tokens in data are text.
-    whole = tokenizer(prompt + text, split_special_tokens=True)["input_ids"]
-    assert prompt_ids + response_tokens(tokenizer, text)[0] == whole
-    assert prompt_ids + response_tokens(tokenizer, text, control=True)[0] == tokenizer(prompt + text)["input_ids"]
+    for text in NASTY:
+        # Control tokens in data are text.
+        whole = tokenizer(prompt + text, split_special_tokens=True)["input_ids"]
+        assert prompt_ids + response_tokens(tokenizer, text)[0] == whole
+        assert prompt_ids + response_tokens(tokenizer, text, control=True)[0] == tokenizer(prompt + text)["input_ids"]
 
 
 def test_newline_that_merges_with_the_anchor():
@@ -228,18 +187,6 @@ def test_newline_that_merges_with_the_anchor():
     ids, byte_ends = response_tokens(tokenizer, "\nhe")
     assert tokenizer.convert_ids_to_tokens(ids) == ["\n", "he"]
     assert byte_ends == [1, 3]
-
-
-def test_tokens_are_those_of_the_text_itself():
-    tokenizer = get("bytes")
-    assert response_tokens(tokenizer, " hello")[0] == tokenizer(" hello")["input_ids"]
-
-
-def test_pieces_of_one_character():
-    for name in ("bytes", "sentencepiece"):
-        ids, byte_ends = response_tokens(get(name), "👍")
-        assert len(ids) == 4
-        assert byte_ends == [1, 2, 3, 4]
 
 
 def test_composed_accents_stay_with_their_letter():
@@ -254,11 +201,13 @@ def test_composed_accents_stay_with_their_letter():
     assert response_tokens(real, "e\u0301a\u0308 ok")[1] == [3, 6, 9]
 
 
-def test_dropped_whitespace_goes_to_the_next_token():
-    text = "  fox   dog  "
-    ids, byte_ends = response_tokens(get("wordpiece"), text)
-    assert get("wordpiece").convert_ids_to_tokens(ids) == ["fox", "dog"]
+def test_whitespace_and_characters_that_a_tokenizer_drops():
+    wordpiece, text = get("wordpiece"), "  fox   dog  "
+    ids, byte_ends = response_tokens(wordpiece, text)
+    assert wordpiece.convert_ids_to_tokens(ids) == ["fox", "dog"]
     assert spans(text, byte_ends) == [b"  fox", b"   dog  "]
+    ids, byte_ends = response_tokens(wordpiece, "the 🦊 dog")
+    assert spans("the 🦊 dog", byte_ends)[ids.index(wordpiece.unk_token_id)] == " 🦊".encode()
 
 
 def test_special_token_in_the_response():
@@ -278,14 +227,6 @@ def test_byte_ends_from_offsets():
     assert _byte_ends_from_offsets([(0, 1), (3, 4), (3, 4), (3, 4), (3, 4)], "a  👍") == [1, 4, 5, 6, 7]
     # More tokens than bytes, offsets that go back, text dropped at the end.
     assert _byte_ends_from_offsets([(0, 1)] * 4 + [(0, 1), (2, 3)], "é a ") == [0, 0, 1, 1, 2, 5]
-
-
-def test_unknown_characters():
-    tokenizer = get("wordpiece")
-    text = "the 🦊 dog"
-    ids, byte_ends = response_tokens(tokenizer, text)
-    unknown = ids.index(tokenizer.unk_token_id)
-    assert spans(text, byte_ends)[unknown] == " 🦊".encode()
 
 
 def test_token_added_later():
@@ -319,7 +260,6 @@ def test_plain_prompt_has_bos_and_no_eos():
     assert prompt_tokens(spaced, example())[0] == spaced.bos_token_id
     assert wordpiece("Hi")["input_ids"][-1] == wordpiece.eos_token_id
     assert prompt_tokens(wordpiece, example()) == wordpiece("Hi")["input_ids"][:-1]
-    assert prompt_tokens(get("bytes"), example()) == get("bytes")("Hi")["input_ids"]
 
 
 def test_chat_template_decides_on_bos():
@@ -392,16 +332,6 @@ def test_template_that_rejects_the_messages():
 # Cutting
 
 
-def test_common_cut():
-    text = "aé日b"  # Bytes 1, 2, 3, 1.
-    assert common_cut(text, ([1, 3, 6, 7], 4)) == 7
-    assert common_cut(text, ([1, 3, 6, 7], 3), ([3, 7], 2)) == 3
-    assert common_cut(text, ([1, 2, 3, 4, 6, 7], 4)) == 3
-    assert common_cut(text, ([1, 2, 3], 2), ([2, 3], 9)) == 0
-    assert common_cut(text, ([1, 3, 6, 7], 0), ([3, 7], 2)) == 0
-    assert common_cut(text, ([1, 3, 6, 7], -5), ([3, 7], 2)) == 0
-
-
 PAIRS = [("bytes", "sentencepiece"), ("sentencepiece", "wordpiece"), ("gpt2", "mistral"), ("qwen1.5", "tinyllama")]
 
 
@@ -410,14 +340,8 @@ PAIRS = [("bytes", "sentencepiece"), ("sentencepiece", "wordpiece"), ("gpt2", "m
 def test_cut_property(pair, max_length):
     student, teacher = map(get, pair)
     rows = [{"prompt": "Hi\n", "completion": text} for text in NASTY]
-    tokenized, report = tokenize_dataset(
-        Dataset.from_list(rows),
-        student,
-        teacher,
-        max_length=max_length,
-        prompt_style="plain",
-        skip_long_prompts=True,
-    )
+    options = {"max_length": max_length, "prompt_style": "plain", "skip_long_prompts": True}
+    tokenized, report = tokenize_dataset(Dataset.from_list(rows), student, teacher, **options)
     assert report.kept == len(tokenized) and report.cut == sum(tokenized["cut"]) > 0
     prompts = [prompt_tokens(tokenizer, example("Hi\n"), "plain") for tokenizer in (student, teacher)]
     seen = set()
@@ -477,27 +401,11 @@ def largest_cut(text, fits):
     return 0
 
 
-def test_only_the_end_of_sequence_does_not_fit():
-    student = get("bytes")
-    rows = Dataset.from_list([{"prompt": "Hi", "completion": "zq"}])
-    length = len(student("Hi")["input_ids"]) + len(response_tokens(student, "zq")[0])
-    whole, _ = tokenize_dataset(rows, student, max_length=length + 1)
-    assert not whole[0]["cut"] and whole[0]["input_ids"][-1] == student.eos_token_id
-    cut, _ = tokenize_dataset(rows, student, max_length=length)
-    assert cut[0]["cut"] and cut[0]["input_ids"] == whole[0]["input_ids"][:-1] and cut[0]["response_bytes"] == 2
-
-
 # Data sets
 
 COLUMNS = {"input_ids", "prompt_length", "spans", "byte_ends", "response_bytes", "example_id", "cut"}
-TEACHER_COLUMNS = {
-    "teacher_input_ids",
-    "teacher_prompt_length",
-    "teacher_spans",
-    "teacher_byte_ends",
-    "chunk_ids",
-    "teacher_chunk_ids",
-}
+TEACHER_COLUMNS = {f"teacher_{name}" for name in ("input_ids", "prompt_length", "spans", "byte_ends", "chunk_ids")}
+TEACHER_COLUMNS |= {"chunk_ids"}
 
 
 def dataset():
@@ -524,16 +432,6 @@ def test_columns_and_counts():
     assert alone[0] == {name: tokenized[0][name] for name in COLUMNS}
 
 
-def test_bos_on_one_side_only_and_each_its_own_eos():
-    student, teacher = get("bytes"), get("sentencepiece")
-    row = tokenize_dataset(dataset().select([0]), student, teacher, max_length=100)[0][0]
-    assert row["input_ids"][0] != student.convert_tokens_to_ids("<s>")
-    assert row["teacher_input_ids"][0] == teacher.bos_token_id
-    assert row["input_ids"][-1] == student.eos_token_id
-    assert row["teacher_input_ids"][-1] == teacher.eos_token_id
-    assert row["byte_ends"][-2:] == row["teacher_byte_ends"][-2:] == [row["response_bytes"]] * 2
-
-
 def test_chunks_with_bos_on_one_side_only():
     student, teacher = get("bytes"), get("sentencepiece")
     rows = Dataset.from_list([{"prompt": "Hi\n", "completion": "the 👍"}])
@@ -546,6 +444,7 @@ def test_chunks_with_bos_on_one_side_only():
         ["t", "he", "Ġ", "ð", "Ł", "ĳ", "į", "</s>"],
         ["th", "e", "▁", "<0xF0>", "<0x9F>", "<0x91>", "<0x8D>", "</s>"],
     ]
+    assert row["teacher_input_ids"][0] == teacher.bos_token_id
     assert row["chunk_ids"] == row["teacher_chunk_ids"] == [0, 0, 1, 2, 3, 4, 5, 6]
     # Without room for the last byte, the emoji goes as a whole, and no end-of-sequence token follows.
     room = len(response_tokens(student, "the 👍")[0]) - 1
@@ -572,33 +471,19 @@ def test_response_without_tokens_for_one_model():
     assert report.empty_responses == 1
 
 
-def test_chat_and_plain():
-    student = build("bytes")
-    student.chat_template = CHAT_TEMPLATE
-    rows = dataset().select([0])
-    chat = tokenize_dataset(rows, student, get("sentencepiece"), max_length=100)[0][0]
-    plain = tokenize_dataset(rows, student, get("sentencepiece"), max_length=100, prompt_style="plain")[0][0]
-    rendered = student.decode(chat["input_ids"][: chat["prompt_length"]])
-    assert rendered == "<s>[user]\nPrompt 0\n\n<s>[assistant]\n"
-    assert student.decode(plain["input_ids"][: plain["prompt_length"]]) == "Prompt 0\n"
-    assert chat["teacher_input_ids"] == plain["teacher_input_ids"]
-    assert chat["input_ids"][chat["prompt_length"] :] == plain["input_ids"][plain["prompt_length"] :]
-    with pytest.raises(UserError, match="prompt_style='Plain' is unknown: did you mean 'plain'"):
-        tokenize_dataset(rows, student, max_length=100, prompt_style="Plain")
-
-
-def test_processes_give_the_same_rows():
+def test_processes_give_the_same_rows_and_errors():
     options = {"max_length": 100, "skip_long_prompts": True}
     one, one_report = tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), **options)
     two, two_report = tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), num_proc=2, **options)
     assert one.to_list() == two.to_list()
     assert one_report == two_report
+    with pytest.raises(UserError, match=r"^train data set, row 11 \(prompt='long long lo...ng long long "):
+        tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100, num_proc=2)
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_error_names_row_and_remedy(num_proc):
+def test_error_names_row_and_remedy():
     with pytest.raises(UserError) as error:
-        tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100, num_proc=num_proc)
+        tokenize_dataset(dataset(), get("bytes"), get("sentencepiece"), max_length=100)
     length = len(get("sentencepiece")("long " * 200)["input_ids"])
     assert str(error.value) == (
         "train data set, row 11 (prompt='long long lo...ng long long ', completion='Answer number 11, naïve 👍',"
@@ -606,12 +491,9 @@ def test_error_names_row_and_remedy(num_proc):
         "within max_length=100; raise max_length or set skip_long_prompts=True"
     )
     bad = dataset().map(lambda row, index: {"prompt": None} if index == 15 else row, with_indices=True)
-    with pytest.raises(
-        UserError, match=r"^eval data set, row 15 \(prompt=None, .*\): column 'prompt' holds None; .*string$"
-    ):
-        tokenize_dataset(
-            bad, get("bytes"), max_length=100, skip_long_prompts=True, num_proc=num_proc, description="eval"
-        )
+    message = r"^eval data set, row 15 \(prompt=None, .*\): column 'prompt' holds None; .*string$"
+    with pytest.raises(UserError, match=message):
+        tokenize_dataset(bad, get("bytes"), max_length=100, skip_long_prompts=True, description="eval")
 
 
 def test_nothing_left():
@@ -632,15 +514,14 @@ def test_prompt_without_tokens():
     assert row["input_ids"][0] == get("sentencepiece").bos_token_id
 
 
-def test_missing_column_is_found_before_any_row():
+def test_what_is_found_before_any_row():
     with pytest.raises(UserError, match=r"^column 'question' is missing"):
         tokenize_dataset(dataset(), get("bytes"), max_length=50, prompt_column="question")
-
-
-def test_tokenizer_without_eos():
+    with pytest.raises(UserError, match="prompt_style='Plain' is unknown: did you mean 'plain'"):
+        tokenize_dataset(dataset(), get("bytes"), max_length=50, prompt_style="Plain")
     tokenizer = build("bytes")
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match=r"the teacher's tokenizer .* has no end-of-sequence token; set its eos_token"):
+    with pytest.raises(UserError, match=r"the teacher's tokenizer .* has no EOS token: set tokenizer.eos_token"):
         tokenize_dataset(dataset(), get("bytes"), tokenizer, max_length=50)
 
 
@@ -684,15 +565,6 @@ def test_cache_key_is_stable(tmp_path):
     assert (again.to_list(), again_report) == (first.to_list(), report)
     run(max_length=99)
     assert set(tmp_path.rglob("*.arrow")) > files
-
-
-def test_row_tokenizer_pickles():
-    tokenize_row = _RowTokenizer(get("bytes"), get("sentencepiece"), 50, "chat", {}, None, None, False, "train")
-    row = {"prompt": "Hi\n", "completion": "there"}
-    before = Hasher.hash(tokenize_row)
-    result = tokenize_row({name: [value] for name, value in row.items()}, [0])
-    assert Hasher.hash(tokenize_row) == before
-    assert pickle.loads(pickle.dumps(tokenize_row))({name: [value] for name, value in row.items()}, [0]) == result
 
 
 def test_set_pad_token():

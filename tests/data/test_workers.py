@@ -14,16 +14,8 @@ def stop_workers(*loaders):
 
 
 def run_with(folder, **settings):
-    run = runs.trainer(
-        folder,
-        max_steps=-1,
-        num_train_epochs=2,
-        save_strategy="no",
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        rows=12,
-        **settings,
-    )
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run = runs.trainer(folder, max_steps=-1, num_train_epochs=2, rows=12, **batches, **settings)
     run.train()
     stop_workers(run.callback_handler.train_dataloader)
     return run
@@ -37,16 +29,14 @@ WORKERS = {
 }
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_workers_change_nothing(cached, tmp_path):
+@pytest.mark.parametrize(("cached", "settings"), [(False, {"dataloader_num_workers": 2}), (True, WORKERS)])
+def test_workers_change_nothing(cached, settings, tmp_path):
     """Two epochs: a worker that lives on, and one that is made anew, must both see the order of the second."""
     cache = {"teacher_cache": str(tmp_path / "cache")} if cached else {}
-    reference = run_with(tmp_path / "none", **cache)
-    for name, settings in (("new", {"dataloader_num_workers": 2}), ("living", WORKERS)):
-        run = run_with(tmp_path / name, **settings, **cache)
-        assert runs.history(run, "loss", "kq_loss") == runs.history(reference, "loss", "kq_loss")
-        expected = runs.weights(reference)
-        assert all(torch.equal(value, expected[name]) for name, value in runs.weights(run).items())
+    reference, run = run_with(tmp_path / "none", **cache), run_with(tmp_path / "workers", **settings, **cache)
+    assert runs.history(run, "loss", "kq_loss") == runs.history(reference, "loss", "kq_loss")
+    expected = runs.weights(reference)
+    assert all(torch.equal(value, expected[name]) for name, value in runs.weights(run).items())
 
 
 def test_workers_evaluate_the_same(tmp_path):

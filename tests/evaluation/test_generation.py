@@ -28,6 +28,11 @@ def greedy_by_hand(model, prompt, ends, count):
     return response
 
 
+def write(model, prompts=PROMPTS, *, ends=(), count=5, config=GREEDY, **options):
+    given = {"pad_token_id": 0, "eos_token_ids": list(ends), "max_new_tokens": count, "generation_config": config}
+    return sample(model, prompts, **given, **options)
+
+
 @pytest.mark.parametrize("make", [tiny.gpt2, tiny.qwen2])
 def test_greedy_is_the_most_likely_token_each_time(make):
     model = make(400).eval()
@@ -38,59 +43,39 @@ def test_greedy_is_the_most_likely_token_each_time(make):
     assert expected[1][-1] == ends[0] and len(expected[1]) <= 3
     assert any(row and row[-1] not in ends for row in expected)
     for batch_size in (1, 2, 5):
-        written = sample(
-            model,
-            PROMPTS,
-            pad_token_id=0,
-            eos_token_ids=ends,
-            max_new_tokens=limits,
-            generation_config=GREEDY,
-            batch_size=batch_size,
-        )
-        assert written == expected
+        assert write(model, ends=ends, count=limits, batch_size=batch_size) == expected
 
 
 def test_never_past_the_last_position():
-    model = tiny.gpt2(400)
+    model = tiny.gpt2(400).eval()
     positions = model.config.n_positions
     prompts = [[7] * (positions - 4), [8, 9]]
-    model.eval()
     expected = [greedy_by_hand(model, prompts[0], [], 4), greedy_by_hand(model, prompts[1], [], 9)]
-    options = {"pad_token_id": 0, "eos_token_ids": [], "generation_config": GREEDY}
     # A cache of 1024 positions for the first row, which is done when the second goes on.
-    assert sample(model, prompts, max_new_tokens=[50, 9], **options) == expected
+    assert write(model, prompts, count=[50, 9]) == expected
+    # In a second call, a named sample has the noise of its places.
+    options = {"count": 9, "config": SAMPLING, "seed": 10}
+    alone = write(model, prompts[1:], example_ids=[1], **options)
+    beside = write(model, prompts, example_ids=[0, 1], **options)
+    assert len(beside[0]) == 4 and beside[1] == alone[0]
 
 
 def test_seed_decides_and_no_other_stream_moves():
     model = tiny.gpt2(400)
-    options = {"pad_token_id": 0, "eos_token_ids": ENDS, "max_new_tokens": 12, "generation_config": SAMPLING}
+    options = {"ends": ENDS, "count": 12, "config": SAMPLING}
     before = torch.get_rng_state()
-    first = sample(model, PROMPTS, seed=3, **options)
+    first = write(model, seed=3, **options)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert sample(model, PROMPTS, seed=3, **options) == first
-    assert sample(model, PROMPTS, seed=4, **options) != first
+    assert write(model, seed=3, **options) == first
+    assert write(model, seed=4, **options) != first
     # Both kinds of end are there.
     assert {row[-1] in ENDS for row in first} == {True, False}
     assert all(not set(row[:-1]) & set(ENDS) for row in first)
     assert all(len(row) == 12 for row in first if row[-1] not in ENDS)
     before = torch.get_rng_state()
-    sample(model, PROMPTS, **options)
+    write(model, **options)
     assert not torch.equal(torch.get_rng_state(), before)
-
-
-def test_samples_follow_the_models_distribution():
-    model = tiny.gpt2(8).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-        expected = model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(-1)
-    count = 2000
-    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 1, "generation_config": SAMPLING}
-    tokens = [row[0] for row in sample(model, [[1, 2, 3]] * count, seed=0, batch_size=500, **options)]
-    shares = torch.bincount(torch.tensor(tokens), minlength=8) / count
-    # Five standard deviations of a share.
-    assert (shares - expected).abs().max() < 5 * 0.5 / count**0.5
-    assert expected.max() - expected.min() > 0.2
 
 
 def test_own_config_is_the_default_and_is_kept():
@@ -98,22 +83,21 @@ def test_own_config_is_the_default_and_is_kept():
     own = model.generation_config
     own.do_sample = True
     own.top_k = 1
-    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 5}
-    greedy = sample(model, PROMPTS, generation_config=GREEDY, **options)
+    greedy = write(model)
     # The most likely one of one: the model's own top_k was used.
-    assert sample(model, PROMPTS, seed=0, **options) == greedy
+    assert write(model, config=None, seed=0) == greedy
     own.top_k = 0
-    assert sample(model, PROMPTS, seed=0, **options) != greedy
+    assert write(model, config=None, seed=0) != greedy
     # Greedy stays greedy beside a model's own config that samples.
-    assert sample(model, PROMPTS, generation_config=GREEDY, **options) == greedy
+    assert write(model) == greedy
     assert model.generation_config is own
     assert GREEDY.max_new_tokens is None
 
 
 def test_in_training_with_adapter_and_checkpointing():
-    options = {"pad_token_id": 0, "eos_token_ids": ENDS, "max_new_tokens": 8, "generation_config": GREEDY}
+    options = {"ends": ENDS, "count": 8}
     plain = tiny.gpt2(400, dropout=0.5)
-    without = sample(plain, PROMPTS, **options)
+    without = write(plain, **options)
     model = get_peft_model(plain, LoraConfig(target_modules=["c_attn"], init_lora_weights=False, lora_dropout=0.5))
     expected = [greedy_by_hand(model.eval(), prompt, ENDS, 8) for prompt in PROMPTS]
     assert expected != without
@@ -123,23 +107,28 @@ def test_in_training_with_adapter_and_checkpointing():
     model.enable_input_require_grads()
     model.config.use_cache = False
     modes = [module.training for module in model.modules()]
-    assert sample(model, PROMPTS, **options) == expected
+    assert write(model, **options) == expected
     assert [module.training for module in model.modules()] == modes
     assert not frozen.training and model.training
     assert model.is_gradient_checkpointing and not model.config.use_cache
     loss = model(input_ids=torch.tensor(PROMPTS[:1]), labels=torch.tensor(PROMPTS[:1])).loss
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    # After an error, too.
+    own = plain.generation_config
+    with pytest.raises(IndexError):
+        write(model, [[400]])
+    assert [module.training for module in model.modules()] == modes and plain.generation_config is own
 
 
 def test_within_autocast_later_gradients_are_whole():
     ids = torch.tensor(PROMPTS[1:2])
 
-    def gradients(write):
+    def gradients(writes):
         model = tiny.gpt2(400)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            if write:
-                sample(model, PROMPTS, pad_token_id=0, eos_token_ids=[], max_new_tokens=3, generation_config=GREEDY)
+            if writes:
+                write(model, count=3)
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -149,20 +138,11 @@ def test_within_autocast_later_gradients_are_whole():
         torch.testing.assert_close(actual[name], gradient, msg=name)
 
 
-def test_modes_are_restored_after_an_error():
-    model = tiny.gpt2(400).train()
-    own = model.generation_config
-    with pytest.raises(IndexError):
-        sample(model, [[400]], pad_token_id=0, eos_token_ids=[], max_new_tokens=2, generation_config=GREEDY)
-    assert model.training and model.generation_config is own
-
-
 def test_progress(capsys):
     model = tiny.gpt2(400)
-    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 2, "generation_config": GREEDY}
-    sample(model, PROMPTS, **options)
+    write(model, count=2)
     assert capsys.readouterr().err == ""
-    sample(model, PROMPTS, description="Answers", batch_size=2, **options)
+    write(model, count=2, description="Answers", batch_size=2)
     assert "Answers: 100%" in capsys.readouterr().err
 
 
@@ -171,14 +151,13 @@ def test_no_generation_config():
     check_generation_config(model, "the student")
     model.generation_config = None
     message = r"generation_config of the student is None.*set model.generation_config = GenerationConfig\("
-    with pytest.raises(UserError, match=message):
-        check_generation_config(model, "the student")
-    with pytest.raises(UserError, match=message):
-        check_generation_config(get_peft_model(model, LoraConfig(target_modules=["c_attn"])), "the student")
+    for given in (model, get_peft_model(model, LoraConfig(target_modules=["c_attn"]))):
+        with pytest.raises(UserError, match=message):
+            check_generation_config(given, "the student")
     with pytest.raises(UserError, match=r"generation_config of the model is None"):
-        sample(model, PROMPTS, pad_token_id=0, eos_token_ids=[], max_new_tokens=2)
+        write(model, config=None)
     # With one from the caller, the model needs none.
-    assert sample(model, [[1]], pad_token_id=0, eos_token_ids=[], max_new_tokens=2, generation_config=GREEDY)[0]
+    assert write(model, [[1]])[0]
 
 
 def test_end_tokens():
@@ -198,7 +177,7 @@ def test_text_of_a_response_is_the_text_that_was_tokenized(make, text):
     assert response_text(tokenizer, special + ids + special) == text
 
 
-def test_text_of_half_a_character():
+def test_end_and_text_of_half_a_character():
     tokenizer = tiny.byte_level_tokenizer()
     ids, _ = response_tokens(tokenizer, "ok 👍")
     assert response_text(tokenizer, ids[:-1]) == "ok \ufffd"
@@ -234,42 +213,32 @@ def test_noise_depends_on_what_it_is_named_by_alone():
 
 def test_named_samples_depend_on_neither_batch_nor_order_nor_what_is_drawn_elsewhere():
     model = tiny.gpt2(400)
-    options = {"pad_token_id": 0, "eos_token_ids": ENDS[::2], "max_new_tokens": 12, "generation_config": SAMPLING}
+    options = {"ends": ENDS[::2], "count": 12, "config": SAMPLING, "seed": 10}
     names = [40, 3, 0, 12, 7]
-    expected = sample(model, PROMPTS, seed=10, example_ids=names, batch_size=1, **options)
+    expected = write(model, example_ids=names, batch_size=1, **options)
     assert {row[-1] in ENDS[::2] for row in expected} == {True, False}
     state = torch.get_rng_state()
     for batch_size in (2, 5):
         order = [4, 2, 0, 1, 3]
         torch.rand(1)
-        shuffled = sample(
-            model,
-            [PROMPTS[index] for index in order],
-            seed=10,
-            example_ids=[names[index] for index in order],
-            batch_size=batch_size,
-            **options,
-        )
+        prompts, ids = ([values[index] for index in order] for values in (PROMPTS, names))
+        shuffled = write(model, prompts, example_ids=ids, batch_size=batch_size, **options)
         assert [shuffled[order.index(index)] for index in range(5)] == expected
     torch.set_rng_state(state)
-    sample(model, PROMPTS, seed=10, example_ids=names, **options)
+    write(model, example_ids=names, **options)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sample(model, PROMPTS, seed=11, example_ids=names, **options) != expected
-    assert sample(model, PROMPTS, seed=10, example_ids=range(5), **options) != expected
+    assert write(model, example_ids=names, **{**options, "seed": 11}) != expected
+    assert write(model, example_ids=range(5), **options) != expected
 
 
-def test_named_samples_go_on_where_positions_ran_out():
-    """The row beside a prompt that fills the positions is continued in a second call, with the noise of its places."""
-    model = tiny.gpt2(400)
-    positions = model.config.n_positions
-    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 9, "generation_config": SAMPLING, "seed": 10}
-    alone = sample(model, [[8, 9]], example_ids=[1], **options)
-    beside = sample(model, [[7] * (positions - 4), [8, 9]], example_ids=[0, 1], **options)
-    assert len(beside[0]) == 4 and beside[1] == alone[0]
-
-
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 3, "temperature": 2.0}])
-def test_named_samples_follow_the_models_distribution(changes):
+@pytest.mark.parametrize(
+    ("named", "changes"),
+    [
+        (False, {}),
+        *((True, changes) for changes in ({}, {"temperature": 0.5}, {"top_p": 0.7}, {"top_k": 3, "temperature": 2.0})),
+    ],
+)
+def test_samples_follow_the_models_distribution(named, changes):
     model = tiny.gpt2(8).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
@@ -286,9 +255,10 @@ def test_named_samples_follow_the_models_distribution(changes):
     assert kept.all() == (not {"top_p", "top_k"} & set(changes))
     count = 3000
     config = GenerationConfig(**{"do_sample": True, "top_k": 0, **changes})
-    options = {"pad_token_id": 0, "eos_token_ids": [], "max_new_tokens": 1, "generation_config": config}
-    written = sample(model, [[1, 2, 3]] * count, seed=0, example_ids=range(count), batch_size=1000, **options)
+    options = {"count": 1, "config": config, "seed": 0, "batch_size": 1000}
+    written = write(model, [[1, 2, 3]] * count, example_ids=range(count) if named else None, **options)
     shares = torch.bincount(torch.tensor(written)[:, 0], minlength=8) / count
+    # Five standard deviations of a share.
     assert (shares - expected).abs().max() < 5 * 0.5 / count**0.5
     assert not shares[~kept].any()
     assert expected.max() - expected.min() > 0.2

@@ -212,7 +212,8 @@ def test_the_run_in_python_trains(monkeypatch, tmp_path, capsys):
 def warm(tmp_path_factory):
     # An empty cache: what isn't made here can't be had.
     cache = str(tmp_path_factory.mktemp("cache"))
-    with WarmPython({**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "HF_DSKD_CACHE": cache}) as warm:
+    before = "from hf_dskd.offline.python_functions import python_functions\npython_functions()"
+    with WarmPython({**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "HF_DSKD_CACHE": cache}, before) as warm:
         yield warm
 
 

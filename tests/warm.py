@@ -40,6 +40,7 @@ def work(job, rank):
         sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
         runpy.run_path(sys.argv[0], run_name="__main__")
 
+# before
 gc.collect()
 gc.freeze()
 def run(job, rank):
@@ -84,12 +85,13 @@ class WarmPython:
 
     Args:
         environment: Of all of them, whole.
+        before: Code to run once, before the first of them.
     """
 
-    def __init__(self, environment: Mapping[str, str]):
+    def __init__(self, environment: Mapping[str, str], before: str = ""):
         self.folder = tempfile.TemporaryDirectory()
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
+            [sys.executable, "-c", SERVER.replace("# before", before)],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,

@@ -9,10 +9,10 @@ import time
 from dataclasses import fields
 
 import pytest
-from warm import run_command
+from warm import ROOT, run_command
 
 from hf_dskd import cli
-from hf_dskd.cli.methods import methods_table
+from hf_dskd.cli.methods import PARTS, markdown_methods, methods_table, part_table
 from hf_dskd.launch import command
 from hf_dskd.methods import METHODS
 from hf_dskd.run.arguments import GROUPS
@@ -113,3 +113,17 @@ def test_methods_table_has_every_method_within_the_width(width):
     assert [line.split()[0] for line in lines if line and not line.startswith(" ")] == ["method", *METHODS]
     words = " ".join(text.split())
     assert all(method.summary in words for method in METHODS.values())
+
+
+@pytest.mark.parametrize("setting", PARTS)
+def test_tables_of_parts_have_every_row_within_the_width(setting):
+    lines = part_table(setting, 60).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [setting, *PARTS[setting]]
+    words = " ".join(" ".join(lines).split())
+    assert all(row.formula in words and row.source in words for row in PARTS[setting].values())
+
+
+def test_the_readme_has_the_table_of_methods():
+    """After a change of a row: print(hf_dskd.cli.methods.markdown_methods())."""
+    assert f"\n\n{markdown_methods()}\n\n" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ import yaml
 from hf_dskd.hub.licences import LICENCES
 
 
-TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
+TYPES = {"models": "model", "datasets": "dataset"}
 # https://huggingface.co/docs/hub/model-cards#specifying-a-base-model
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 # What a new repository's .gitattributes sends to large file storage, of it what occurs here.
@@ -117,7 +117,7 @@ class HubStandIn:
         users (`dict[str, dict]`):
             By token: `name`, `role` (`"write"`, `"read"` or `"fineGrained"`, which may write in its own namespace
             unless `fineGrained` says otherwise as whoami does), and optionally `orgs`, a list of names where it may
-            write too, and `accepted`, the gated repositories that it may read.
+            write too.
     """
 
     def __init__(self, users: dict[str, dict[str, Any]] = DEFAULT_USERS):
@@ -254,10 +254,8 @@ class HubStandIn:
         return repo_id.partition("/")[0] in (user["name"], *user.get("orgs", ()))
 
     def check_gate(self, user: dict[str, Any] | None, repository: Repository) -> None:
-        """The files of a gated repository are for those who accepted its terms; its name and listing are public."""
-        if not repository.gated or (
-            user and (self.owns(user, repository.repo_id) or repository.repo_id in user.get("accepted", ()))
-        ):
+        """The files of a gated repository are for its owner; its name and listing are public."""
+        if not repository.gated or (user and self.owns(user, repository.repo_id)):
             return
         name = repository.repo_id
         if user is None:
@@ -353,23 +351,18 @@ def check_model_index(index: Any) -> list[str]:
         return []
     if not isinstance(index, list) or len(index) != 1:
         return ['"model-index" must be a list of one model']
-    model = index[0]
-    errors = [] if isinstance(model.get("name"), str) else ['"model-index[0].name" is required']
-    if not isinstance(model.get("results"), list):
-        return [*errors, '"model-index[0].results" is required']
-    for place, result in enumerate(model["results"]):
-        where = f"model-index[0].results[{place}]"
-        for part, keys in (("task", ("type",)), ("dataset", ("type", "name"))):
-            given = result.get(part) or {}
-            errors += [f'"{where}.{part}.{key}" is required' for key in keys if not isinstance(given.get(key), str)]
-        if not result.get("metrics"):
-            errors.append(f'"{where}.metrics" must not be empty')
+    texts, others = {"name": index[0].get("name")}, {"results": index[0].get("results")}
+    for place, result in enumerate(others["results"] or ()):
+        where = f"results[{place}]"
+        for part, key in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
+            texts[f"{where}.{part}.{key}"] = (result.get(part) or {}).get(key)
+        others[f"{where}.metrics"] = result.get("metrics") or None
         for number, metric in enumerate(result.get("metrics") or ()):
-            if not isinstance(metric.get("type"), str):
-                errors.append(f'"{where}.metrics[{number}].type" is required')
-            if metric.get("value") is None:
-                errors.append(f'"{where}.metrics[{number}].value" is required')
-    return errors
+            texts[f"{where}.metrics[{number}].type"] = metric.get("type")
+            others[f"{where}.metrics[{number}].value"] = metric.get("value")
+    wrong = [name for name, value in texts.items() if not isinstance(value, str)]
+    wrong += [name for name, value in others.items() if value is None]
+    return [f'"model-index[0].{name}" is required' for name in wrong]
 
 
 class Server(ThreadingHTTPServer):
@@ -393,7 +386,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.handle_request()
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def handle_request(self) -> None:
         with self.hub.lock:
@@ -458,25 +451,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.user["role"] == "fineGrained":
             token["fineGrained"] = token_scopes(self.user)
         organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in self.user.get("orgs", ())]
-        self.answer(
-            {
-                "type": "user",
-                "name": self.user["name"],
-                "fullname": self.user["name"],
-                "orgs": organizations,
-                "auth": {"type": "access_token", "accessToken": token},
-            }
-        )
+        name = self.user["name"]
+        about = {"type": "user", "name": name, "fullname": name, "orgs": organizations}
+        self.answer({**about, "auth": {"type": "access_token", "accessToken": token}})
 
-    def named(self) -> tuple[str, str, dict[str, Any]]:
-        """The repository that the body of a request names."""
+    def create(self) -> None:
         given = json.loads(self.content)
         if self.user is None:
             raise Refused(401, "Invalid username or password.")
-        return given.get("type") or "model", f"{given.get('organization') or self.user['name']}/{given['name']}", given
-
-    def create(self) -> None:
-        kind, repo_id, given = self.named()
+        kind = given.get("type") or "model"
+        repo_id = f"{given.get('organization') or self.user['name']}/{given['name']}"
         if not self.hub.may_write(self.user, repo_id):
             namespace = repo_id.partition("/")[0]
             raise Refused(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
@@ -515,13 +499,10 @@ class Handler(BaseHTTPRequestHandler):
             "id": repo_id,
             "author": repo_id.partition("/")[0],
             "sha": sha,
-            "lastModified": "2024-01-01T00:00:00.000Z",
-            "createdAt": "2024-01-01T00:00:00.000Z",
+            **dict.fromkeys(("lastModified", "createdAt"), "2024-01-01T00:00:00.000Z"),
             "private": repository.private,
             "gated": "manual" if repository.gated else False,
-            "disabled": False,
-            "downloads": 0,
-            "likes": 0,
+            **{"disabled": False, "downloads": 0, "likes": 0},
             "tags": _strings((card or {}).get("tags", [])),
             "siblings": siblings,
         }
@@ -662,7 +643,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 KIND = rf"/api/({'|'.join(TYPES)})/{NAME}"
-LINK = rf"/(?:(datasets|spaces)/)?{NAME}"
+LINK = rf"/(?:(datasets)/)?{NAME}"
 ROUTES = [
     ("/api/whoami-v2", ("GET",), Handler.whoami),
     ("/api/repos/create", ("POST",), Handler.create),

@@ -213,14 +213,6 @@ def test_help_answers_within_a_second(recipe):
     assert time.perf_counter() - start < 3
 
 
-def test_import_is_light():
-    code = (
-        "import sys, hf_dskd, hf_dskd.run, hf_dskd.settings\n"
-        "print([name for name in ('torch', 'transformers', 'datasets', 'peft') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
-
-
 def test_total_batch_size_fixes_the_batch_for_any_number_of_processes(tmp_path):
     args = run.Run(
         None, runs.config(tmp_path, per_device_train_batch_size=2), None, run.RunArguments(total_batch_size=8)

@@ -74,17 +74,9 @@ def run(given: Namespace) -> int:
 
     from ..hub.push import push_run
 
+    options = {name: getattr(given, name) for name in ("revision", "commit_message", "replace", "create_pr")}
     try:
-        commit = push_run(
-            given.run,
-            given.repo,
-            private=given.private or None,
-            **contents,
-            revision=given.revision,
-            commit_message=given.commit_message,
-            replace=given.replace,
-            create_pr=given.create_pr,
-        )
+        commit = push_run(given.run, given.repo, private=given.private or None, **contents, **options)
     except KeyboardInterrupt:
         print("stopped; nothing was published, and the same command goes on", file=sys.stderr)
         return 130

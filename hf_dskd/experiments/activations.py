@@ -44,18 +44,11 @@ class Layer(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """
-    Bytes that a forward pass keeps.
-
-    Attributes:
-        layers (`tuple[Layer, ...]`): Of each layer.
-        outside (`int`): Beside them, and of what they share.
-        given (`int`): Of what they are all given (masks) and don't keep themselves, but gradient checkpointing does.
-    """
+    """Bytes that a forward pass keeps."""
 
     layers: tuple[Layer, ...]
-    outside: int
-    given: int
+    outside: int  # beside them, and of what they share
+    given: int  # of what they are all given (masks) and don't keep themselves, but gradient checkpointing does
 
     def total(self, gradient_checkpointing: bool) -> int:
         """Adds up; with `gradient_checkpointing` layers keep their inputs, and one of them is computed again."""
@@ -69,14 +62,8 @@ class FakeStudent:
     """
     A student without data, plain or with LoRA, whose forward passes are counted.
 
-    Args:
-        config, init_kwargs: As [`~hf_dskd.models.pretrained.empty_model`] takes them.
-        dtype (`torch.dtype`): Of the weights.
-        adapter_rank (`int`, *optional*): Of LoRA; without, all weights are trained.
-        adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.
-
-    Attributes:
-        adapter_parameters (`int`): Numbers that LoRA adds.
+    It is made as [`~hf_dskd.models.pretrained.empty_model`] and PEFT do it, with all linear layers for
+    `target_modules` where `adapter_targets` has none; `adapter_parameters` are the numbers that LoRA adds.
     """
 
     def __init__(

@@ -24,6 +24,7 @@ from ..methods import METHODS
 
 
 if TYPE_CHECKING:
+    from ..training.pair import Side
     from .memory import Size, Step
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,7 @@ FITTED = ("use_peft", "load_teacher_in_4bit", "gradient_checkpointing", "per_dev
 
 @dataclass(frozen=True)
 class Derived:
-    """
-    What a pair needs.
-
-    Attributes:
-        settings (`dict[str, Any]`): Settings of a run, as `hf-dskd train --config` reads them.
-        reasons (`dict[str, str]`): One line for each.
-    """
+    """What a pair needs: settings of a run, as `hf-dskd train --config` reads them, and a reason for each."""
 
     settings: dict[str, Any]
     reasons: dict[str, str]
@@ -63,7 +58,7 @@ class Derived:
         ]
 
     def __str__(self) -> str:
-        """Writes YAML with the reasons as comments."""
+        # YAML, with the reasons as comments.
         import yaml
 
         lines = [
@@ -98,9 +93,6 @@ def derive(
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Name of the training precision.
         processes (`int`, *optional*, defaults to `1`): That share `total_batch_size`.
 
-    Returns:
-        [`Derived`]: Settings and reasons.
-
     Raises:
         UserError: If a model can't be read or is no causal one, if both are the same, or if no choice of what is left
             to choose fits into the memory.
@@ -110,32 +102,25 @@ def derive(
     from ..run.trl_settings import STUDENT, TEACHER, merged_options
     from ..training.pair import Side
 
-    options = {
-        "student": merged_options(given, STUDENT, "model_init_kwargs"),
-        "teacher": merged_options(given, TEACHER, "teacher_model_init_kwargs"),
-    }
-    sides = {
-        role: Side(role, model_name(name), options[role])
-        for role, name in (("student", student), ("teacher", teacher))
-    }
-    configs = {role: side.config for role, side in sides.items()}
-    tokenizers = {role: side.tokenizer for role, side in sides.items()}
+    sides = [
+        Side("student", model_name(student), merged_options(given, STUDENT, "model_init_kwargs")),
+        Side("teacher", model_name(teacher), merged_options(given, TEACHER, "teacher_model_init_kwargs")),
+    ]
+    names = [_short(student), _short(teacher)]
     found: dict[str, tuple[Any, str]] = {
         "model_name_or_path": (student, "the student"),
         "teacher_model_name_or_path": (teacher, "the teacher"),
         "output_dir": (output_dir(student, teacher), "named after the two"),
-        "max_length": _max_length(configs, student, teacher),
-        "method": _method(tokenizers, given),
-        "prompt_style": _prompt_style(tokenizers, student, teacher),
+        "max_length": _max_length(sides, names),
+        "method": _method(sides, given),
+        "prompt_style": _prompt_style(sides, names),
     }
     if given.get("prompt_style", found["prompt_style"][0]) == "chat":
-        found |= _chat_template_kwargs(tokenizers)
+        found |= _chat_template_kwargs(sides)
     fixed = {**{name: value for name, (value, _) in found.items()}, **given}
-    found |= _fit(configs, options, fixed, memory, device, dtype, processes)
-    derived = {name: pair for name, pair in found.items() if name not in given}
-    return Derived(
-        {name: value for name, (value, _) in derived.items()}, {name: why for name, (_, why) in derived.items()}
-    )
+    found |= _fit(sides, fixed, memory, device, dtype, processes)
+    own = [name for name in found if name not in given]
+    return Derived({name: found[name][0] for name in own}, {name: found[name][1] for name in own})
 
 
 def check_two(student: str, teacher: str) -> None:
@@ -155,44 +140,42 @@ def _short(name: str) -> str:
     return Path(name).resolve().name
 
 
-def _max_length(configs: dict[str, Any], student: str, teacher: str) -> tuple[int, str]:
+def _max_length(sides: list[Side], names: list[str]) -> tuple[int, str]:
     longest, why = MAX_LENGTH, "tokens of prompt and response"
-    for role, name in (("student", student), ("teacher", teacher)):
-        positions = getattr(configs[role].get_text_config(), "max_position_embeddings", None)
+    for side, name in zip(sides, names):
+        positions = getattr(side.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and positions < longest:
-            longest, why = positions, f"{_short(name)} has no more positions"
+            longest, why = positions, f"{name} has no more positions"
     return longest, why
 
 
-def _method(tokenizers: dict[str, Any], given: dict[str, Any]) -> tuple[str, str]:
+def _method(sides: list[Side], given: dict[str, Any]) -> tuple[str, str]:
     from ..config import PARTS
     from ..data.vocabulary import same_vocabulary
 
-    same = same_vocabulary(tokenizers["student"], tokenizers["teacher"])
+    same = same_vocabulary(*(side.tokenizer for side in sides))
     if same and not given.keys() & set(PARTS):
         return "dskd", "one vocabulary: compares token by token"
     return "dskd_cma_ga", "goes with the parts that you set" if same else "two vocabularies: attention aligns tokens"
 
 
-def _prompt_style(tokenizers: dict[str, Any], student: str, teacher: str) -> tuple[str, str]:
-    has = {role: bool(tokenizer.chat_template) for role, tokenizer in tokenizers.items()}
-    if not any(has.values()):
+def _prompt_style(sides: list[Side], names: list[str]) -> tuple[str, str]:
+    if not any(side.tokenizer.chat_template for side in sides):
         return "plain", "neither has a chat template: both see plain text"
     sees = {True: "its chat template", False: "plain text, it has no template"}
-    return "chat", f"{_short(student)}: {sees[has['student']]}; {_short(teacher)}: {sees[has['teacher']]}"
+    seen = (f"{name}: {sees[bool(side.tokenizer.chat_template)]}" for side, name in zip(sides, names))
+    return "chat", "; ".join(seen)
 
 
-def _chat_template_kwargs(tokenizers: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    templates = json.dumps([tokenizer.chat_template for tokenizer in tokenizers.values()])
-    values: dict[str, Any] = {}
-    reasons = []
-    if "enable_thinking" in templates:
-        values["enable_thinking"] = False
-        reasons.append("the data's responses don't think aloud")
-    if "date_string" in templates:
-        values["date_string"] = "26 Jul 2024"
-        reasons.append("with today's date, prompts would be others tomorrow")
-    return {"chat_template_kwargs": (values, "; ".join(reasons))} if values else {}
+def _chat_template_kwargs(sides: list[Side]) -> dict[str, tuple[Any, str]]:
+    templates = json.dumps([side.tokenizer.chat_template for side in sides])
+    found = {
+        "enable_thinking": (False, "the data's responses don't think aloud"),
+        "date_string": ("26 Jul 2024", "with today's date, prompts would be others tomorrow"),
+    }
+    named = {name: pair for name, pair in found.items() if name in templates}
+    values, reasons = ({name: pair[part] for name, pair in named.items()} for part in (0, 1))
+    return {"chat_template_kwargs": (values, "; ".join(map(str, reasons.values())))} if named else {}
 
 
 @dataclass(frozen=True)
@@ -265,25 +248,19 @@ def _choices(
 
 
 def _fit(
-    configs: dict[str, Any],
-    options: dict[str, dict[str, Any]],
-    fixed: dict[str, Any],
-    memory: float | None,
-    device: str,
-    dtype: str,
-    processes: int,
+    sides: list[Side], fixed: dict[str, Any], memory: float | None, device: str, dtype: str, processes: int
 ) -> dict[str, tuple[Any, str]]:
     """Finds the settings, with reasons, of the first way to train that fits."""
     from .memory import Size
 
-    student, teacher = (Size.of(configs[role], options[role]) for role in ("student", "teacher"))
+    student, teacher = (Size.of(side.config, side.init_kwargs) for side in sides)
     if student.parameters > teacher.parameters:
         logger.warning(
             "the student has more parameters (%s) than the teacher (%s): name the student first",
             f"{student.parameters:,}",
             f"{teacher.parameters:,}",
         )
-    no_four_bit = _why_no_four_bit(configs["teacher"], fixed["teacher_model_name_or_path"], device, options["teacher"])
+    no_four_bit = _why_no_four_bit(sides[1], fixed["teacher_model_name_or_path"], device)
     refused: list[_Choice] = []
     tight = False
     for choice in _choices(student, teacher, fixed, device, dtype, processes, no_four_bit is None):
@@ -337,14 +314,14 @@ def _millions(model: Size) -> str:
     return f"{count:,.{0 if count >= 10 else 1}f} M parameters"
 
 
-def _why_no_four_bit(config: Any, name: str, device: str, options: dict[str, Any]) -> str | None:
+def _why_no_four_bit(teacher: Side, name: str, device: str) -> str | None:
     """Says why the teacher can't run in 4 bits on `device`, or `None` if it can."""
     from ..teacher.load import check_four_bit, check_four_bit_shapes
 
     try:
         check_four_bit()
         if device == "cpu":
-            check_four_bit_shapes(config, name, init_kwargs=options)
+            check_four_bit_shapes(teacher.config, name, init_kwargs=teacher.init_kwargs)
     except UserError as error:
         return str(error)
     return None

@@ -32,7 +32,7 @@ from ..redaction import redact, secret_names
 from ..report.record import RunRecord
 from ..training.run_folder import RESULT_NAME, checkpoints
 from ..utils.figures import drawable, new_figure, plain_axes, save_figure
-from ..utils.files import read_yaml, write_json, write_json_lines, write_text, write_yaml
+from ..utils.files import read_json, read_yaml, write_json, write_json_lines, write_text, write_yaml
 from ..utils.tables import markdown_table, mean_column, spread
 
 
@@ -60,21 +60,14 @@ SECONDS_TO_STOP = 40.0
 
 @dataclass
 class Grid:
-    """
-    Holds what the command line asks for.
+    """Holds what the command line asks for."""
 
-    Attributes:
-        rows: Settings by label, `method` among them.
-        base: The configuration file.
-        arguments: Other settings of the command line: values by name.
-    """
-
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, Any]]  # settings by label, `method` among them
     seeds: list[int]
-    base: dict[str, Any]
+    base: dict[str, Any]  # the configuration file
     output_dir: Path
     num_processes: int = 1
-    arguments: dict[str, list[str]] = field(default_factory=dict)
+    arguments: dict[str, list[str]] = field(default_factory=dict)  # other settings of the command line, by name
 
     def cells(self) -> list[Cell]:
         """Lists the runs seed by seed, so that every label has a number early."""
@@ -118,7 +111,9 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """Holds everything that makes the run what it is, wherever it was set. The folder may move."""
-        merged = {**self.config, **{name: _typed(values) for name, values in self.arguments.items()}}
+        # A switch has no value.
+        given = {name: values[0] if len(values) == 1 else values or True for name, values in self.arguments.items()}
+        merged = {**self.config, **given}
         return {name: _plain(value) for name, value in sorted(merged.items()) if name != "output_dir"}
 
     def command(self, resume: bool) -> list[str]:
@@ -235,11 +230,6 @@ def _list(given: dict[str, list[str]], name: str) -> list[str]:
     return " ".join(given.pop(name, [])).replace(",", " ").split()
 
 
-def _typed(values: list[str]) -> Any:
-    """Reads a setting of the command line as a YAML file would have it."""
-    return True if not values else _plain(values[0]) if len(values) == 1 else values
-
-
 def _is_on(value: Any) -> bool:
     """Reads a switch as the parser of `hf-dskd train` does."""
     return str(value).lower() in ("true", "t", "yes", "y", "1")
@@ -260,8 +250,7 @@ def _plain(value: Any) -> Any:
 
 def record(cell: Cell) -> dict[str, Any]:
     """Reads what `cell.json` says; empty if the cell was never started."""
-    path = cell.folder / "cell.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(cell.folder / "cell.json", {})
 
 
 def status(cell: Cell) -> str:
@@ -515,7 +504,6 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Makes text fit for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

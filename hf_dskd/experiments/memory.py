@@ -42,29 +42,19 @@ TRANSPORT_PLANS, TRANSPORT_ROWS, TRANSPORT_WIDTH = 9, 17, 768
 
 @dataclass(frozen=True)
 class Size:
-    """
-    Sizes of a model.
+    """Sizes of a model."""
 
-    Attributes:
-        key (`str`): Configuration and options, by which sizes are told apart.
-        width, layers, heads, vocabulary (`int`): Hidden size, layers, attention heads, tokens.
-        inner (`int`): The most inputs of a linear layer: mostly the width inside the feed-forward layer.
-        parameters, linear_parameters, largest_linear (`int`): Of the whole model, of its linear layers but the head,
-            and of the largest of these.
-        tied (`bool`): Whether head and embedding are one matrix.
-        config, init_kwargs: What the model is built from.
-    """
-
-    key: str
+    key: str  # of the configuration and options, by which sizes are told apart
     width: int
     layers: int
     heads: int
     vocabulary: int
-    inner: int
+    inner: int  # the most inputs of a linear layer: mostly the width inside the feed-forward layer
     parameters: int
-    linear_parameters: int
-    largest_linear: int
-    tied: bool
+    linear_parameters: int  # of linear layers but the head
+    largest_linear: int  # parameters of the largest of these
+    tied: bool  # head and embedding are one matrix
+    # What the model is built from.
     config: PretrainedConfig = field(compare=False, repr=False)
     init_kwargs: Any = field(compare=False, repr=False)
 
@@ -126,37 +116,21 @@ def _unknown(config: PretrainedConfig, why: str) -> UserError:
 
 @dataclass(frozen=True)
 class Step:
-    """
-    How a training step is made.
-
-    Attributes:
-        batch_size, max_length (`int`): Examples at a time, and tokens of each: all are taken to be as long as that.
-        method (`str`): A key of `METHODS`.
-        adapter_rank (`int`, *optional*): Of LoRA; without, the whole student is trained.
-        adapter_targets (`str` or `list[str]`, *optional*): PEFT's `target_modules`; all linear layers without it.
-        student_dtype (`str`): Of the student's weights.
-        teacher (`str`): `"live"`, `"4bit"` (NF4) or `"cached"`, which leaves its head and embedding.
-        gradient_checkpointing (`bool`): As in `TrainingArguments`.
-        dtype (`str`): Of matrix products, and of the teacher's weights.
-        device (`str`): `"cpu"`, or a GPU.
-        accumulation (`int`): Batches of an optimizer step.
-        loss_memory_mb (`float`): As in `DSKDConfig`.
-        response_tokens (`int`, *optional*): Mean per example, give or take half; a third of `max_length` without it.
-    """
+    """How a training step is made."""
 
     batch_size: int
-    max_length: int
+    max_length: int  # tokens of an example: all are taken to be as long as that
     method: str = "dskd_cma_ga"
-    adapter_rank: int | None = None
-    adapter_targets: str | Sequence[str] | None = None
+    adapter_rank: int | None = None  # of LoRA; without, the whole student is trained
+    adapter_targets: str | Sequence[str] | None = None  # PEFT's `target_modules`; all linear layers without it
     student_dtype: str = "float32"
-    teacher: str = "live"
+    teacher: str = "live"  # or "4bit" (NF4), or "cached", which leaves its head and embedding
     gradient_checkpointing: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of matrix products, and of the teacher's weights
     device: str = "cuda"
-    accumulation: int = 1
+    accumulation: int = 1  # batches of an optimizer step
     loss_memory_mb: float = 512
-    response_tokens: int | None = None
+    response_tokens: int | None = None  # mean per example, give or take half; a third of `max_length` without it
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter_targets, (str, type(None))):
@@ -165,10 +139,6 @@ class Step:
     @property
     def tokens(self) -> int:
         return self.batch_size * self.max_length
-
-    @property
-    def half_student(self) -> bool:
-        return self.student_dtype != "float32"
 
     @property
     def responses(self) -> list[int]:
@@ -180,37 +150,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """
-    Bytes of a training step by what they are for.
+    """Bytes of a training step by what they are for."""
 
-    Attributes:
-        total (`float`):
-            The most at once, less than the sum of the parts: what stays through the step, and the largest of its
-            phases, which are the teacher's pass, the loss, the beginning of the backward pass (all activations, no
-            gradients yet), its end (the reverse) and the discriminator's update.
-        student_weights, adapter, teacher_weights (`float`): Parameters.
-        projectors_and_discriminator (`float`): Their parameters.
-        optimizer_states (`float`): AdamW's two moments of everything that is trained.
-        gradients (`float`): Of the student (or its adapter) and the projectors.
-        activations (`float`): What the student's forward pass keeps for its backward pass.
-        teacher_pass (`float`): A layer of the teacher while it runs.
-        loss (`float`): Logits and the work on them in the larger of the two spaces.
-        queries_and_keys (`float`): With what alignment and matching make of them.
-        process (`float`): What a process takes before it has any tensor.
-    """
-
+    # The most at once, less than the sum of the parts: what stays through the step, and the largest of its phases,
+    # which are the teacher's pass, the loss, the beginning of the backward pass (all activations, no gradients yet),
+    # its end (the reverse) and the discriminator's update.
     total: float
     student_weights: float
     adapter: float
     teacher_weights: float
-    projectors_and_discriminator: float
-    optimizer_states: float
-    gradients: float
-    activations: float
-    teacher_pass: float
-    loss: float
-    queries_and_keys: float
-    process: float
+    projectors_and_discriminator: float  # their parameters
+    optimizer_states: float  # AdamW's two moments of everything that is trained
+    gradients: float  # of the student (or its adapter) and the projectors
+    activations: float  # what the student's forward pass keeps for its backward pass
+    teacher_pass: float  # a layer of the teacher while it runs
+    loss: float  # logits and the work on them in the larger of the two spaces
+    queries_and_keys: float  # with what alignment and matching make of them
+    process: float  # what a process takes before it has any tensor
 
 
 def estimate(
@@ -430,7 +386,7 @@ def loss(student: Size, teacher: Size | None, step: Step) -> float:
         own.append(teacher.vocabulary)
     largest = space(*own)
     matrix = student.vocabulary * student.width
-    if step.dtype != "float32" and not step.half_student:
+    if step.dtype != "float32" and step.student_dtype == "float32":
         # The head is cast, once for each of its uses.
         largest += uses * matrix * c
     if not step.adapter_rank:

@@ -20,6 +20,7 @@ from ..report.record import RunRecord
 from ..report.words import duration, measured, measures_of, millions, setting, title_of
 from ..utils.files import read_json, write_text
 from ..utils.markup import Markdown, code, escaped, render
+from ..utils.tables import spread
 from .identity import TAG, FinishedRun
 from .licences import Licence, card_data, given_licence, is_sought, licence_lines, licence_of
 from .names import page
@@ -354,9 +355,8 @@ def _training_seeds(run: FinishedRun) -> list[dict[str, Any]]:
 def _over_seeds(seeds: Sequence[Mapping[str, Any]], key: str) -> str:
     """Mean and standard deviation of a metric over training seeds."""
     numbers = [line["metrics"][key] for line in seeds if line["metrics"].get(key) is not None]
-    if len(numbers) < 2:
-        return "–"
-    return f"{measured(statistics.fmean(numbers))} ± {measured(statistics.stdev(numbers))}"
+    deviation = spread(numbers)
+    return "–" if deviation is None else f"{measured(statistics.fmean(numbers))} ± {measured(deviation)}"
 
 
 class Picture(NamedTuple):

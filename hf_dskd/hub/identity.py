@@ -26,22 +26,13 @@ TAG = "hf_dskd"
 
 @dataclass(frozen=True)
 class Model:
-    """
-    A student before training, or a teacher, as a card may name it.
+    """A student before training, or a teacher, as a card may name it."""
 
-    Attributes:
-        hub_id: Its name on the hub; `None` for a folder of this machine, which means nothing elsewhere.
-        name: For people, in Markdown.
-        size: Its parameters, for people.
-        folder: Where it lies on this machine, as far as that is known.
-        packaged: Where it came from, if it is a packaged model.
-    """
-
-    hub_id: str | None
-    name: str
-    size: str | None = None
-    folder: Path | None = None
-    packaged: PackagedModel | None = None
+    hub_id: str | None  # None for a folder of this machine, which means nothing elsewhere
+    name: str  # for people, in Markdown
+    size: str | None = None  # its parameters, for people
+    folder: Path | None = None  # where it lies on this machine, as far as that is known
+    packaged: PackagedModel | None = None  # where it came from
 
     @property
     def words(self) -> str:

@@ -29,21 +29,14 @@ LICENCES = frozenset(
 
 
 class Licence(NamedTuple):
-    """
-    A licence that was found.
+    """A licence that was found."""
 
-    Attributes:
-        ids: As the hub knows it, such as `"apache-2.0"`; several where there are several.
-        found: Where.
-        name, link: Of one that the hub knows as `"other"`.
-        file: Its text, where a local folder has it.
-    """
-
-    ids: str | list[str]
-    found: str
+    ids: str | list[str]  # as the hub knows it, such as "apache-2.0"; several where there are several
+    found: str  # where
+    # Of one that the hub knows as "other".
     name: str | None = None
     link: str | None = None
-    file: Path | None = None
+    file: Path | None = None  # its text, where a local folder has it
 
 
 def licence_of(model: Model, token: str | None, online: bool) -> Licence | None:

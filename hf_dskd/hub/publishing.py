@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class Publishing(Trainer):
     _card: dict[str, Any] = {}
 
     def _check_hub(self, args: DSKDConfig, token: str | None = None) -> None:
-        """Before any work: whether the student can be pushed."""
         if self._repository is None and args.process_index == 0:
             self._repository = check_training(args, self._identity, token)
 
@@ -124,38 +124,20 @@ class Publishing(Trainer):
             folder = str(self.args.output_dir)
             write_card(folder, folder, self._repository or self.args.hub_model_id, token=self.args.hub_token)
 
-    def _note_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Keeps what the user has for the card, for `result.json`. The signature is that of transformers."""
-        datasets = dataset_tags or dataset
-        given = {
-            "language": language,
-            "license": license,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "model_name": model_name,
-            "datasets": [datasets] if isinstance(datasets, str) else datasets,
-        }
+    def _note_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keeps what the user has for the card, for `result.json`; given as to transformers' `create_model_card`."""
+        given = signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+        kept = {name: given.get(name) for name in ("language", "license", "model_name")}
+        lists = {"tags": given.get("tags"), "datasets": given.get("dataset_tags") or given.get("dataset")}
+        kept |= {name: [value] if isinstance(value, str) else value for name, value in lists.items()}
         # Not in place: the empty one is that of the class.
-        self._card = self._card | {name: value for name, value in given.items() if value}
+        self._card = self._card | {name: value for name, value in kept.items() if value}
 
     def write_report(self, dataset_name: str | None = None) -> Path | None:
         """
         Ends a run as `hf-dskd train` does: saves the student, and writes `result.json`, the log and the report.
 
         Its metrics are those of the last evaluation.
-
-        Args:
-            dataset_name (`str`, *optional*): Of the training data.
 
         Returns:
             `Path`: `report/report.html` in the output folder; `None` on other processes.
@@ -190,15 +172,7 @@ class Publishing(Trainer):
         train_runtime: float | None,
         dataset_name: str | None = None,
     ) -> RunRecord:
-        """
-        Records what the run came to and what it was made of.
-
-        Args:
-            metrics (`dict[str, float]`): Of the final model.
-            evaluations (`dict[int, dict[str, float]]`): Metrics by optimizer step, of the evaluations on the way.
-            train_runtime (`float`, *optional*): Seconds; `None` if there was nothing left to train.
-            dataset_name (`str`, *optional*): Of the training data.
-        """
+        """Records what the run came to, the metrics of the final model above all, and what it was made of."""
         config, state = self.args, self.state
         best = state.best_model_checkpoint if config.load_best_model_at_end else None
         splits = {name: asdict(part) for name, part in self.tokenization_reports.items()}

@@ -204,7 +204,6 @@ def _operations(written: Path, there: set[str], replace: bool) -> list[Any]:
 
 
 def _failed(repo_id: str, error: Exception) -> UserError:
-    """What to say of a push that the hub didn't take."""
     if _status(error) in (401, 403):
         return UserError(
             f"{repo_id!r} may not be written with this token ({_line(error)}): give it write access to that"
@@ -229,7 +228,6 @@ def full_name(repo_id: str) -> str:
 
 
 def _is_pushed(name: str) -> bool:
-    """Whether a push may have written a file of that name."""
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in PUSHED)
 
 

@@ -22,12 +22,9 @@ if TYPE_CHECKING:
 
 def write_pages(markdown: str, folder: Path, homes: Sequence[Path] = ()) -> Path:
     """
-    Writes a report as `report.md` and as `report.html`, and returns the latter.
+    Writes a report, whose title comes first, as `report.md` and as `report.html`, and returns the latter.
 
-    Args:
-        markdown (`str`): The report. Its title comes first.
-        folder (`Path`): Where to write it.
-        homes (`Sequence[Path]`): Folders beside `folder` of which the page may show pictures.
+    `homes` are folders beside `folder` of which the page may show pictures.
     """
     write_text(folder / "report.md", markdown)
     write_text(folder / "report.html", html_page(markdown, folder, homes))
@@ -101,5 +98,4 @@ def _is_picture(token: Token) -> bool:
 
 
 def _text(token: Token) -> str:
-    """What a heading or a picture's caption says."""
     return visible("".join(child.content for child in token.children or ()))

@@ -22,23 +22,14 @@ FOLDERS = ("additional_chat_templates", "analysis", "evaluation", "images", "rep
 
 @dataclass(frozen=True, eq=False)
 class RunFiles:
-    """
-    What a run's folder says.
-
-    Attributes:
-        record: `result.json`.
-        history: `log_history` of `trainer_state.json`.
-        analyses: Lines of `analysis/numbers.jsonl` by step.
-        samples: Lines of `analysis/samples.jsonl`.
-        label: The row of a comparison that the run belongs to.
-    """
+    """What a run's folder says."""
 
     folder: Path
-    record: RunRecord
-    history: list[dict[str, Any]] = field(default_factory=list)
-    analyses: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    label: str | None = None
+    record: RunRecord  # result.json
+    history: list[dict[str, Any]] = field(default_factory=list)  # log_history of trainer_state.json
+    analyses: list[dict[str, Any]] = field(default_factory=list)  # lines of analysis/numbers.jsonl by step
+    samples: list[dict[str, Any]] = field(default_factory=list)  # lines of analysis/samples.jsonl
+    label: str | None = None  # the row of a comparison that the run belongs to
 
     @property
     def method(self) -> str:

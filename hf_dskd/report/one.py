@@ -55,11 +55,7 @@ ROWS = {
 
 def write_report(folder: str | Path, output_dir: str | Path | None = None) -> Path:
     """
-    Writes the report of a finished run.
-
-    Args:
-        folder (`str` or `Path`): What `hf-dskd train` wrote.
-        output_dir (`str` or `Path`, *optional*): Where to write it; `folder`/report by default.
+    Writes the report of what `hf-dskd train` wrote to `folder`, by default to `folder`/report.
 
     Returns:
         `Path`: `report.html`, beside `report.md` and the pictures that both show.
@@ -124,22 +120,19 @@ def _measures(run: RunFiles) -> Markdown | None:
         if better is not None and len(points) > 1:
             value, step = (min if better == "lower" else max)((value, step) for step, value in points)
             best[key] = f"{measured(value)} (step {step:,})"
-    columns = ["held out", *(["before"] if before else []), "after", *(["change"] if before else [])]
-    columns += ["best on the way"] if best else []
-    rows = []
-    for index, key in enumerate(keys):
-        after = measured(metrics[key])
-        row = [title_of(key), strong(after) if index == 0 else after]
-        if before:
-            row.insert(1, measured(before.get(key)))
-            change = metrics[key] - before[key] if key in before else None
-            row.append(f"{'+' if change is not None and change > 0 else ''}{measured(change)}")
-        rows.append([*row, *([best.get(key, "–")] if best else [])])
-    return table(columns, rows)
+    changes = {key: metrics[key] - before[key] for key in keys if key in before}
+    columns = {
+        "held out": list(map(title_of, keys)),
+        "before": [measured(before.get(key)) for key in keys] if before else [],
+        "after": [strong(measured(metrics[keys[0]])), *(measured(metrics[key]) for key in keys[1:])],
+        "change": ["+" * (changes.get(key, 0) > 0) + measured(changes.get(key)) for key in keys] if before else [],
+        "best on the way": [best.get(key, "–") for key in keys] if best else [],
+    }
+    shown = {name: column for name, column in columns.items() if column}
+    return table(list(shown), list(zip(*shown.values())))
 
 
 def _notes(run: RunFiles) -> str:
-    """What the measures are of."""
     best, rows = run.record.best_checkpoint, run.record.data.rows("eval")
     notes = [f"The model evaluated and kept is {best}, the best of the run, not the last."] if best else []
     if not run.metrics_before:

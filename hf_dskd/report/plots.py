@@ -22,13 +22,7 @@ def curves(histories: Runs, path: Path) -> Markdown | None:
 
 
 def plot_gradient_shares(norms: Mapping[int, Mapping[str, float]], path: str | Path) -> None:
-    """
-    Writes a PNG: a stacked bar for each step at which the norms were measured.
-
-    Args:
-        norms (`Mapping[int, Mapping[str, float]]`): Norm of each term's gradient, by step and term.
-        path (`str` or `Path`): File to write.
-    """
+    """Writes a PNG: a stacked bar for each step at which the norms, by step and loss term, were measured."""
     terms = list(dict.fromkeys(term for part in norms.values() for term in part))
     totals = [sum(part.values()) or math.inf for part in norms.values()]
     width = min(max(3.6, 1.6 + 0.45 * len(norms)), 11.0)

@@ -23,28 +23,19 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Models:
-    """
-    Student and teacher.
+    """Student and teacher."""
 
-    Attributes:
-        student, teacher: Name on the hub, or last part of the folder's.
-        base_model: The student's name on the hub before training; `None` for a folder.
-        student_type: The student's architecture, as its config says.
-        student_bits: 4 or 8, for a student that was quantized while it was trained.
-        adapter: Whether an adapter was trained; `None` if the file is of a version that didn't say.
-        student_commit, teacher_commit: Of what was loaded from the hub.
-        student_adapts, teacher_adapts: The model that a loaded adapter is for, with its commit.
-    """
-
+    # Name on the hub, or last part of the folder's.
     student: str | None = None
     teacher: str | None = None
-    base_model: str | None = None
-    student_type: str | None = None
-    student_bits: int | None = None
+    base_model: str | None = None  # the student's name on the hub before training; None for a folder
+    student_type: str | None = None  # its architecture, as its config says
+    student_bits: int | None = None  # 4 or 8, if it was quantized while it was trained
     student_parameters: int | None = None
     trained_parameters: int | None = None
     teacher_parameters: int | None = None
-    adapter: bool | None = None
+    adapter: bool | None = None  # None if the file is of a version that didn't say
+    # Commits of what was loaded from the hub, and the model that a loaded adapter is for.
     student_commit: str | None = None
     student_adapts: str | None = None
     student_adapts_commit: str | None = None
@@ -87,18 +78,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Data:
-    """
-    The data of a run.
+    """The data of a run."""
 
-    Attributes:
-        source: Name of the dataset.
-        fingerprint: Of the tokenized training examples.
-        splits: What became of the rows, by `"train"`, `"eval"` or `"eval_NAME"` (see
-            [`~hf_dskd.data.tokenization.TokenizationReport`]).
-    """
-
-    source: str | None = None
-    fingerprint: str | None = None
+    source: str | None = None  # name of the dataset
+    fingerprint: str | None = None  # of the tokenized training examples
+    # What became of the rows (see TokenizationReport), by "train", "eval" or "eval_NAME".
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def rows(self, split: str) -> int | None:
@@ -119,20 +103,7 @@ class Card:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """
-    What a run came to and what it was made of.
-
-    What a file of an earlier version doesn't say is `None` or empty.
-
-    Attributes:
-        metrics: Of the final model.
-        evaluations: Metrics by optimizer step, of the evaluations on the way.
-        train_runtime:
-            Seconds of training since the start or the last resume; `None` if there was nothing left to train.
-        finished: When, in UTC.
-        settings: Every setting of the distillation.
-        changed_settings: Default and value of every setting that isn't at its default.
-    """
+    """What a run came to and what it was made of. What a file of an earlier version doesn't say is `None` or empty."""
 
     method: str
     seed: int | None = None
@@ -141,17 +112,17 @@ class RunRecord:
     steps: int = 0
     skipped_steps: int = 0
     best_checkpoint: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
-    train_runtime: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the final model
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)  # on the way, by optimizer step
+    train_runtime: float | None = None  # seconds since the start or the last resume; None if nothing was left to train
     command: str | None = None
-    finished: str | None = None
+    finished: str | None = None  # when, in UTC
     versions: dict[str, str] = field(default_factory=dict)
     hardware: Hardware | None = None
     models: Models = field(default_factory=Models)
     data: Data = field(default_factory=Data)
-    settings: dict[str, Any] = field(default_factory=dict)
-    changed_settings: dict[str, list[Any]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # all of the distillation
+    changed_settings: dict[str, list[Any]] | None = None  # default and value of all that isn't at its default
     card: Card = field(default_factory=Card)
 
     @classmethod

@@ -37,11 +37,7 @@ class Group:
 
 def compare_runs(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
     """
-    Writes one report of several finished runs side by side.
-
-    Args:
-        folders (`Sequence[str | Path]`): What `hf-dskd train` or `hf-dskd compare` wrote.
-        output_dir (`str` or `Path`): Where to write it.
+    Writes one report of what `hf-dskd train` or `hf-dskd compare` wrote to several folders.
 
     Returns:
         `Path`: `report.html`, beside `report.md` and the picture that both show.

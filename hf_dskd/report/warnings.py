@@ -39,11 +39,6 @@ def checks_of(run: RunFiles) -> dict[str, list[str]]:
     return {name: found for name, found in checks.items() if found is not None}
 
 
-def _last_quarter(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Those logged in the last quarter of the steps."""
-    return [point for point in points if point[0] > 0.75 * points[-1][0]]
-
-
 def _spikes(run: RunFiles) -> list[str] | None:
     """
     A logged loss more than 3 times the median of the 5 logs before it and of the 5 after it, and more than 4 mean
@@ -137,13 +132,9 @@ def _discriminator(run: RunFiles) -> list[str] | None:
     steps = sorted(set(real) & set(fake))
     if not steps:
         return None
-    late = [step for step, _ in _last_quarter([(step, 0.0) for step in steps])]
-    if all(min(real[step], fake[step]) >= WON for step in late):
-        since = next(
-            step
-            for index, step in enumerate(steps)
-            if all(min(real[later], fake[later]) >= WON for later in steps[index:])
-        )
+    before = max((step for step in steps if min(real[step], fake[step]) < WON), default=-1)
+    if before <= 0.75 * steps[-1]:
+        since = min(step for step in steps if step > before)
         remedies = ["a lower discriminator_learning_rate", "scale_queries", "a higher discriminator_dropout"]
         if run.record.all_settings.get("adversarial_loss", "minimax") == "minimax":
             remedies.insert(0, "adversarial_loss=non_saturating")
@@ -192,7 +183,7 @@ def _mask(run: RunFiles) -> list[str] | None:
     points = run.points("correctness_mask_rate")
     if not points or run.record.all_settings.get("correctness_mask") is False:
         return None
-    late = _last_quarter(points)
+    late = [point for point in points if point[0] > 0.75 * points[-1][0]]
     rate = statistics.fmean(value for _, value in late)
     if rate >= SMALL_MASK:
         return []

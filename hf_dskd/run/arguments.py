@@ -69,7 +69,9 @@ def parse(description: str | None, config_file: Path | None = None, arguments: l
     if "--help" in arguments or "-h" in arguments:
         print(help_text(description, config_file))
         sys.exit(0)
-    arguments = [part for argument in arguments for part in _split_config(argument)]
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if "--config" not in arguments and config_file is not None:
         arguments = ["--config", str(config_file), *arguments]
     path, settings = "", dict[str, Any]()
@@ -134,10 +136,6 @@ def _check(run: Run, named: set[str]) -> None:
             f"teacher_model_revision={run.options.teacher_model_revision!r} without teacher_model_name_or_path: name"
             " the teacher too"
         )
-
-
-def _split_config(argument: str) -> list[str]:
-    return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
 
 
 def flag_names(arguments: list[str]) -> set[str]:

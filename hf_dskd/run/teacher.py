@@ -38,7 +38,12 @@ def train_teacher(run: Run, teacher: str, train: Dataset) -> str:
         print(f"using the teacher trained before: {folder}")
         return str(folder)
     training = folder.with_name("teacher_training")
-    config, adapter = _config(run, training), _adapter(run.options.sft_teacher_lora_r)
+    rank, adapter = run.options.sft_teacher_lora_r, None
+    if rank:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = _config(run, training)
     trainer = DSKDTrainer(teacher, args=config, train_dataset=train, peft_config=adapter)
     trainer.train(resume_from_checkpoint=bool(checkpoints(training)))
     if trainer.is_world_process_zero():
@@ -75,14 +80,6 @@ def _config(run: Run, output_dir: Path) -> DSKDConfig:
         },
         teacher_model_init_kwargs=None,
     )
-
-
-def _adapter(rank: int) -> Any:
-    if not rank:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def teacher_facts(run: Run, teacher: str, train: Dataset) -> dict[str, Any]:

@@ -164,13 +164,10 @@ def show(trainer: DSKDTrainer, folder: Path, example: int = 0) -> list[Path]:
 
 def analyse(folder: Path, settings: Path, examples: int, output_dir: Path) -> None:
     """
-    Analyses the alignment of a run or of a checkpoint of it, and prints the numbers and the files.
+    Analyses the alignment of a run or of a checkpoint of it, whose configuration file is `settings`.
 
-    Args:
-        folder (`Path`): A run's output folder or one of its checkpoints.
-        settings (`Path`): The run's configuration file.
-        examples (`int`): How many, of the held-out examples or else of the training examples.
-        output_dir (`Path`): For numbers and pictures (see [`hf_dskd.analysis.record`]).
+    It takes that many of the held-out examples, or else of the training examples, writes numbers and pictures (see
+    [`hf_dskd.analysis.record`]) and prints the numbers and the files.
     """
     from ..analysis.record import probe_rows, record
     from ..training.run_folder import check_analysed

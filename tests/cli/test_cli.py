@@ -39,7 +39,7 @@ def test_help_answers_without_heavy_imports():
     code = """
 import contextlib, io, json, sys
 from hf_dskd import cli
-heavy, found = ("torch", "transformers", "trl", "datasets", "numpy", "yaml", "shtab", "huggingface_hub"), []
+heavy, found = ("torch", "transformers", "trl", "datasets", "numpy", "peft", "yaml", "shtab", "huggingface_hub"), []
 for command in sys.argv[1:]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.run([*command.split(), "--help"]) == 0

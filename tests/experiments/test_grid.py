@@ -274,23 +274,20 @@ def test_changed_settings_are_refused_before_anything_runs(config, monkeypatch):
 
 
 def test_settings_of_a_cell_with_nothing_to_lose_may_change(config, monkeypatch):
-    runner = Runner(monkeypatch, fail)
-    compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "5"))
-    runner.act = finish
-    assert compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "6")) == 0
-    with pytest.raises(UserError, match="max_steps was 6"):
-        compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "5"))
-
-
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(config, monkeypatch):
     def interrupted(folder, log):
         (folder / "checkpoint-1").mkdir()
         return fail(folder, log)
 
-    Runner(monkeypatch, interrupted)
+    runner = Runner(monkeypatch, fail)
     compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "5"))
-    with pytest.raises(UserError, match="max_steps was 5"):
-        compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "6"))
+    runner.act = interrupted
+    compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "6"))
+    with pytest.raises(UserError, match="max_steps was 6"):
+        compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "5"))
+    runner.act = finish
+    assert compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "6")) == 0
+    with pytest.raises(UserError, match="max_steps was 6"):
+        compare.run_grid(grid(config, "--methods", "sft", "--max_steps", "5"))
 
 
 def test_a_stopped_program_stops_its_process(tmp_path):
@@ -460,8 +457,8 @@ def test_grid_of_tiny_models(tmp_path, monkeypatch, capsys):
     started = compare.run_process
 
     def run_process(command, log):
-        """The first cell in a process of its own, the others without its seconds of imports."""
-        if log.parent.name == "sft-seed1":
+        """The cell that fails in a process of its own, the others without its seconds of imports."""
+        if log.parent.name == "cold-seed1":
             return started(command, log)
         done = run_command("hf-dskd", *command[3:])
         with log.open("a") as out:

@@ -88,15 +88,12 @@ def kept_bytes(model, batch_size, length, dtype, device="cpu"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "rank, student_dtype, dtype",
-    [(None, "float32", "float32"), (None, "float32", "bfloat16"), (16, "bfloat16", "bfloat16")],
-)
-def test_activations_are_what_a_forward_pass_keeps(kind, rank, student_dtype, dtype):
+@pytest.mark.parametrize("rank, student_dtype", [(None, "float32"), (16, "bfloat16")])
+def test_activations_are_what_a_forward_pass_keeps(kind, rank, student_dtype):
     config = small_config(kind)
-    step = Step(2, 64, adapter_rank=rank, student_dtype=student_dtype, dtype=dtype, device="cpu")
+    step = Step(2, 64, adapter_rank=rank, student_dtype=student_dtype, dtype="bfloat16", device="cpu")
     model = student_model(config, rank, getattr(torch, student_dtype))
-    assert activations(Size.of(config), step) == kept_bytes(model, 2, 64, dtype)
+    assert activations(Size.of(config), step) == kept_bytes(model, 2, 64, "bfloat16")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

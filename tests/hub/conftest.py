@@ -1,5 +1,6 @@
 import pytest
-from hub_runs import finished, saved_student, saved_teacher
+import tiny
+from hub_runs import finished, saved
 from hub_stand_in import HubStandIn
 from warm import WarmPython
 
@@ -25,7 +26,10 @@ USERS = {
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return saved_student(folder / "my_student"), saved_teacher(folder / "my_teacher")
+    tokenizer = tiny.byte_level_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    teacher = saved(folder / "my_teacher", tiny.qwen2, tiny.sentencepiece_tokenizer())
+    return saved(folder / "my_student", tiny.gpt2, tokenizer), teacher
 
 
 @pytest.fixture(scope="session")

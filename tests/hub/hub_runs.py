@@ -17,20 +17,10 @@ from hf_dskd.utils.files import read_yaml, write_yaml
 SECRET = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
 
 
-def saved_student(folder: Path) -> Path:
-    """A GPT-2 with its tokenizer in a folder."""
-    tokenizer = tiny.byte_level_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+def saved(folder: Path, model, tokenizer) -> Path:
+    """A model of random weights with its tokenizer in a folder."""
     tokenizer.save_pretrained(folder)
-    tiny.gpt2(len(tokenizer)).save_pretrained(folder)
-    return folder
-
-
-def saved_teacher(folder: Path) -> Path:
-    """A Qwen2 with another tokenizer in a folder."""
-    tokenizer = tiny.sentencepiece_tokenizer()
-    tokenizer.save_pretrained(folder)
-    tiny.qwen2(len(tokenizer)).save_pretrained(folder)
+    model(len(tokenizer)).save_pretrained(folder)
     return folder
 
 
@@ -102,12 +92,17 @@ def changed(folder: Path, **changes) -> Path:
     return folder
 
 
+def with_settings(folder: Path, **settings) -> Path:
+    """The run with some of its settings replaced."""
+    path = folder / SETTINGS_NAME
+    write_yaml(path, {**read_yaml("settings", path), **settings})
+    return folder
+
+
 def of_pair(folder: Path, student: str, teacher: str, source: str | None = None) -> Path:
     """A run of models with these names, none of which was a folder."""
     changed(folder, models={"student": student, "teacher": teacher}, data={"source": source})
-    path = folder / SETTINGS_NAME
-    settings = read_yaml("settings", path)
-    write_yaml(path, {**settings, "model_name_or_path": student, "teacher_model_name_or_path": teacher})
+    with_settings(folder, model_name_or_path=student, teacher_model_name_or_path=teacher)
     config = folder / "adapter_config.json"
     if config.is_file():
         config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": student}))

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from hub_runs import SECRET, changed, evaluated, of_pair, texts
+from hub_runs import SECRET, changed, evaluated, of_pair, texts, with_settings
 from huggingface_hub import EvalResult, ModelCard, constants
 
 from hf_dskd import cli
@@ -15,7 +15,7 @@ from hf_dskd.hub.identity import identity
 from hf_dskd.hub.push import TRAINING, push_run
 from hf_dskd.offline.packaged import MARKER, PACKAGED_MODELS
 from hf_dskd.training.run_folder import RESULT_NAME, SETTINGS_NAME
-from hf_dskd.utils.files import read_yaml, write_yaml
+from hf_dskd.utils.files import read_json, write_yaml
 
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -58,7 +58,7 @@ def row(card, name):
 def test_a_whole_student_from_folders(run, tmp_path, models):
     folder, target = run("full"), tmp_path / "pushed"
     # Trainer of transformers 5 switches it off while it trains.
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({**config, "use_cache": False}))
     (folder / "generation_config.json").unlink()
     card = written(folder, target)
@@ -73,8 +73,8 @@ def test_a_whole_student_from_folders(run, tmp_path, models):
         folder / "analysis" / "step-2" / "alignment-0.png"
     ).read_bytes()
     assert "tokens of a held-out example attend to the teacher's, after step 2. The picture shows" in card.text
-    assert json.loads((target / "config.json").read_text())["use_cache"] is True
-    assert json.loads((target / "generation_config.json").read_text()).get("use_cache") is not False
+    assert read_json(target / "config.json")["use_cache"] is True
+    assert read_json(target / "generation_config.json").get("use_cache") is not False
     assert (target / "model.safetensors").samefile(folder / "model.safetensors")
     assert row(card, "student before training")[0].startswith("a local model (`GPT2LMHeadModel`), ")
     assert row(card, "teacher")[0].startswith("a local model (`Qwen2ForCausalLM`), ")
@@ -94,10 +94,10 @@ def test_a_whole_student_from_folders(run, tmp_path, models):
 
 def test_an_adapter_from_folders(run, tmp_path, models):
     folder, target = run("adapter"), tmp_path / "pushed"
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(models[0])
+    assert read_json(folder / "adapter_config.json")["base_model_name_or_path"] == str(models[0])
     card = written(folder, target)
     assert card.data.library_name == "peft" and card.data.base_model is None
-    config = json.loads((target / "adapter_config.json").read_text())
+    config = read_json(target / "adapter_config.json")
     assert config["base_model_name_or_path"] == "my_student" and config["r"] == 4
     assert "`base_model_name_or_path` in `adapter_config.json` is only" in card.text
     assert 'base = AutoModelForCausalLM.from_pretrained("FOLDER_OF_THE_BASE_MODEL")' in card.text
@@ -108,7 +108,7 @@ def test_an_adapter_from_folders(run, tmp_path, models):
     assert (target / name).read_bytes() == (folder / name).read_bytes()
     assert "images/alignment.png" not in card.text and "Alignment" not in headings(card)
     bits = row(card, "bits per byte")
-    result = json.loads((folder / RESULT_NAME).read_text())
+    result = read_json(folder / RESULT_NAME)
     assert bits == [f"{result['evaluations']['0']['eval_bits_per_byte']:.4f}"] + [
         f"{result['metrics']['eval_bits_per_byte']:.4f}"
     ]
@@ -135,7 +135,7 @@ def test_training_on_text_alone(run, tmp_path):
 def test_packaged_models(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DSKD_CACHE", str(tmp_path / "cache"))
     folder = of_pair(run("adapter"), SMOL, QWEN, "python_functions")
-    facts = json.loads((folder / "auxiliary.json").read_text())
+    facts = read_json(folder / "auxiliary.json")
     (folder / "auxiliary.json").write_text(json.dumps({**facts, "student": f"/gone/{SMOL}"}))
     target = tmp_path / "pushed"
     card = written(folder, target, auxiliary=True)
@@ -148,9 +148,9 @@ def test_packaged_models(run, tmp_path, monkeypatch):
     assert card.text.count("a GGUF file of 4 bits") == 2 and card.text.count("the adapter was not measured") == 1
     assert "teacher: not looked up (none stated in the packages; the model family's own is Apache-2.0)" in card.text
     assert "functions of Python's standard library" in row(card, "training data")[0]
-    config = json.loads((target / "adapter_config.json").read_text())
+    config = read_json(target / "adapter_config.json")
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    facts = json.loads((target / "auxiliary" / "auxiliary.json").read_text())
+    facts = read_json(target / "auxiliary" / "auxiliary.json")
     assert set(texts(target / "auxiliary")) == {"auxiliary.json", "projectors.safetensors"}
     assert facts["student"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert facts["method"] == "dskd_cma" and facts["modules"]["projectors"]["file"] == "projectors.safetensors"
@@ -160,9 +160,7 @@ def test_a_folder_with_the_name_of_a_packaged_model(run, tmp_path):
     folder = run("full")
     own = tmp_path / "models" / SMOL
     own.mkdir(parents=True)
-    settings = read_yaml("settings", folder / SETTINGS_NAME)
-    write_yaml(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(own)})
-    changed(folder, models={"student": SMOL})
+    changed(with_settings(folder, model_name_or_path=str(own)), models={"student": SMOL})
     assert model_card(folder, online=False).data.base_model is None
     (own / MARKER).write_text("{}")
     assert model_card(folder, online=False).data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -240,7 +238,7 @@ def test_without_the_text_of_an_example(run, tmp_path):
     assert not (tmp_path / "pushed" / "images" / "alignment.png").exists() and "Alignment" not in headings(card)
     # Nothing was held out.
     folder = run("adapter")
-    result = json.loads((folder / RESULT_NAME).read_text())
+    result = read_json(folder / RESULT_NAME)
     del result["data"]["eval"]
     (folder / RESULT_NAME).write_text(json.dumps(result))
     (folder / "alignment.png").touch()
@@ -251,7 +249,7 @@ def test_a_cell_of_a_comparison(run, tmp_path):
     folder = tmp_path / "grid" / "cells" / "row-seed0"
     shutil.copytree(run("adapter"), folder)
     (folder / "cell.json").write_text(json.dumps({"label": "row"}))
-    metrics = json.loads((folder / RESULT_NAME).read_text())["metrics"]
+    metrics = read_json(folder / RESULT_NAME)["metrics"]
     other = {**metrics, "eval_bits_per_byte": metrics["eval_bits_per_byte"] + 0.2}
     lines = [
         {"label": label, "seed": seed, "status": status, "metrics": found}
@@ -278,9 +276,7 @@ def test_a_cell_of_a_comparison(run, tmp_path):
 
 
 def test_a_teacher_that_was_trained_or_wrote_the_text(run):
-    folder = of_pair(run("full"), "ann/student", "ann/teacher")
-    settings = {**read_yaml("settings", folder / SETTINGS_NAME), "sft_teacher": True}
-    write_yaml(folder / SETTINGS_NAME, settings)
+    folder = with_settings(of_pair(run("full"), "ann/student", "ann/teacher"), sft_teacher=True)
     changed(folder, models={"teacher": "teacher"}, settings={"load_teacher_in_4bit": True})
     [told] = row(model_card(folder, online=False), "teacher")
     assert told.startswith("[`ann/teacher`]") and told.endswith(" parameters, quantized to 4 bits (NF4)")
@@ -294,7 +290,7 @@ def test_without_anything_that_may_be_missing(run, tmp_path):
     folder = run("sft")
     for name in (SETTINGS_NAME, "trainer_state.json"):
         (folder / name).unlink()
-    result = json.loads((folder / RESULT_NAME).read_text())
+    result = read_json(folder / RESULT_NAME)
     kept = {name: result[name] for name in ("method", "steps", "settings", "metrics")}
     (folder / RESULT_NAME).write_text(json.dumps({**kept, "metrics": {}}))
     card = written(folder, tmp_path / "pushed", None)
@@ -326,7 +322,7 @@ def test_scores_of_these_weights(run, tmp_path, caplog):
     results = card.data.eval_results
     assert all(isinstance(result, EvalResult) for result in results)
     found = {(result.metric_type, result.metric_name): result.metric_value for result in results}
-    result = json.loads((folder / RESULT_NAME).read_text())
+    result = read_json(folder / RESULT_NAME)
     assert found == {
         ("rouge", "ROUGE-L (mean over 2 decoding seeds)"): part["sampled"]["rouge_l"],
         ("bits_per_byte", "bits per byte of the references"): part["bits_per_byte"],
@@ -380,7 +376,7 @@ def test_no_path_and_no_token_leaves_the_machine(run, made, models, tmp_path, na
     evaluated(folder)
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            content = json.loads((folder / file).read_text())
+            content = read_json(folder / file)
             (folder / file).write_text(
                 json.dumps({**content, "_name_or_path": str(models[0]), "name_or_path": str(models[0])})
             )
@@ -394,19 +390,10 @@ def test_no_path_and_no_token_leaves_the_machine(run, made, models, tmp_path, na
             assert secret not in text, (path, secret)
     # Nor do the names of the folders into what people read.
     assert "my_student" not in texts(target)["README.md"] and "my_teacher" not in texts(target)["README.md"]
-    unwanted = (
-        "training_args",
-        "optimizer",
-        "checkpoint",
-        "trainer_state",
-        "result.json",
-        "settings",
-        "log",
-        "questions",
-    )
+    unwanted = "training_args optimizer checkpoint trainer_state result.json settings log questions".split()
     assert not [path for path in texts(target) if any(word in path for word in unwanted)]
     if name == "full":
-        assert json.loads((target / "config.json").read_text())["_name_or_path"] == "my_student"
+        assert read_json(target / "config.json")["_name_or_path"] == "my_student"
     if name != "sft":
         assert (target / "auxiliary" / "projectors.safetensors").is_file()
         assert (target / "auxiliary" / "discriminator.safetensors").is_file() == (name == "full")
@@ -432,28 +419,32 @@ def test_settings_that_are_not_told(run):
 def test_licences_of_folders(run, tmp_path):
     folder, student = run("sft"), tmp_path / "other_student"
     student.mkdir()
-    settings = read_yaml("settings", folder / SETTINGS_NAME)
-    write_yaml(folder / SETTINGS_NAME, {**settings, "model_name_or_path": str(student)})
+    with_settings(folder, model_name_or_path=str(student))
 
     def licence():
         data = model_card(folder, online=False).data.to_dict()
         return [data.get(name) for name in ("license", "license_name", "license_link")]
 
     assert licence() == [None] * 3
-    (student / "LICENSE").write_text("                Apache License\n        Version 2.0, January 2004\n")
-    assert licence() == ["apache-2.0", None, None]
-    (student / "LICENSE").write_text("MIT License\n\nCopyright")
-    assert licence() == ["mit", None, None]
-    (student / "LICENSE").write_text("Our own terms")
-    assert licence() == ["other", "license-of-the-base-model", "LICENSE"]
+    for text, *expected in (
+        ("                Apache License\n        Version 2.0, January 2004\n", "apache-2.0", None, None),
+        ("MIT License\n\nCopyright", "mit", None, None),
+        ("Our own terms", "other", "license-of-the-base-model", "LICENSE"),
+    ):
+        (student / "LICENSE").write_text(text)
+        assert licence() == expected
     target = tmp_path / "pushed"
     card = written(folder, target)
     assert (target / "LICENSE").read_text() == "Our own terms"
     assert "[license-of-the-base-model](LICENSE), the LICENSE in its folder" in card.text
-    (student / "README.md").write_text("---\nlicense: llama3.2\n---\n# x\n")
-    assert licence() == ["llama3.2", None, None]
-    (student / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n# x\n")
-    assert licence() == ["other", "ours", "LICENSE"]
+    for metadata, *expected in (
+        # One that the hub has no id for.
+        ("license: Our Licence", "other", "Our Licence", "LICENSE"),
+        ("license: llama3.2", "llama3.2", None, None),
+        ("license: other\nlicense_name: ours", "other", "ours", "LICENSE"),
+    ):
+        (student / "README.md").write_text(f"---\n{metadata}\n---\n# x\n")
+        assert licence() == expected
     # The file that the link names goes with the student; where there is none, nor is there a link.
     metadata = "---\nlicense: other\nlicense_name: ours\nlicense_link: TERMS.md\n---\n# x\n"
     (student / "README.md").write_text(metadata)
@@ -466,9 +457,6 @@ def test_licences_of_folders(run, tmp_path):
     assert licence() == ["other", "ours", None]
     assert "`other`, ours, stated by the README.md" in model_card(folder, online=False).text
     (student / "not_here").rename(student / "LICENSE")
-    # One that the hub has no id for.
-    (student / "README.md").write_text("---\nlicense: Our Licence\n---\n# x\n")
-    assert licence() == ["other", "Our Licence", "LICENSE"]
     (student / "README.md").write_text("# no metadata\n")
     assert licence()[0] == "other"
 

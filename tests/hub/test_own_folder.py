@@ -8,6 +8,7 @@ import sys
 import pytest
 import runs
 import tiny
+from hub_runs import of_pair
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
@@ -124,36 +125,23 @@ def test_links_within_a_run_and_what_isnt_read_are_fine(run, tmp_path, models):
 # ---- Names and addresses
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a b/c", "ann/two/three", "ann/", "/c", "ann/my--model", "ann/my..model", "ann/.git", "x.git", "é/c", "a" * 97]
-    + ["ann/-x", "https://huggingface.co/ann/x", "ann\\x", "../x"],
-)
-def test_names_of_repositories_are_checked_before_work(run, tmp_path, name):
-    with pytest.raises(UserError, match=r"can't name a repository .*write hub_model_id as NAMESPACE/NAME") as error:
-        DSKDConfig(str(tmp_path / "out"), push_to_hub=True, hub_model_id=name, report_to="none")
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"can't name a repository .*write REPO as NAMESPACE/NAME"):
-        cli.run(["push", str(run), name, "--dry_run", str(tmp_path / "pushed")])
-    assert not (tmp_path / "pushed").exists()
-
-
-def test_a_folder_whose_name_would_be_the_repositorys(tmp_path):
+def test_names_of_repositories_are_checked_before_work(made, tmp_path):
+    names = ["a b/c", "ann/two/three", "ann/", "/c", "ann/my--model", "ann/my..model", "ann/.git", "x.git", "é/c"]
+    for name in [*names, "a" * 97, "ann/-x", "https://huggingface.co/ann/x", "ann\\x", "../x"]:
+        with pytest.raises(UserError, match=r"^.*can't name a repository .*write hub_model_id as NAMESPACE/NAME$"):
+            DSKDConfig(str(tmp_path), push_to_hub=True, hub_model_id=name, report_to="none")
+        with pytest.raises(UserError, match=r"can't name a repository .*write REPO as NAMESPACE/NAME"):
+            cli.run(["push", str(made["adapter"]), name, "--dry_run", str(tmp_path / "pushed")])
+        assert not (tmp_path / "pushed").exists()
+    # A folder whose name would be the repository's.
     with pytest.raises(UserError, match=r"'my run' can't name a repository"):
         DSKDConfig(str(tmp_path / "my run"), push_to_hub=True, report_to="none")
-    DSKDConfig(str(tmp_path / "my run"), push_to_hub=True, hub_model_id="ann/my-run", report_to="none")
-    DSKDConfig(str(tmp_path / "my run"), report_to="none")
+    for options in ({"push_to_hub": True, "hub_model_id": "ann/my-run"}, {}):
+        DSKDConfig(str(tmp_path / "my run"), report_to="none", **options)
 
 
 def test_links_of_a_card_lead_to_the_endpoint(run, monkeypatch):
-    path = run / "result.json"
-    result = json.loads(path.read_text())
-    result["models"] |= {"student": "base/gpt2-tiny", "base_model": "base/gpt2-tiny", "teacher": "base/qwen-tiny"}
-    result["data"]["source"] = "base/rows"
-    path.write_text(json.dumps(result))
-    (run / "settings.yaml").unlink()
-    config = run / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "base/gpt2-tiny"}))
+    of_pair(run, "base/gpt2-tiny", "base/qwen-tiny", "base/rows")
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example.org")
     text = str(model_card(run, online=False))
     for link in ("/base/gpt2-tiny", "/base/qwen-tiny", "/datasets/base/rows"):

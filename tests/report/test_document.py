@@ -22,25 +22,12 @@ def text(markdown, folder):
     return Checker(page(markdown, folder)).text.strip("\n")
 
 
-@pytest.mark.parametrize(
-    "nasty",
-    [
-        *(
-            NASTY,
-            "# no heading",
-            "- no list",
-            "+ no",
-            "1. no list",
-            "2) no",
-            "---",
-            "===",
-            "> no quote",
-            "* x",
-            "a_b_c",
-        ),
-        *("__init__", "&amp; &lt;", "![x](y.png)", "<https://a.b>", "[a]: b", "\\", "`", "~~~", "a | b"),
-    ],
-)
+# What would be markup at the beginning of a line, or anywhere.
+LINES = ("# no heading", "- no list", "+ no", "1. no list", "2) no", "---", "===", "> no quote", "* x", "~~~")
+WORDS = ("a_b_c", "__init__", "&amp; &lt;", "![x](y.png)", "<https://a.b>", "[a]: b", "\\", "`", "a | b")
+
+
+@pytest.mark.parametrize("nasty", [NASTY, *LINES, *WORDS])
 def test_text_is_no_markup(nasty, tmp_path):
     visible = nasty.replace("\x00", "\\x00").replace("\ud800", "\\ud800")
     for markdown in (escaped(nasty), strong(nasty), f"### {escaped(nasty)}", f"- {escaped(nasty)}", block(nasty)):

@@ -19,6 +19,7 @@ def broken(path, name, content):
         (lambda run: ((run / "result.json").unlink(), (run / "checkpoint-3").mkdir()), ["resume_from_checkpoint"]),
         (lambda run: broken(run, "result.json", "{"), ["result.json'", "isn't valid JSON"]),
         (lambda run: broken(run, "result.json", "[1]"), ["result.json'", "names no method"]),
+        (lambda run: broken(run, "result.json", "{}"), ["result.json'", "names no method"]),
         (lambda run: broken(run, "trainer_state.json", "nothing"), ["trainer_state.json'", "isn't valid JSON"]),
         (lambda run: broken(run, "analysis/numbers.jsonl", '{"step": 0}\n{"st'), ["numbers.jsonl', line 2"]),
         (lambda run: broken(run, "analysis/samples.jsonl", "x\n"), ["samples.jsonl', line 1"]),

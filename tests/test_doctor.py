@@ -1,6 +1,7 @@
 """`hf-dskd doctor`: every finding, and that one check's failure is no other's."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -221,45 +222,43 @@ def test_reporters(monkeypatch):
     assert one(doctor.reporters())[0] == "note"
 
 
-TOKEN = "import json; from hf_dskd import doctor; print(json.dumps(list(doctor.token())))"
+TOKEN = """
+import json, os, sys
+from huggingface_hub import constants
+from hf_dskd import doctor
 
-
-def ask(environment):
-    done = subprocess.run([sys.executable, "-c", TOKEN], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    ((status, text),) = json.loads(done.stdout)
-    token = environment.get("HF_TOKEN")
-    assert token is None or token not in done.stdout + done.stderr
-    return status, text
+for constants.ENDPOINT, token, constants.HF_HUB_OFFLINE in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None)
+    os.environ |= {} if token is None else {"HF_TOKEN": token}
+    print(json.dumps(list(doctor.token())))
+"""
 
 
 def test_hub_token_by_what_the_hub_says_of_it(tmp_path):
-    with HubStandIn() as hub:
+    with HubStandIn() as hub, socket.socket() as silent, socket.socket() as closed:
         hub.users["hf_fine"] = {"name": "bob", "role": "fineGrained"}
-        assert ask(hub.environment(tmp_path)) == ("ok", "of 'ann', with the role write")
-        status, text = ask(hub.environment(tmp_path, "hf_read"))
-        assert status == "ok" and "it can't push" in text
-        assert "own permissions" in ask(hub.environment(tmp_path, "hf_fine"))[1]
-        status, text = ask(hub.environment(tmp_path, "hf_wrong"))
-        assert status == "problem" and "hf auth login" in text
-        asked = len(hub.requests)
-        assert ask(hub.environment(tmp_path, None))[1].startswith("none")
-        status, text = ask(hub.environment(tmp_path) | {"HF_HUB_OFFLINE": "1"})
-        assert status == "note" and "offline" in text
-        assert len(hub.requests) == asked
-    status, text = ask(hub.environment(tmp_path))
-    assert status == "note" and "can't be reached" in text
-
-
-def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
+        for end in (silent, closed):
+            end.bind(("127.0.0.1", 0))
         silent.listen()
-        environment = HubStandIn.environment(
-            SimpleNamespace(url=f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path
+        # Nobody listens at the one, nobody answers at the other.
+        unreached, mute = (f"http://127.0.0.1:{end.getsockname()[1]}" for end in (closed, silent))
+        asked = [(hub.url, token, False) for token in ("hf_write", "hf_read", "hf_fine", "hf_wrong", None)]
+        asked += [(hub.url, "hf_write", True), (unreached, "hf_write", False), (mute, "hf_write", False)]
+        done = subprocess.run(
+            [sys.executable, "-c", TOKEN, json.dumps(asked)],
+            **{"env": hub.environment(tmp_path), "capture_output": True, "text": True, "timeout": 60},
         )
-        status, text = ask(environment)
-    assert status == "note" and "didn't answer within 3 s" in text
+        assert done.returncode == 0, done.stderr
+        assert "hf_" not in (done.stdout + done.stderr).replace("hf_dskd", "")
+        assert len(hub.requests) == 4
+    write, read, fine, wrong, none, offline, missing, slow = (
+        one(json.loads(line)) for line in done.stdout.splitlines()
+    )
+    assert write == ["ok", "of 'ann', with the role write"]
+    assert read[0] == "ok" and "it can't push" in read[1] and "own permissions" in fine[1]
+    assert wrong[0] == "problem" and "hf auth login" in wrong[1] and none[1].startswith("none")
+    assert {status for status, _ in (offline, missing, slow)} == {"note"} and "offline" in offline[1]
+    assert "can't be reached" in missing[1] and "didn't answer within 3 s" in slow[1]
 
 
 # ---- A run
@@ -326,21 +325,15 @@ def test_a_run_that_can_start_has_no_problem(examined, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_methods_without_a_teacher(examined):
+def test_what_is_told_of_the_teacher(examined, pair, tmp_path):
     found = examined(method="sft", teacher_model_name_or_path=None)
     assert problems(found) == {} and "teacher" not in found
-
-
-def test_the_end_that_a_template_writes_is_told(examined, pair, tmp_path):
     tokenizer = tiny.sentencepiece_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + '<s>' }}{% endfor %}"
-    tiny.qwen2(450).save_pretrained(tmp_path / "chat")
+    shutil.copytree(pair / "teacher", tmp_path / "chat")
     tokenizer.save_pretrained(tmp_path / "chat")
     line = examined(teacher_model_name_or_path=str(tmp_path / "chat"))["tokenizers"][1]
     assert line[1].endswith("an answer ends with '<s>' as its template writes it (its EOS is '</s>')")
-
-
-def test_one_vocabulary_is_told(examined, pair):
     cousin = str(pair / "cousin")
     assert "token by token" in examined(teacher_model_name_or_path=cousin)["tokenizers"][-1][1]
     line = examined(teacher_model_name_or_path=cousin, method="dskd")["tokenizers"][-1]
@@ -370,10 +363,7 @@ def test_what_stands_in_the_way_is_a_problem_with_its_remedy(examined, changed, 
 
 
 def test_folders_without_weights_and_data_without_responses(examined, pair, tmp_path):
-    (tmp_path / "bare").mkdir()
-    for path in (pair / "teacher").iterdir():
-        if path.suffix != ".safetensors":
-            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(pair / "teacher", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     assert "has no weights" in problems(examined(teacher_model_name_or_path=str(tmp_path / "bare")))["teacher"]
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, [{"prompt": "p", "completion": "c" if i else ""} for i in range(9)])
@@ -384,15 +374,10 @@ def test_folders_without_weights_and_data_without_responses(examined, pair, tmp_
 
 
 def test_data_are_streamed(examined, monkeypatch):
-    from hf_dskd import run
-
-    load, streamed = run.load_data, []
-
-    def spy(wanted):
-        streamed.append(wanted.script.dataset_streaming)
-        return load(wanted)
-
-    monkeypatch.setattr(run_data, "load_data", spy)
+    load, streamed = run_data.load_data, []
+    monkeypatch.setattr(
+        run_data, "load_data", lambda wanted: streamed.append(wanted.script.dataset_streaming) or load(wanted)
+    )
     # Neither stands in the way, though a run on a stream would refuse the one and miss the other.
     assert problems(examined(num_train_epochs=2, teacher_cache="cache", method="dskd_cma")) == {}
     assert streamed == [True]
@@ -417,17 +402,13 @@ def test_output_dir(examined, tmp_path):
         assert status == "note" and "resume_from_checkpoint" in text
 
 
-def test_a_step_that_does_not_fit(examined, monkeypatch):
+def test_what_a_step_needs_is_held_against_what_is_free(examined, monkeypatch):
     from hf_dskd.experiments import memory
 
-    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
-    text = problems(examined())["step"]
-    assert "0.0 GB free" in text and "gradient_checkpointing" in text
-
-
-def test_what_saves_memory_counts(examined, monkeypatch):
-    from hf_dskd.experiments import memory
-
+    with monkeypatch.context() as small:
+        small.setattr(memory, "free_memory", lambda device: 1e6)
+        text = problems(examined())["step"]
+        assert "0.0 GB free" in text and "gradient_checkpointing" in text
     estimate, asked = memory.estimate, []
 
     def spy(student, teacher, **settings):
@@ -440,32 +421,19 @@ def test_what_saves_memory_counts(examined, monkeypatch):
     assert problems(examined(**changed, total_batch_size=6, loss_memory_mb=64.0, use_cpu=True, bf16=False)) == {}
     ((student, teacher, settings),) = asked
     assert (student, teacher) == (400, 450)
-    expected = {
-        "batch_size": 2,
-        "max_length": 128,
-        "method": "dskd_cma",
-        "adapter_rank": 4,
-        "adapter_targets": ["c_attn"],  # PEFT's own choice for GPT-2
-        "student_dtype": "float32",
-        "four_bit_teacher": True,
-        "cached_teacher": True,
-        "gradient_checkpointing": True,
-        "dtype": "float32",
-        "device": "cpu",
-        "accumulation": 3,
-        "loss_memory_mb": 64.0,
-    }
+    expected = {"batch_size": 2, "max_length": 128, "method": "dskd_cma", "dtype": "float32", "device": "cpu"}
+    # PEFT's own choice for GPT-2.
+    expected |= {"adapter_rank": 4, "adapter_targets": ["c_attn"], "student_dtype": "float32", "accumulation": 3}
+    expected |= dict.fromkeys(("four_bit_teacher", "cached_teacher", "gradient_checkpointing"), True)
+    expected |= {"loss_memory_mb": 64.0}
     assert settings == expected
     examined(**changed, lora_target_modules=["c_attn", "c_proj"], dtype="bfloat16")
     assert asked[1][2]["adapter_targets"] == ["c_attn", "c_proj"] and asked[1][2]["student_dtype"] == "bfloat16"
 
 
 def test_four_bit_shapes_on_a_cpu(examined, pair, tmp_path):
-    config = json.loads((pair / "teacher" / "config.json").read_text())
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    for path in (pair / "teacher").iterdir():
-        (odd / path.name).write_bytes(path.read_bytes())
+    odd = shutil.copytree(pair / "teacher", tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
     found = problems(examined(teacher_model_name_or_path=str(odd), load_teacher_in_4bit=True, use_cpu=True))
     assert "multiples of 64" in found["step"]

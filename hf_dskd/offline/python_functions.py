@@ -13,7 +13,7 @@ import sysconfig
 import textwrap
 import tokenize
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,16 +47,10 @@ def python_functions(
     The list is in the same order on every machine with the same Python, and no two functions have the same body.
 
     Args:
-        minimum (`int`, *optional*, defaults to 80):
-            Fewest characters of a completion.
-        maximum (`int`, *optional*, defaults to 450):
-            Most characters of a completion.
-        maximum_prompt (`int`, *optional*, defaults to 600):
-            Most characters of a prompt.
-        methods (`bool`, *optional*, defaults to `False`):
-            Also the methods of top-level classes. Their text keeps the indentation that it has in the class.
-        modules (`Collection[str]`, *optional*):
-            Only these modules, by dotted name; all by default.
+        minimum, maximum (`int`): Characters of a completion.
+        maximum_prompt (`int`): Most characters of a prompt.
+        methods (`bool`): Also the methods of top-level classes, with the indentation that they have there.
+        modules (`Collection[str]`, *optional*): Only these modules, by dotted name; all by default.
 
     Returns:
         `list[dict[str, str]]`: One dictionary a function: `prompt` (signature and docstring with its newline, no
@@ -71,7 +65,7 @@ def python_functions(
             f"minimum={minimum}, maximum={maximum}, maximum_prompt={maximum_prompt} leave no room; "
             "give 0 < minimum <= maximum and a positive maximum_prompt"
         )
-    files = dict(_module_files())
+    files = _module_files()
     unknown = sorted(set(modules or ()) - set(files))
     if unknown:
         raise UserError(f"the standard library's source has no module {unknown[0]!r}; name modules such as 'textwrap'")
@@ -80,12 +74,13 @@ def python_functions(
     for module, path in files.items():
         if modules is not None and module not in modules:
             continue
-        for row in _functions(module, path, methods):
-            body = textwrap.dedent(row["completion"]).strip()
+        for row in _functions(module, path):
             fits = minimum <= len(row["completion"]) <= maximum and len(row["prompt"]) <= maximum_prompt
-            if fits and body not in seen:
-                seen.add(body)
-                rows.append(dict(row))
+            if fits and (methods or row["source"].rpartition(".")[0] == module):
+                body = textwrap.dedent(row["completion"]).strip()
+                if body not in seen:
+                    seen.add(body)
+                    rows.append(dict(row))
     return rows
 
 
@@ -107,20 +102,9 @@ def load_python_functions(
     training split is the beginning of a larger one.
 
     Args:
-        train_size (`int`):
-            Number of training functions.
-        held_out_size (`int`):
-            Number of held-out functions.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the shuffle and of the choice of modules.
-        minimum (`int`, *optional*, defaults to 80):
-            Fewest characters of a completion.
-        maximum (`int`, *optional*, defaults to 450):
-            Most characters of a completion.
-        maximum_prompt (`int`, *optional*, defaults to 600):
-            Most characters of a prompt.
-        methods (`bool`, *optional*, defaults to `False`):
-            Also the methods of top-level classes.
+        train_size, held_out_size (`int`): Numbers of functions.
+        seed (`int`): Of the shuffle and of the choice of modules.
+        minimum, maximum, maximum_prompt (`int`), methods (`bool`): As for [`python_functions`].
 
     Returns:
         `datasets.DatasetDict`: Splits `train` and `held_out` with the columns `prompt`, `completion` and `source`; the
@@ -189,19 +173,22 @@ def _choose(order: list[str], sizes: dict[str, int], wanted: int) -> set[str]:
     return chosen
 
 
-def _module_files() -> Iterator[tuple[str, Path]]:
+@functools.cache
+def _module_files() -> dict[str, Path]:
+    files = {}
     root = Path(sysconfig.get_paths()["stdlib"])
     # Sorted by parts: the order doesn't depend on the file system or on the path separator.
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
         if not _SKIPPED_FOLDERS.intersection(parts[:-1]):
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            yield name, path
+            files[name] = path
+    return files
 
 
 # Parsing the whole library takes seconds; the text kept is a few megabytes.
 @functools.cache
-def _functions(module: str, path: Path, methods: bool) -> tuple[dict[str, str], ...]:
+def _functions(module: str, path: Path) -> tuple[dict[str, str], ...]:
     try:
         with tokenize.open(path) as file:  # heeds the file's coding line
             text = file.read()
@@ -213,11 +200,8 @@ def _functions(module: str, path: Path, methods: bool) -> tuple[dict[str, str], 
     found = []
     lines = text.split("\n")  # not splitlines, which also breaks at a form feed
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and methods:
-            inner = [(f"{node.name}.", child) for child in node.body]
-        else:
-            inner = [("", node)]
-        for prefix, function in inner:
+        prefix, inner = (f"{node.name}.", node.body) if isinstance(node, ast.ClassDef) else ("", [node])
+        for function in inner:
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 row = _cut(lines, function)
                 if row is not None:

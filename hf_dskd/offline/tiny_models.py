@@ -11,6 +11,7 @@ NAME is a model on the hub, a packaged one, the folder of a model, or a family's
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -20,14 +21,13 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, check_name
 from ..launch import Parser, command
-from .packaged import QWEN2_SPLIT
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ ROLES = ("student", "teacher")
 WIDTHS = {"student": 64, "teacher": 128}
 POSITIONS = 1024
 
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 _CHATML = (
@@ -81,7 +84,7 @@ class Family:
     Attributes:
         model_type (`str`): Of the config in transformers.
         tokenizer_class (`str`): As `tokenizer_config.json` names it.
-        pipeline (`str`): How the tokenizer cuts text: a key of `_PIPELINES`.
+        pipeline (`str`): How the tokenizer cuts text: see [`set_pipeline`].
         names (`str`): Regular expression that finds the family in a model's name, in lower case.
         tokens (`dict[str, str | None]`): BOS, EOS, PAD and UNK, for `tokenizer_config.json`.
         first, last (`tuple[str, ...]`): Special tokens before the vocabulary, and after it.
@@ -122,6 +125,45 @@ _GROUPED = {"num_key_value_heads": 2}
 _END_OF_TEXT, _IM_END = "<|endoftext|>", "<|im_end|>"
 _CHAT = (_END_OF_TEXT, "<|im_start|>", _IM_END)
 
+_LLAMA2 = Family(
+    "llama",
+    "LlamaTokenizer",
+    "sentencepiece",
+    r"llama(?!-?[34])|vicuna",
+    _tokens("<s>", "</s>", None, "<unk>"),
+    vocabulary=700,
+    text="gettext",
+    first=("<unk>", "<s>", "</s>"),
+    adds_bos=True,
+    chat_template=_TINYLLAMA,
+    config=_GROUPED,
+)
+_QWEN2 = Family(
+    "qwen2",
+    "Qwen2Tokenizer",
+    "qwen2",
+    r"qwen(1\.5|2)",
+    _tokens(None, _IM_END, _END_OF_TEXT, None),
+    vocabulary=920,
+    text="contextlib",
+    last=_CHAT,
+    chat_template=_CHATML,
+    ends=(_END_OF_TEXT,),
+    tied=("student",),
+    config=_GROUPED,
+)
+_GPT2 = Family(
+    "gpt2",
+    "GPT2Tokenizer",
+    "gpt2",
+    r"gpt-?2",
+    _tokens(_END_OF_TEXT, _END_OF_TEXT, None, _END_OF_TEXT),
+    vocabulary=641,
+    text="textwrap",
+    last=(_END_OF_TEXT,),
+    tied=ROLES,
+)
+
 # Names are looked for in this order.
 FAMILIES: dict[str, Family] = {
     "smollm2": Family(
@@ -152,60 +194,26 @@ FAMILIES: dict[str, Family] = {
         tied=("student",),
         config=_GROUPED,
     ),
-    "llama2": Family(
-        "llama",
-        "LlamaTokenizer",
-        "sentencepiece",
-        r"llama(?!-?[34])|vicuna",
-        _tokens("<s>", "</s>", None, "<unk>"),
-        vocabulary=700,
-        text="gettext",
-        first=("<unk>", "<s>", "</s>"),
-        adds_bos=True,
-        chat_template=_TINYLLAMA,
-        config=_GROUPED,
-    ),
-    "mistral": Family(
-        "mistral",
-        "LlamaTokenizer",
-        "sentencepiece",
-        r"mistral",
-        _tokens("<s>", "</s>", None, "<unk>"),
+    "llama2": _LLAMA2,
+    "mistral": replace(
+        _LLAMA2,
+        model_type="mistral",
+        names=r"mistral",
         vocabulary=760,
         text="shlex",
-        first=("<unk>", "<s>", "</s>"),
-        adds_bos=True,
         chat_template=_MISTRAL,
         config={**_GROUPED, "sliding_window": None},
     ),
-    "qwen3": Family(
-        "qwen3",
-        "Qwen2Tokenizer",
-        "qwen2",
-        r"qwen3(?!\.)",
-        _tokens(None, _IM_END, _END_OF_TEXT, None),
+    "qwen3": replace(
+        _QWEN2,
+        model_type="qwen3",
+        names=r"qwen3(?!\.)",
         vocabulary=922,
-        text="contextlib",
         last=(*_CHAT, "<think>", "</think>"),
         chat_template=_QWEN3,
-        ends=(_END_OF_TEXT,),
-        tied=("student",),
         config={**_GROUPED, "head_dim": 32},
     ),
-    "qwen2": Family(
-        "qwen2",
-        "Qwen2Tokenizer",
-        "qwen2",
-        r"qwen(1\.5|2)",
-        _tokens(None, _IM_END, _END_OF_TEXT, None),
-        vocabulary=920,
-        text="contextlib",
-        last=_CHAT,
-        chat_template=_CHATML,
-        ends=(_END_OF_TEXT,),
-        tied=("student",),
-        config=_GROUPED,
-    ),
+    "qwen2": _QWEN2,
     "gemma3": Family(
         "gemma3_text",
         "GemmaTokenizer",
@@ -239,54 +247,35 @@ FAMILIES: dict[str, Family] = {
         first=(_END_OF_TEXT, "<|padding|>"),
         spaces=tuple(" " * count for count in range(24, 1, -1)),
     ),
-    "opt": Family(
-        "opt",
-        "GPT2Tokenizer",
-        "gpt2",
-        r"\bopt-",
-        _tokens("</s>", "</s>", "<pad>", "</s>"),
+    "opt": replace(
+        _GPT2,
+        model_type="opt",
+        names=r"\bopt-",
+        tokens=_tokens("</s>", "</s>", "<pad>", "</s>"),
         vocabulary=644,
-        text="textwrap",
         first=("<s>", "<pad>", "</s>", "<unk>"),
+        last=(),
         adds_bos=True,
-        tied=ROLES,
     ),
-    "phi": Family(
-        "phi",
-        "CodeGenTokenizer",
-        "gpt2",
-        r"\bphi-?(1|2)",
-        _tokens(_END_OF_TEXT, _END_OF_TEXT, None, _END_OF_TEXT),
+    "phi": replace(
+        _GPT2,
+        model_type="phi",
+        tokenizer_class="CodeGenTokenizer",
+        names=r"\bphi-?(1|2)",
         vocabulary=679,
-        text="textwrap",
-        last=(_END_OF_TEXT,),
         spaces=(*(" " * count for count in range(31, 1, -1)), *("\t" * count for count in range(9, 1, -1))),
+        tied=(),
     ),
-    "gpt2": Family(
-        "gpt2",
-        "GPT2Tokenizer",
-        "gpt2",
-        r"gpt-?2",
-        _tokens(_END_OF_TEXT, _END_OF_TEXT, None, _END_OF_TEXT),
-        vocabulary=641,
-        text="textwrap",
-        last=(_END_OF_TEXT,),
-        tied=ROLES,
-    ),
+    "gpt2": _GPT2,
 }
 
 
 def family_of(name: str) -> str:
     """
-    Finds the family of a model.
+    Finds the family of a model, a key of `FAMILIES`.
 
-    Args:
-        name (`str`):
-            Folder of a model (its `config.json` and tokenizer tell), its name on the hub or among the packaged ones
-            (`"Qwen/Qwen1.5-1.8B"` is `"qwen2"`), or the name of a family.
-
-    Returns:
-        `str`: A key of `FAMILIES`.
+    `name` is the folder of a model (its `config.json` and tokenizer tell), a name on the hub or among the packaged
+    models (`"Qwen/Qwen1.5-1.8B"` is `"qwen2"`), or the name of a family.
 
     Raises:
         `UserError`: For a model of none of the families.
@@ -329,9 +318,6 @@ def tiny_model(name: str, folder: str | Path, role: str) -> Path:
         folder (`str` or `Path`): Where to write; it appears when it is complete.
         role (`str`): `"student"` or `"teacher"`.
 
-    Returns:
-        `Path`: The folder.
-
     Raises:
         `UserError`: For a model of no known family, and for a folder with something else in it.
     """
@@ -345,7 +331,7 @@ def tiny_model(name: str, folder: str | Path, role: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         made = Path(beside) / "model"
-        _write_tokenizer(FAMILIES[key], made)
+        _write_tokenizer(key, made)
         _write_model(key, role, made)
         (made / MARKER).write_text(json.dumps(mark) + "\n", encoding="utf-8")
         made.rename(folder)
@@ -420,8 +406,8 @@ def learn_bpe(words: Iterable[str], alphabet: list[str], size: int) -> tuple[dic
     return vocabulary, merges
 
 
-def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
-    """Makes normalizer, pre-tokenizer and decoder by name, as the `tokenizer.json` of the real families has them."""
+def set_pipeline(tokenizer: Tokenizer, name: str) -> None:
+    """Sets normalizer, pre-tokenizer and decoder as the `tokenizer.json` of the real families has them."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -431,7 +417,7 @@ def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
     def split(pattern: str) -> Any:
         return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
 
-    return {
+    normalizer, pre_tokenizer, decoder = {
         "gpt2": (None, byte_level, decoders.ByteLevel()),
         "gpt_neox": (normalizers.NFC(), byte_level, decoders.ByteLevel()),
         "qwen2": (normalizers.NFC(), split(QWEN2_SPLIT), decoders.ByteLevel()),
@@ -451,20 +437,28 @@ def _pipelines() -> dict[str, tuple[Any, Any, Any]]:
             pre_tokenizers.Split(" ", "merged_with_previous"),
             decoders.Sequence(fallback),
         ),
-    }
+    }[name]
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder
 
 
-def _tokenizer(family: Family) -> Tokenizer:
-    """Makes the family's tokenizer, with a vocabulary of its size."""
+@functools.cache
+def _tokenizer(key: str) -> Tokenizer:
+    """Makes a family's tokenizer, with a vocabulary of its size."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    normalizer, pre_tokenizer, decoder = _pipelines()[family.pipeline]
+    family = FAMILIES[key]
+    cutting = Tokenizer(models.BPE())
+    set_pipeline(cutting, family.pipeline)
     byte_level = family.pipeline not in ("sentencepiece", "gemma3")
     text = inspect.getsource(importlib.import_module(family.text))
     size = family.vocabulary - len(family.last) - len(family.spaces)
     if byte_level:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        words = [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+        words = [word for word, _ in cutting.pre_tokenizer.pre_tokenize_str(text)]
     else:
         # SentencePiece: a space belongs to the word after it, what has no piece falls back to its bytes.
         letters = [chr(code) for code in range(33, 127)]
@@ -477,11 +471,7 @@ def _tokenizer(family: Family) -> Tokenizer:
     if not byte_level:
         options = {"byte_fallback": True, "fuse_unk": True, "unk_token": family.tokens["unk_token"]}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoder
+    set_pipeline(tokenizer, family.pipeline)
     tokenizer.add_special_tokens([*family.first, *family.last])
     tokenizer.add_tokens(list(family.spaces))
     bos = family.tokens["bos_token"]
@@ -494,8 +484,9 @@ def _tokenizer(family: Family) -> Tokenizer:
     return tokenizer
 
 
-def _write_tokenizer(family: Family, folder: Path) -> None:
+def _write_tokenizer(key: str, folder: Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, as both supported versions of transformers read them."""
+    family = FAMILIES[key]
     config = {
         "tokenizer_class": family.tokenizer_class,
         # None of these models takes the token types that transformers 4 would add.
@@ -509,7 +500,7 @@ def _write_tokenizer(family: Family, folder: Path) -> None:
     if family.tokenizer_class == "LlamaTokenizer":
         config |= {"add_eos_token": False, "legacy": False}
     folder.mkdir()
-    _tokenizer(family).save(str(folder / "tokenizer.json"))
+    _tokenizer(key).save(str(folder / "tokenizer.json"))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -1,6 +1,5 @@
 import ast
 import random
-import subprocess
 import sys
 import textwrap
 
@@ -16,11 +15,6 @@ def rows() -> list[dict[str, str]]:
     return python_functions()
 
 
-@pytest.fixture(scope="module")
-def rows_with_methods() -> list[dict[str, str]]:
-    return python_functions(methods=True)
-
-
 def test_prompt_and_completion_are_a_function(rows):
     assert len(rows) > 400
     for row in rows:
@@ -32,55 +26,81 @@ def test_prompt_and_completion_are_a_function(rows):
         (start,) = ast.parse(row["prompt"]).body
         assert ast.get_docstring(start, clean=False) == ast.get_docstring(function, clean=False) is not None
         assert len(start.body) == 1 < len(function.body)
-
-
-def test_methods_keep_their_indentation(rows, rows_with_methods):
-    assert len(rows_with_methods) > 2 * len(rows)
-    for row in rows_with_methods:
-        text = row["prompt"] + row["completion"]
-        if text[0] == " ":
-            text = "class _:\n" + text
-        assert len(ast.parse(text).body) == 1
-    dedent = next(row for row in rows if row["source"] == "textwrap.shorten")
-    assert dedent["completion"].startswith("    w = TextWrapper(")
-    assert any(row["source"] == "textwrap.TextWrapper.fill" for row in python_functions(methods=True, minimum=1))
-
-
-def test_bounds_and_trailing_whitespace(rows):
-    for row in rows:
-        assert 80 <= len(row["completion"]) <= 450
-        assert len(row["prompt"]) <= 600
-        assert row["prompt"].endswith("\n")
-        assert row["completion"] == row["completion"].rstrip()
+        assert 80 <= len(row["completion"]) <= 450 and len(row["prompt"]) <= 600
+        assert row["prompt"].endswith("\n") and row["completion"] == row["completion"].rstrip()
         assert "\r" not in row["prompt"] + row["completion"]
     short = python_functions(minimum=10, maximum=60, maximum_prompt=100)
     assert short
     assert all(10 <= len(row["completion"]) <= 60 and len(row["prompt"]) <= 100 for row in short)
 
 
-def test_bodies_are_distinct(rows_with_methods):
-    bodies = [textwrap.dedent(row["completion"]).strip() for row in rows_with_methods]
-    assert len(set(bodies)) == len(bodies)
-
-
-def test_no_tests_or_third_party_code(rows_with_methods):
-    for row in rows_with_methods:
+def test_methods_keep_their_indentation_and_bodies_are_distinct(rows):
+    with_methods = python_functions(methods=True)
+    assert len(with_methods) > 2 * len(rows)
+    for row in with_methods:
+        text = row["prompt"] + row["completion"]
+        assert len(ast.parse("class _:\n" + text if text[0] == " " else text).body) == 1
+        # Neither tests nor code of others.
         parts = row["source"].split(".")
         assert parts[0] not in ("site-packages", "idlelib", "lib2to3", "turtledemo", "encodings")
-        assert "test" not in parts[:-1] and "tests" not in parts[:-1]
+        assert not {"test", "tests"} & {*parts[:-1]}
+    bodies = [textwrap.dedent(row["completion"]).strip() for row in with_methods]
+    assert len(set(bodies)) == len(bodies)
+    shorten = next(row for row in rows if row["source"] == "textwrap.shorten")
+    assert shorten["completion"].startswith("    w = TextWrapper(")
+    fill = python_functions(methods=True, minimum=1, modules=["textwrap"])
+    assert any(row["source"] == "textwrap.TextWrapper.fill" for row in fill)
 
 
-def test_same_list_every_time(rows):
-    again = python_functions()
-    assert again == rows
-    again[0]["prompt"] = "changed by a caller"
-    assert python_functions() == rows
-    module._functions.cache_clear()
-    assert python_functions() == rows
+def test_splits_share_no_module():
+    state = random.getstate()
+    data = load_python_functions(150, 30, seed=3)
+    assert random.getstate() == state
+    assert {name: len(split) for name, split in data.items()} == {"train": 150, "held_out": 30}
+    assert data["train"].column_names == ["prompt", "completion", "source"]
+    modules = {name: {source.split(".")[0] for source in data[name]["source"]} for name in data}
+    assert not modules["train"] & modules["held_out"]
+    assert len(modules["held_out"]) >= 8
+    description = data["held_out"].info.description
+    assert f"Python {sys.version.split()[0]}" in description and "150 training and 30 held-out" in description
+    data = load_python_functions(5, 0)
+    assert (len(data["train"]), len(data["held_out"])) == (5, 0)
+    assert data["held_out"].column_names == ["prompt", "completion", "source"]
+
+
+def test_splits_follow_the_seed():
+    first, again, other, longer = (
+        {name: split.to_list() for name, split in load_python_functions(size, 20, seed=seed).items()}
+        for size, seed in ((60, 1), (60, 1), (60, 2), (90, 1))
+    )
+    assert first == again and first["held_out"] != other["held_out"]
+    # A learning curve over train_size: same held-out functions, nested training functions.
+    assert longer["train"][:60] == first["train"] and longer["held_out"] == first["held_out"]
+
+
+def test_too_many_asked_for(rows):
+    with pytest.raises(UserError, match=rf"has {len(rows)} with these bounds; .*methods=True"):
+        load_python_functions(len(rows), 1)
+    with pytest.raises(UserError, match="must not be negative"):
+        load_python_functions(-1, 1)
+
+
+def test_too_many_asked_for_once_modules_are_split(monkeypatch):
+    rows = [{"prompt": "", "completion": str(n), "source": f"{'ab'[n % 2]}.f"} for n in range(10)]
+    monkeypatch.setattr(module, "python_functions", lambda **_: rows)
+    with pytest.raises(UserError, match="has 5 training functions left"):
+        load_python_functions(8, 1)
+    data = load_python_functions(5, 1)
+    assert len(set(data["train"]["completion"]) | set(data["held_out"]["completion"])) == 6
 
 
 def test_only_named_modules():
     rows = python_functions(modules=["textwrap", "shutil"])
+    # The same every time, whatever a caller does to them.
+    python_functions(modules=["textwrap", "shutil"])[0]["prompt"] = "changed by a caller"
+    assert python_functions(modules=["textwrap", "shutil"]) == rows
+    module._functions.cache_clear()
+    assert python_functions(modules=["textwrap", "shutil"]) == rows
     assert {row["source"].split(".")[0] for row in rows} == {"textwrap", "shutil"}
     with pytest.raises(UserError, match="no module 'numpy'"):
         python_functions(modules=["numpy"])
@@ -105,7 +125,7 @@ def test_cut_odd_functions(tmp_path):
         b"def no_doc():\n    return 1\n"
         b"class C:\n    def m(self):\n        'Doc.'\n        return 2\n"
     )
-    found = list(module._functions("odd", path, methods=True))
+    found = list(module._functions("odd", path))
     assert [row["source"] for row in found] == ["odd.kept", "odd.waits", "odd.C.m"]
     assert found[0]["prompt"] == "def kept(\n    a,\n):\n    '''Café.\n\n    More.\n    '''  # note\n"
     assert found[0]["completion"] == "\n    return a"
@@ -113,64 +133,4 @@ def test_cut_odd_functions(tmp_path):
     assert found[2]["completion"] == "        return 2"
     broken = tmp_path / "broken.py"
     broken.write_text("def broken(:\n")
-    assert module._functions("broken", broken, methods=True) == ()
-
-
-def test_splits_share_no_module():
-    state = random.getstate()
-    data = load_python_functions(150, 30, seed=3)
-    assert random.getstate() == state
-    assert set(data) == {"train", "held_out"}
-    assert (len(data["train"]), len(data["held_out"])) == (150, 30)
-    assert data["train"].column_names == ["prompt", "completion", "source"]
-    modules = {name: {source.split(".")[0] for source in data[name]["source"]} for name in data}
-    assert not modules["train"] & modules["held_out"]
-    assert len(modules["held_out"]) >= 8
-    description = data["held_out"].info.description
-    assert f"Python {sys.version.split()[0]}" in description
-    assert "150 training and 30 held-out" in description
-
-
-def test_splits_follow_the_seed():
-    first = load_python_functions(60, 20, seed=1)
-    again = load_python_functions(60, 20, seed=1)
-    other = load_python_functions(60, 20, seed=2)
-    assert first["train"].to_list() == again["train"].to_list()
-    assert first["held_out"].to_list() == again["held_out"].to_list()
-    assert first["held_out"].to_list() != other["held_out"].to_list()
-    # A learning curve over train_size: same held-out functions, nested training functions.
-    longer = load_python_functions(90, 20, seed=1)
-    assert longer["train"].to_list()[:60] == first["train"].to_list()
-    assert longer["held_out"].to_list() == first["held_out"].to_list()
-
-
-def test_empty_held_out_split():
-    data = load_python_functions(5, 0)
-    assert (len(data["train"]), len(data["held_out"])) == (5, 0)
-    assert data["held_out"].column_names == ["prompt", "completion", "source"]
-
-
-def test_too_many_asked_for(rows):
-    with pytest.raises(UserError, match=rf"has {len(rows)} with these bounds; .*methods=True"):
-        load_python_functions(len(rows), 1)
-    with pytest.raises(UserError, match="must not be negative"):
-        load_python_functions(-1, 1)
-
-
-def test_too_many_asked_for_once_modules_are_split(monkeypatch):
-    rows = [{"prompt": "", "completion": str(n), "source": f"{'ab'[n % 2]}.f"} for n in range(10)]
-    monkeypatch.setattr(module, "python_functions", lambda **_: rows)
-    with pytest.raises(UserError, match="has 5 training functions left"):
-        load_python_functions(8, 1)
-    data = load_python_functions(5, 1)
-    assert len(set(data["train"]["completion"]) | set(data["held_out"]["completion"])) == 6
-
-
-def test_import_is_light():
-    code = (
-        "import sys, importlib.util as u\n"
-        f"spec = u.spec_from_file_location('m', {module.__file__!r})\n"
-        "m = u.module_from_spec(spec); spec.loader.exec_module(m)\n"
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy import'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert module._functions("broken", broken) == ()

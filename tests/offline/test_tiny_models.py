@@ -21,33 +21,24 @@ from hf_dskd.offline.tiny_models import FAMILIES, MARKER, family_of, learn_bpe, 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 TEXT = "Zwölf 東京 👩‍👩‍👧\n\tdef f():"
-# Class of the model; the tokenizer's, with one for each version of transformers where they differ; what the
-# tokenizer puts before "Hi"; what begins a chat's answer.
+# Class of the model; the tokenizer's, with one for each version of transformers where they differ; EOS and PAD; what
+# the tokenizer puts before "Hi"; what begins a chat's answer.
+CHAT, END = "<|im_start|>assistant\n", "<|endoftext|>"
 EXPECTED = {
-    "gpt2": ("GPT2LMHeadModel", ["GPT2Tokenizer"], None, None),
-    "smollm2": ("LlamaForCausalLM", ["GPT2Tokenizer"], None, "<|im_start|>assistant\n"),
-    "llama2": ("LlamaForCausalLM", ["LlamaTokenizer"], "<s>", "<|assistant|>\n"),
+    "gpt2": ("GPT2LMHeadModel", ["GPT2Tokenizer"], END, None, None, None),
+    "smollm2": ("LlamaForCausalLM", ["GPT2Tokenizer"], "<|im_end|>", "<|im_end|>", None, CHAT),
+    "llama2": ("LlamaForCausalLM", ["LlamaTokenizer"], "</s>", None, "<s>", "<|assistant|>\n"),
     "llama3": (
-        "LlamaForCausalLM",
-        ["PreTrainedTokenizer", "TokenizersBackend"],
-        "<|begin_of_text|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        *("LlamaForCausalLM", ["PreTrainedTokenizer", "TokenizersBackend"], "<|eot_id|>", None),
+        *("<|begin_of_text|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     ),
-    "mistral": ("MistralForCausalLM", ["LlamaTokenizer", "TokenizersBackend"], "<s>", "[/INST]"),
-    "qwen2": ("Qwen2ForCausalLM", ["Qwen2Tokenizer"], None, "<|im_start|>assistant\n"),
-    "qwen3": ("Qwen3ForCausalLM", ["Qwen2Tokenizer"], None, "<|im_start|>assistant\n"),
-    "gemma3": ("Gemma3ForCausalLM", ["GemmaTokenizer"], "<bos>", "<start_of_turn>model\n"),
-    "gpt_neox": ("GPTNeoXForCausalLM", ["GPTNeoXTokenizer"], None, None),
-    "opt": ("OPTForCausalLM", ["GPT2Tokenizer"], "</s>", None),
-    "phi": ("PhiForCausalLM", ["CodeGenTokenizer"], None, None),
-}
-PAD = {"smollm2": "<|im_end|>", "qwen2": "<|endoftext|>", "qwen3": "<|endoftext|>", "gemma3": "<pad>", "opt": "<pad>"}
-EOS = {
-    **dict.fromkeys(("gpt2", "gpt_neox", "phi"), "<|endoftext|>"),
-    **dict.fromkeys(("smollm2", "qwen2", "qwen3"), "<|im_end|>"),
-    **dict.fromkeys(("llama2", "mistral", "opt"), "</s>"),
-    "llama3": "<|eot_id|>",
-    "gemma3": "<eos>",
+    "mistral": ("MistralForCausalLM", ["LlamaTokenizer", "TokenizersBackend"], "</s>", None, "<s>", "[/INST]"),
+    "qwen2": ("Qwen2ForCausalLM", ["Qwen2Tokenizer"], "<|im_end|>", END, None, CHAT),
+    "qwen3": ("Qwen3ForCausalLM", ["Qwen2Tokenizer"], "<|im_end|>", END, None, CHAT),
+    "gemma3": ("Gemma3ForCausalLM", ["GemmaTokenizer"], "<eos>", "<pad>", "<bos>", "<start_of_turn>model\n"),
+    "gpt_neox": ("GPTNeoXForCausalLM", ["GPTNeoXTokenizer"], END, None, None, None),
+    "opt": ("OPTForCausalLM", ["GPT2Tokenizer"], "</s>", "<pad>", "</s>", None),
+    "phi": ("PhiForCausalLM", ["CodeGenTokenizer"], END, None, None, None),
 }
 
 
@@ -58,14 +49,10 @@ def made(tmp_path_factory):
     return lambda family, role="student": tiny_model(family, home / family / role, role)
 
 
-def test_every_family_is_expected_here():
-    assert set(EXPECTED) == set(FAMILIES) == set(EOS)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_classes_and_special_tokens_are_the_familys(made, family):
     folder = made(family)
-    model_class, tokenizer_classes, bos, answer = EXPECTED[family]
+    model_class, tokenizer_classes, eos, pad, bos, answer = EXPECTED[family]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == model_class
     assert type(tokenizer).__name__.removesuffix("Fast") in tokenizer_classes
@@ -77,9 +64,9 @@ def test_classes_and_special_tokens_are_the_familys(made, family):
         == ([bos] if bos else [])
     )
     assert (ids[0] in tokenizer.all_special_ids) == (bos is not None) and ids[-1] not in tokenizer.all_special_ids
-    assert tokenizer.eos_token == EOS[family]
+    assert tokenizer.eos_token == eos
     if family != "gpt_neox":  # whose class has a default in transformers 5
-        assert tokenizer.pad_token == PAD.get(family)
+        assert tokenizer.pad_token == pad
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.bos_token_id == tokenizer.bos_token_id
     ends = model.generation_config.eos_token_id
@@ -181,21 +168,9 @@ def test_text_is_cut_as_the_real_tokenizer_does(made, family, real):
 
 
 def test_the_same_call_writes_the_same_bytes_in_another_process(made, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "hf_dskd.offline.tiny_models",
-            "Qwen/Qwen3-8B",
-            str(tmp_path / "new"),
-            "--role",
-            "teacher",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"},
-    )
+    words = ["-m", "hf_dskd.offline.tiny_models", "Qwen/Qwen3-8B", str(tmp_path / "new"), "--role", "teacher"]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == str(tmp_path / "new")
     folder = made("qwen3", "teacher")
@@ -228,9 +203,8 @@ def test_a_folder_that_is_complete_stays_as_it_is(made):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "name, family",
-    [
+def test_family_of_a_name():
+    for name, family in (
         ("Qwen/Qwen1.5-1.8B", "qwen2"),
         ("Qwen2.5-Coder-0.5B-Instruct", "qwen2"),
         ("Qwen/Qwen3-8B", "qwen3"),
@@ -246,19 +220,13 @@ def test_a_folder_that_is_complete_stays_as_it_is(made):
         ("microsoft/phi-2", "phi"),
         ("openai-community/gpt2-xl", "gpt2"),
         ("gpt_neox", "gpt_neox"),
-    ],
-)
-def test_family_of_a_name(name, family):
-    assert family_of(name) == family
-
-
-@pytest.mark.parametrize(
-    "name", ["google/gemma-2-2b", "Qwen/Qwen3.5-4B", "bigscience/bloom-560m", "meta-llama/Llama-4-x"]
-)
-def test_no_stand_in_is_passed_off_as_another(name):
-    with pytest.raises(UserError, match=rf"tiny stand-in for '{name}'.*smollm2, llama3, .*gpt2") as error:
-        family_of(name)
-    assert "\n" not in str(error.value)
+    ):
+        assert family_of(name) == family, name
+    # None is passed off as another.
+    for name in ("google/gemma-2-2b", "Qwen/Qwen3.5-4B", "bigscience/bloom-560m", "meta-llama/Llama-4-x"):
+        with pytest.raises(UserError, match=rf"tiny stand-in for '{name}'.*smollm2, llama3, .*gpt2") as error:
+            family_of(name)
+        assert "\n" not in str(error.value)
 
 
 def test_family_of_a_folder_goes_by_its_files_not_its_name(tmp_path):

@@ -93,7 +93,7 @@ def test_answers_of_a_row_are_learnt_as_alone(tmp_path, case):
 
 
 def test_attention_goes_over_all_answers_of_a_row(tmp_path):
-    run = trainer(tmp_path, {"method": "dskd_cma_ga"}, conversations(), max_steps=1, analysis_steps=0)
+    run = trainer(tmp_path, {"method": "dskd_cma_ga"}, conversations()[1:3], max_steps=1, analysis_steps=0)
     run.train()
     assert len(runs.history(run, "loss")) == 1 and len(read_numbers(run.analysis_folder)) == 2
 

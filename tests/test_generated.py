@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
+from warm import ROOT, of_ranks
 
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
@@ -299,30 +300,32 @@ def logs_of_runs(folder, batch_size):
     return logs if run.accelerator.is_main_process else None
 
 
+RANK = """
+import json, sys, test_generated
+from hf_dskd.launch import leave_together
+logs = test_generated.logs_of_runs(sys.argv[1], 4)
+if logs is not None:
+    json.dump(logs, open(sys.argv[1] + "/logs.json", "w"))
+leave_together()
+"""
+
+
 def test_two_processes_equal_one(tmp_path):
     """Two gloo processes of half the batch, in which strings have different hashes, as they have on any two."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "if 'PYTHONHASHSEED' not in os.environ:\n"
-        "    os.environ['PYTHONHASHSEED'] = ('1', '4')[int(os.environ['RANK'])]\n"
-        "    os.execv(sys.executable, [sys.executable, *sys.argv])\n"
-        f"sys.path[:0] = {[str(runs.Path(runs.__file__).parent), str(runs.Path(runs.__file__).parents[1])]!r}\n"
-        "import test_generated\n"
-        "logs = test_generated.logs_of_runs(sys.argv[1], 4)\n"
-        "if logs is not None:\n"
-        "    json.dump(logs, open(sys.argv[1] + '/logs.json', 'w'))\n"
-        "from hf_dskd.launch import leave_together\n"
-        "leave_together()\n"
-    )
     one = logs_of_runs(str(tmp_path / "1"), 8)
     (tmp_path / "2").mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "2")],
+            env={**os.environ, **rank, "PYTHONHASHSEED": seed, "PYTHONPATH": paths},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, seed in zip(of_ranks(2), ("1", "4"))
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:]
     two = json.loads((tmp_path / "2" / "logs.json").read_text())
     assert two.keys() == one.keys()
     for case, expected in one.items():

@@ -20,20 +20,14 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Panel:
-    """
-    A small plot. Its lines differ in style, the runs in color.
-
-    Attributes:
-        lines: Key in the log, which may be a pattern, by the name of the line.
-        axis: `"share"` and `"correlation"` are drawn from 0 or -1 to 1, `"distance"` from 0, so that not much is made
-            of small changes; `"log"` is logarithmic where the values are far apart.
-        reference: What guessing gives, or the usual level of significance.
-    """
+    """A small plot. Its lines differ in style, the runs in color."""
 
     title: str
-    lines: Mapping[str, str]
+    lines: Mapping[str, str]  # key in the log, which may be a pattern, by the name of the line
+    # "share" and "correlation" are drawn from 0 or -1 to 1, "distance" from 0, so that not much is made of small
+    # changes; "log" is logarithmic where the values are far apart.
     axis: str = "free"
-    reference: float | None = None
+    reference: float | None = None  # what guessing gives, or the usual level of significance
 
 
 def _each(prefixes: Mapping[str, str], key: str, uniform: str | None = None) -> dict[str, str]:

@@ -34,20 +34,12 @@ _RATIOS = {
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """
-    What [`analyse`] measures.
-
-    Attributes:
-        step (`int`): Steps that the run had done.
-        numbers (`dict[str, float]`): By name; those that don't apply to the method are absent.
-        examples (`list[AlignmentExample]`): The attentions of each row.
-        queries (`torch.Tensor` of shape `[n, 2 d_t]`), keys (`torch.Tensor` of shape `[m, 2 d_t]`, *optional*):
-            Those of all response tokens, float32, on the CPU. `None` for a method without queries.
-    """
+    """What [`analyse`] measures; numbers that don't apply to the method are absent."""
 
     step: int
     numbers: dict[str, float]
     examples: list[AlignmentExample]
+    # Of all response tokens, [n, 2 d_t] and [m, 2 d_t], float32, on the CPU. `None` for a method without queries.
     queries: Tensor | None = None
     keys: Tensor | None = None
 

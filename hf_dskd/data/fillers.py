@@ -12,13 +12,9 @@ from torch.utils.data import IterableDataset
 
 def first_examples(batch: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """
-    Takes the first `count` examples of a batch of B; B or more leave it as it is.
+    Takes the first `count` examples of a batch as [`DualCollator`] makes it; as many or more leave it as it is.
 
     For none it is the first one without a response, which counts nowhere: a rank must have something to run.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): From [`DualCollator`], or with tensors of B rows and `labels` like its.
-        count (`int`): How many aren't fillers; less than 1 is none.
     """
     size = len(batch["labels"])
     if count >= size:
@@ -53,13 +49,10 @@ def without_fillers(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 class FilledStream(IterableDataset):
     """
-    A stream whose last batch is whole on every rank, filled up by itself instead of by accelerate.
+    A stream of tokenized rows whose last batch is whole on every rank, filled up by itself instead of by accelerate.
 
-    Of a stream nobody knows beforehand where it ends. Fillers have the id -1.
-
-    Args:
-        stream (`Iterable[dict[str, Any]]`): Tokenized rows.
-        multiple (`int`): Examples that all ranks hold at a time.
+    Of a stream nobody knows beforehand where it ends. Fillers have the id -1; `multiple` is how many examples all
+    ranks hold at a time.
     """
 
     def __init__(self, stream: Iterable[dict[str, Any]], multiple: int):

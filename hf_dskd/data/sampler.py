@@ -22,10 +22,7 @@ class EpochSampler(Sampler[int]):
     transformers 4.57 replays the order of the first epoch when it resumes in the middle of a later one; and a sampler
     that draws from the global generator gives two methods different data.
 
-    Args:
-        size (`int`): Examples.
-        seed (`int`): Another one gives other orders.
-        epoch (`Callable[[], int]`): Called when an epoch begins, or is resumed: which one it is.
+    `epoch` is called when an epoch begins, or is resumed: which one it is.
     """
 
     def __init__(self, size: int, seed: int, epoch: Callable[[], int]):
@@ -52,7 +49,6 @@ class LengthGroupedEpochSampler(EpochSampler):
     Args:
         lengths (`torch.Tensor` of shape `[N]`): What to group by, an integer per example; see [`example_lengths`].
         group_size (`int`): Examples that all ranks hold at a time: batch size per device times ranks.
-        seed (`int`), epoch (`Callable[[], int]`): As in [`EpochSampler`].
         window (`int`, *optional*, defaults to `50`): Groups sorted together. More pads less and mixes less.
     """
 

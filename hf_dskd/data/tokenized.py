@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import UserError
 
 
@@ -82,71 +80,66 @@ def _check_batch(batch: pa.Table, start: int, split: str, sizes: Mapping[str, in
 
 
 def _faults(batch: pa.Table, prefix: str, size: int, max_length: int) -> Iterator[tuple[int, str]]:
-    """Yields rows of the batch that can't be right, the first of each kind, with what is wrong."""
-    ids, lengths = _lists(batch, f"{prefix}input_ids")
-    for token in _first(~((ids >= 0) & (ids < size))):
-        what = f"has the token {ids[token]} in {prefix}input_ids, and the tokenizer knows 0 to {size - 1}"
-        yield _row_of(token, lengths), what
-    for row in _first(lengths > max_length):
-        yield row, f"has {lengths[row]} tokens in {prefix}input_ids, more than max_length={max_length} (raise that)"
-    prompt = _numbers(batch, f"{prefix}prompt_length")
-    for row in _first(~((prompt >= 0) & (prompt < lengths))):
-        yield row, f"has {prefix}prompt_length={prompt[row]} of {lengths[row]} tokens, which leaves no response"
-    responses = lengths - prompt
-    if f"{prefix}spans" in batch.column_names:
-        spans, counts = _lists(batch, f"{prefix}spans")
-        for row in _first((counts == 0) | (counts % 2 == 1)):
-            yield row, f"has {counts[row]} numbers in {prefix}spans, which come in pairs"
-        begins = np.cumsum(counts) - counts
-        for row in _first(spans[begins] != prompt):
-            yield row, f"has {prefix}prompt_length={prompt[row]}, and {prefix}spans begin at {spans[begins[row]]}"
-        limit = np.repeat(lengths, counts)
-        place = np.arange(len(spans)) - np.repeat(begins, counts)
-        rising = np.concatenate([[True], spans[1:] >= spans[:-1]])[: len(spans)]
-        for number in _first(~((spans >= 0) & (spans <= limit) & (rising | (place == 0)))):
-            yield _row_of(number, counts), f"has {prefix}spans that lie outside of its tokens or overlap"
-        responses = np.add.reduceat(np.where(place % 2 == 1, spans, -spans), begins)
-        for row in _first(responses < 1):
-            yield row, f"has no response token in {prefix}spans"
-    for name in _PER_TOKEN:
-        if f"{prefix}{name}" in batch.column_names:
-            _, counts = _lists(batch, f"{prefix}{name}")
-            for row in _first(counts != responses):
-                yield row, f"has {counts[row]} numbers in {prefix}{name} for {responses[row]} response tokens"
-
-
-def _first(wrong: np.ndarray) -> list[int]:
-    return [int(place) for place in np.flatnonzero(wrong)[:1]]
-
-
-def _row_of(place: int, lengths: np.ndarray) -> int:
-    """Finds the row that an element of a flat column belongs to."""
-    return int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-
-
-def _numbers(batch: pa.Table, name: str) -> np.ndarray:
-    import pyarrow as pa
-
-    column = batch[name]
-    if not pa.types.is_integer(column.type):
-        raise UserError(f"the column {name} of the tokenized data is of type {column.type}, not integer: {_REMEDY}")
-    # A missing number is NaN, which no comparison is true of.
-    return column.to_numpy()
-
-
-def _lists(batch: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads all numbers of a column of lists, and how many each row has."""
-    import pyarrow as pa
+    """Yields rows of the batch that can't be right, with what is wrong."""
     import pyarrow.compute as pc
 
-    column = batch[name]
-    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    # A column of empty lists alone is of no type.
-    if not lists or not (pa.types.is_integer(column.type.value_type) or pa.types.is_null(column.type.value_type)):
-        raise UserError(
-            f"the column {name} of the tokenized data is of type {column.type}, not lists of integers: {_REMEDY}"
-        )
-    return pc.list_flatten(column).to_numpy(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    lengths, ids = _lengths(batch, f"{prefix}input_ids"), batch[f"{prefix}input_ids"]
+    tokens = pc.list_flatten(ids)
+    # Tokens are many: only where one is wrong they are looked at one by one.
+    if len(tokens) and not (tokens.null_count == 0 <= pc.min(tokens).as_py() <= pc.max(tokens).as_py() < size):
+        for row, of_row in enumerate(ids.to_pylist()):
+            for token in of_row or ():
+                if token is None or not 0 <= token < size:
+                    yield row, f"has the token {token} in {prefix}input_ids, and the tokenizer knows 0 to {size - 1}"
+    prompts = _checked(batch, f"{prefix}prompt_length").to_pylist()
+    if f"{prefix}spans" in batch.column_names:
+        _lengths(batch, f"{prefix}spans")
+        spans = [of_row or [] for of_row in batch[f"{prefix}spans"].to_pylist()]
+    else:
+        spans = [[prompt, length] for prompt, length in zip(prompts, lengths)]
+    counts = {
+        name: _lengths(batch, name) for name in (prefix + name for name in _PER_TOKEN) if name in batch.column_names
+    }
+    for row, (length, prompt, places) in enumerate(zip(lengths, prompts, spans)):
+        if length > max_length:
+            yield row, f"has {length} tokens in {prefix}input_ids, more than max_length={max_length} (raise that)"
+        if prompt is None or not 0 <= prompt < length:
+            yield row, f"has {prefix}prompt_length={prompt} of {length} tokens, which leaves no response"
+        if not places or len(places) % 2:
+            yield row, f"has {len(places)} numbers in {prefix}spans, which come in pairs"
+        if places[0] != prompt:
+            yield row, f"has {prefix}prompt_length={prompt}, and {prefix}spans begin at {places[0]}"
+        if None in places or places != sorted(places) or places[-1] > length:
+            yield row, f"has {prefix}spans that lie outside of its tokens or overlap"
+        responses = sum(places[1::2]) - sum(places[::2])
+        if responses < 1:
+            yield row, f"has no response token in {prefix}spans"
+        for name, of_column in counts.items():
+            if of_column[row] != responses:
+                yield row, f"has {of_column[row]} numbers in {name} for {responses} response tokens"
+
+
+def _checked(batch: pa.Table, name: str, lists: bool = False) -> Any:
+    """Takes a column of integers, or of lists of them."""
+    import pyarrow.types as types
+
+    kind = batch[name].type
+    if not lists and not types.is_integer(kind):
+        raise UserError(f"the column {name} of the tokenized data is of type {kind}, not integer: {_REMEDY}")
+    if lists:
+        # A column of empty lists alone is of no type.
+        inner = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else None
+        if inner is None or not (types.is_integer(inner) or types.is_null(inner)):
+            raise UserError(
+                f"the column {name} of the tokenized data is of type {kind}, not lists of integers: {_REMEDY}"
+            )
+    return batch[name]
+
+
+def _lengths(batch: pa.Table, name: str) -> list[int]:
+    import pyarrow.compute as pc
+
+    return pc.fill_null(pc.list_value_length(_checked(batch, name, lists=True)), 0).to_pylist()
 
 
 def _check_texts(rows: list[dict[str, Any]], split: str, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:

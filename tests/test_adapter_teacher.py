@@ -49,24 +49,20 @@ def first_losses(run):
     return run.compute_loss(run.model, runs.first_batch(run)).item()
 
 
-def test_live(folders, tmp_path):
-    run = trainer(tmp_path, folders())
+def test_live_and_cached(folders, tmp_path):
+    adapter, base = folders(), str(tmp_path / "base")
+    run = trainer(tmp_path, adapter)
     assert not any(parameter.requires_grad for parameter in run.teacher.model.parameters())
-    plain = first_losses(trainer(tmp_path, str(tmp_path / "base")))
-    expected = first_losses(runs.trainer(tmp_path / "run", teacher=loaded(folders()), method="dskd_cma"))
-    assert first_losses(run) == pytest.approx(expected, rel=1e-5) and abs(plain - expected) > 1e-3
+    expected = first_losses(runs.trainer(tmp_path / "run", teacher=loaded(adapter), method="dskd_cma"))
+    assert first_losses(run) == pytest.approx(expected, rel=1e-5)
+    assert abs(first_losses(trainer(tmp_path, base)) - expected) > 1e-3
     run.train()
-    assert run._origins["teacher"] == {"commit": None, "adapts": str(tmp_path / "base"), "adapts_commit": None}
-
-
-def test_cached(folders, tmp_path):
-    adapter = folders()
-    live = first_losses(trainer(tmp_path, adapter))
-    cached = trainer(tmp_path, adapter, teacher_cache=str(tmp_path / "cache"), rows=4)
+    assert run._origins["teacher"] == {"commit": None, "adapts": base, "adapts_commit": None}
     # States are rounded to bf16 in a cache.
-    assert first_losses(cached) == pytest.approx(live, rel=2e-2)
+    cached = trainer(tmp_path, adapter, teacher_cache=str(tmp_path / "cache"), rows=4)
+    assert first_losses(cached) == pytest.approx(expected, rel=2e-2)
     with pytest.raises(UserError, match="was written with teacher="):
-        trainer(tmp_path, str(tmp_path / "base"), teacher_cache=str(tmp_path / "cache"))
+        trainer(tmp_path, base, teacher_cache=str(tmp_path / "cache"))
 
 
 def test_the_digest_is_of_base_and_adapter(folders, tmp_path):
@@ -151,13 +147,10 @@ def test_prompts_that_are_no_part_of_the_layers(tmp_path):
 # ---- Words
 
 
-def test_an_adapter_is_no_student(folders, tmp_path):
-    with pytest.raises(UserError, match=r"the student .* is an adapter: .*is_trainable=True"):
-        runs.trainer(tmp_path / "run", student=folders())
-
-
-def test_an_adapter_without_its_base(folders, tmp_path):
+def test_an_adapter_as_a_student_or_without_its_base(folders, tmp_path):
     adapter = folders()
+    with pytest.raises(UserError, match=r"the student .* is an adapter: .*is_trainable=True"):
+        runs.trainer(tmp_path / "run", student=adapter)
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(UserError, match=r"the teacher .*base.* can't be loaded"):
         trainer(tmp_path, adapter)

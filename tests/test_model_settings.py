@@ -83,10 +83,6 @@ MODEL = {
         ["--attn_implementation=eager"],
         lambda trainer: trainer.model.config._attn_implementation == "eager",
     ),
-    "use_peft": (LORA, lambda trainer: adapter(trainer).target_modules == {"c_attn"}),
-    "lora_r": ([*LORA, "--lora_r=3"], lambda trainer: adapter(trainer).r == 3),
-    "lora_alpha": ([*LORA, "--lora_alpha=5"], lambda trainer: adapter(trainer).lora_alpha == 5),
-    "lora_dropout": ([*LORA, "--lora_dropout=0.5"], lambda trainer: adapter(trainer).lora_dropout == 0.5),
     "lora_target_modules": (
         ["--use_peft", "--lora_target_modules", "c_proj", "c_fc"],
         lambda trainer: adapter(trainer).target_modules == {"c_proj", "c_fc"},
@@ -98,13 +94,7 @@ MODEL = {
         ],
         lambda trainer: adapter(trainer).target_parameters == ["0.mlp.up_proj.weight"],
     ),
-    "lora_modules_to_save": (
-        [*LORA, "--lora_modules_to_save", "ln_f"],
-        lambda trainer: adapter(trainer).modules_to_save == ["ln_f"],
-    ),
     "lora_task_type": ([*LORA, "--lora_task_type=SEQ_CLS"], "peft_config.task_type='SEQ_CLS'"),
-    "use_rslora": ([*LORA, "--use_rslora"], lambda trainer: adapter(trainer).use_rslora),
-    "use_dora": ([*LORA, "--use_dora"], lambda trainer: adapter(trainer).use_dora),
     "load_in_8bit": (["--load_in_8bit"], "load_in_8bit=True needs an adapter to train"),
     "load_in_4bit": ([*LORA, "--load_in_4bit"], "load_in_4bit=True: a 4-bit student can't be trained on a CPU"),
     "bnb_4bit_quant_type": (["--bnb_4bit_quant_type=fp4"], "bnb_4bit_quant_type='fp4' without load_in_4bit"),
@@ -114,6 +104,17 @@ MODEL = {
         "bnb_4bit_quant_storage='uint8' without load_in_4bit",
     ),
 }
+# Those that peft's configuration keeps under a name.
+for name, flags, field, value in (
+    ("use_peft", [], "target_modules", {"c_attn"}),
+    ("lora_r", ["--lora_r=3"], "r", 3),
+    ("lora_alpha", ["--lora_alpha=5"], "lora_alpha", 5),
+    ("lora_dropout", ["--lora_dropout=0.5"], "lora_dropout", 0.5),
+    ("lora_modules_to_save", ["--lora_modules_to_save", "ln_f"], "modules_to_save", ["ln_f"]),
+    ("use_rslora", ["--use_rslora"], "use_rslora", True),
+    ("use_dora", ["--use_dora"], "use_dora", True),
+):
+    MODEL[name] = [*LORA, *flags], lambda trainer, field=field, value=value: getattr(adapter(trainer), field) == value
 # What versions of trl have or had beside these is refused without being known, but for one.
 BESIDE = {"trust_remote_code", "torch_dtype"}
 
@@ -149,12 +150,8 @@ def test_an_adapters_settings_without_an_adapter(name, parsed):
         parsed(*flags)
     # Who says so switches a recipe's adapter off, and a file of such a run makes the same run.
     off = parsed(*flags, "--use_peft=false")
-    assert make(off).model.num_parameters(only_trainable=True) == off_parameters()
+    assert make(off).model.num_parameters(only_trainable=True) == tiny.gpt2(400).num_parameters()
     assert not {"use_peft", name} & run.changed_settings(off).keys()
-
-
-def off_parameters():
-    return tiny.gpt2(400).num_parameters()
 
 
 # ---- The data
@@ -170,31 +167,25 @@ def a_file(tmp_path):
     return str(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("dataset", [saved_to_disk, a_file, lambda tmp_path: "python_functions"])
-def test_a_configuration_of_data_that_have_none(dataset, parsed, tmp_path):
-    with pytest.raises(UserError, match=r"dataset_config='en': .* has no configurations"):
-        parsed(f"--dataset_name={dataset(tmp_path)}", "--dataset_config=en")
+def test_data_that_are_not_there(parsed, tmp_path):
+    for dataset in (saved_to_disk(tmp_path), a_file(tmp_path), "python_functions"):
+        with pytest.raises(UserError, match=r"dataset_config='en': .* has no configurations"):
+            parsed(f"--dataset_name={dataset}", "--dataset_config=en")
+    flags = [f"--dataset_name={a_file(tmp_path)}", "--held_out_size=1"]
+    for name, words in (("validation", "isn't there: the splits are train"), ("train", "is what is")):
+        with pytest.raises(UserError, match=f"dataset_test_split='{name}' {words}"):
+            run.load_data(parsed(*flags, f"--dataset_test_split={name}"))
+    assert len(run.load_data(parsed(*flags))[1]) == 1
 
 
-@pytest.mark.parametrize("name, words", [("validation", "isn't there: the splits are train"), ("train", "is what is")])
-def test_a_split_to_evaluate_on_that_is_not_there(name, words, parsed, tmp_path):
-    flags = [f"--dataset_name={a_file(tmp_path)}", f"--dataset_test_split={name}", "--held_out_size=1"]
-    with pytest.raises(UserError, match=f"dataset_test_split='{name}' {words}"):
-        run.load_data(parsed(*flags))
-    assert len(run.load_data(parsed(flags[0], flags[2]))[1]) == 1
-
-
-def test_bias_buffers(parsed):
-    with pytest.raises(UserError, match="ignore_bias_buffers=True is not used"):
-        parsed("--ignore_bias_buffers=true")
-
-
-def test_the_settings_of_the_data_are_known():
+def test_the_settings_of_the_data_are_known(parsed):
     # Of each of these there is a test here, or of loading data.
     assert {setting.name for setting in fields(trl.ScriptArguments)} <= {
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "dataset_streaming"),
         "ignore_bias_buffers",
     }
+    with pytest.raises(UserError, match="ignore_bias_buffers=True is not used"):
+        parsed("--ignore_bias_buffers=true")
 
 
 # ---- The teacher's revision
@@ -217,25 +208,27 @@ def test_the_revision_of_a_teacher_that_is_trained_first(parsed):
     torch.testing.assert_close(weight(trainer.teacher.model), weight(tiny.qwen2(450, seed=1)), rtol=0, atol=1e-6)
 
 
-def test_two_revisions(parsed, hub):
+def test_revisions_that_are_refused(parsed, hub):
     both = json.dumps({"cache_dir": str(hub), "revision": "main"})
-    with pytest.raises(
-        UserError, match="teacher_model_revision='v2' and teacher_model_init_kwargs with revision='main'"
+    folder = hub / "models--some--student" / "snapshots" / COMMITS["main"]
+    for flags, words in (
+        (
+            ["--teacher_model_revision=v2", f"--teacher_model_init_kwargs={both}"],
+            "teacher_model_revision='v2' and teacher_model_init_kwargs with revision='main'",
+        ),
+        (
+            ["--model_revision=v2", f"--model_init_kwargs={both}"],
+            "model_revision='v2' and model_init_kwargs with revision='main'",
+        ),
+        (
+            [f"--model_name_or_path={folder}", "--model_revision=v2"],
+            r"revision='v2', and .* is a folder, which has no revisions",
+        ),
     ):
-        make(parsed("--teacher_model_revision=v2", f"--teacher_model_init_kwargs={both}"))
-    with pytest.raises(UserError, match="model_revision='v2' and model_init_kwargs with revision='main'"):
-        make(parsed("--model_revision=v2", f"--model_init_kwargs={both}"))
-
-
-def test_a_revision_without_a_teacher(parsed):
+        with pytest.raises(UserError, match=words):
+            make(parsed(*flags))
     with pytest.raises(UserError, match="teacher_model_revision='v2' without teacher_model_name_or_path"):
         run.parse(None, None, ["--teacher_model_revision=v2", "--output_dir=x", "--use_cpu=true"])
-
-
-def test_a_folder_has_no_revisions(parsed, hub):
-    folder = hub / "models--some--student" / "snapshots" / COMMITS["main"]
-    with pytest.raises(UserError, match=r"revision='v2', and .* is a folder, which has no revisions"):
-        make(parsed(f"--model_name_or_path={folder}", "--model_revision=v2"))
 
 
 def test_a_smoke_run_leaves_revisions_and_folders_behind(parsed):
@@ -250,14 +243,6 @@ def test_a_smoke_run_leaves_revisions_and_folders_behind(parsed):
     assert trainer.args.model_init_kwargs == {"dtype": "float32"} and trainer.args.teacher_model_init_kwargs == {}
 
 
-def test_the_cache_tells_revisions_apart(hub):
-    digests = {
-        files_digest("some/teacher", {"cache_dir": str(hub), "revision": revision}, download=False)
-        for revision in COMMITS
-    }
-    assert len(digests) == 2 and None not in digests
-
-
 # ---- Options of from_pretrained
 
 
@@ -265,19 +250,20 @@ def options(hub, **more):
     return json.dumps({"cache_dir": str(hub), **more})
 
 
-@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16"])
-def test_both_names_of_the_dtype(name, value, parsed, hub, tmp_path):
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("dtype", "torch.bfloat16", torch.bfloat16),
+        ("torch_dtype", "bfloat16", torch.bfloat16),
+        ("dtype", "auto", torch.float32),  # that of the files
+    ],
+)
+def test_both_names_of_the_dtype(name, value, expected, parsed, hub, tmp_path):
     flags = [f"--{side}model_init_kwargs={options(hub, **{name: value})}" for side in ("", "teacher_")]
     trainer = make(parsed(*flags, f"--teacher_cache={tmp_path / 'cache'}"))
-    assert trainer.model.dtype == trainer.teacher.head.weight.dtype == torch.bfloat16
-    assert json.loads((tmp_path / "cache" / "index.json").read_text())["facts"]["teacher_dtype"] == "bfloat16"
-
-
-def test_auto_is_the_dtype_of_the_files(parsed, hub, tmp_path):
-    flags = [f"--teacher_model_init_kwargs={options(hub, dtype='auto')}", f"--teacher_cache={tmp_path / 'cache'}"]
-    assert make(parsed(*flags)).teacher.head.weight.dtype == torch.float32
-    assert json.loads((tmp_path / "cache" / "index.json").read_text())["facts"]["teacher_dtype"] == "float32"
+    assert trainer.model.dtype == trainer.teacher.head.weight.dtype == expected
+    facts = json.loads((tmp_path / "cache" / "index.json").read_text())["facts"]
+    assert facts["teacher_dtype"] == str(expected).removeprefix("torch.")
 
 
 def test_a_torch_dtype_in_python(tmp_path, hub):
@@ -310,10 +296,10 @@ def test_a_torch_dtype_in_python(tmp_path, hub):
         ({"hidden_layers": 3}, "have 'hidden_layers', which is no option of from_pretrained and no setting of"),
     ],
 )
-@pytest.mark.parametrize("side", ["", "teacher_"])
-def test_options_that_are_refused(side, more, words, parsed, hub):
-    with pytest.raises(UserError, match=words):
-        make(parsed(f"--{side}model_init_kwargs={options(hub, **more)}"))
+def test_options_that_are_refused(more, words, parsed, hub):
+    for side in ("", "teacher_"):
+        with pytest.raises(UserError, match=words):
+            make(parsed(f"--{side}model_init_kwargs={options(hub, **more)}"))
 
 
 def test_a_dtype_against_an_option(parsed, hub):
@@ -323,9 +309,6 @@ def test_a_dtype_against_an_option(parsed, hub):
     ):
         make(parsed("--dtype=bfloat16", option))
     assert make(parsed(option)).model.dtype == make(parsed("--dtype=float16", option)).model.dtype == torch.float16
-
-
-def test_teacher_dtype_against_an_option(parsed, hub):
     flags = ["--teacher_dtype=float16", f"--teacher_model_init_kwargs={options(hub, dtype='bfloat16')}"]
     with pytest.raises(UserError, match="teacher_dtype='float16' and teacher_model_init_kwargs with dtype 'bfloat16'"):
         make(parsed(*flags))
@@ -371,12 +354,16 @@ def test_a_subfolder(parsed, hub, tmp_path):
     assert torch.equal(weight(make(parsed(*flags)).model), weight(tiny.gpt2(400)))
 
 
-def test_a_variant_of_the_weights(hub, tmp_path):
+def test_the_cache_tells_revisions_and_variants_apart(hub, tmp_path):
     teacher = tmp_path / "teacher"
     tiny.qwen2(seed=0).save_pretrained(teacher)
     tiny.qwen2(seed=1).save_pretrained(teacher, variant="fp16")
-    digests = [files_digest(str(teacher), kind, download=False) for kind in ({}, {"variant": "fp16"})]
-    assert None not in digests and digests[0] != digests[1]
+    for name, kinds in (
+        (str(teacher), ({}, {"variant": "fp16"})),
+        ("some/teacher", [{"cache_dir": str(hub), "revision": revision} for revision in COMMITS]),
+    ):
+        digests = {files_digest(name, kind, download=False) for kind in kinds}
+        assert len(digests) == 2 and None not in digests
 
 
 # ---- What a run writes down of what it was made of

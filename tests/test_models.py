@@ -27,6 +27,7 @@ from hf_dskd.models.hidden_states import LastHiddenState
 
 MODELS = {"gpt2": tiny.gpt2, "llama": tiny.llama, "qwen2": tiny.qwen2}
 LENGTHS = (7, 12, 1, 9)
+SHAPE = {"vocab_size": 450, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def batch(seed=0):
@@ -74,32 +75,14 @@ def assert_same(model, wrapped=None):
 
 def opt():
     """Its forward calls a part of its base model; its states are narrower inside than at both ends."""
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=450,
-            hidden_size=64,
-            ffn_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            word_embed_proj_dim=32,
-        )
-    )
+    return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=64, word_embed_proj_dim=32))
 
 
 def gemma3():
     """Every other layer sees a window that is shorter than an example."""
+    window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=450,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"],
-        )
+        Gemma3TextConfig(**SHAPE, intermediate_size=64, num_key_value_heads=1, head_dim=32, **window)
     )
 
 
@@ -113,19 +96,15 @@ def test_states_are_those_that_the_head_reads(make):
     check_head(model, lm_head(model), "student")
 
 
-def test_packed_in_a_window():
-    assert_same(gemma3())
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_states_and_gradients_are_those_of_padded_ones(name, attention):
     assert_same(model_of(name, attention))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_packed_with_gradient_checkpointing(name):
-    model = model_of(name).train()
+def test_packed_in_a_window_and_with_gradient_checkpointing():
+    assert_same(gemma3())
+    model = model_of("llama").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model)
 
@@ -217,17 +196,8 @@ def bloom():
 
 def lfm2():
     """Convolves over the row."""
-    return Lfm2ForCausalLM(
-        Lfm2Config(
-            vocab_size=450,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-        )
-    )
+    layers = ["conv", "full_attention"]
+    return Lfm2ForCausalLM(Lfm2Config(**SHAPE, intermediate_size=64, num_key_value_heads=2, layer_types=layers))
 
 
 @pytest.mark.parametrize(

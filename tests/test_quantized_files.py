@@ -34,13 +34,11 @@ def folder(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, LORA])
-def test_a_student_of_four_bits_on_a_cpu(options, folder, tmp_path):
-    with pytest.raises(UserError, match=r"is in bitsandbytes, 4 bits .*can't be trained on a CPU.*name it in 16 bits"):
-        runs.trainer(tmp_path / "run", student=folder(NF4), method="sft", **options)
-
-
-def test_a_student_of_eight_bits_needs_an_adapter(folder, tmp_path):
+def test_a_student_of_four_bits_on_a_cpu_or_of_eight_without_an_adapter(folder, tmp_path):
+    for options in ({}, LORA):
+        words = r"is in bitsandbytes, 4 bits .*can't be trained on a CPU.*name it in 16 bits"
+        with pytest.raises(UserError, match=words):
+            runs.trainer(tmp_path / "run", student=folder(NF4), method="sft", **options)
     with pytest.raises(UserError, match=r"is in bitsandbytes, 8 bits .* needs an adapter to train"):
         runs.trainer(tmp_path / "run", student=folder(INT8), method="sft")
 

@@ -159,11 +159,8 @@ class GumbelNoise:
     """
     A logits processor, the last one, under which the greedy choice is a sample (see [`gumbel_noise`]).
 
-    Args:
-        seed (`int`): Of the noise.
-        example_ids (sequence of `int`): Number of the example of each row.
-        starts (sequence of `int`): Tokens that the response of each row had before this call of `generate`.
-        prompt_length (`int`): Tokens of each row, padding included, before this call of `generate`.
+    Each row has the number of its example and, in `starts`, the tokens that its response had before this call of
+    `generate`, for which `prompt_length` tokens were there, padding included.
     """
 
     def __init__(self, seed: int, example_ids: Sequence[int], starts: Sequence[int], prompt_length: int):
@@ -260,10 +257,7 @@ def check_generation_config(model: nn.Module | GenerationConfig | None, role: st
     """
     Raises a [`UserError`] for a model, or a model's generation config, with which nothing can be written.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], [`~transformers.GenerationConfig`] or `None`):
-            The model or its `generation_config`.
-        role (`str`): Whose it is, for the message, such as `"the student"`.
+    `role` says whose it is, such as `"the student"`.
     """
     config = base_causal_lm(model).generation_config if isinstance(model, nn.Module) else model
     if config is None:
@@ -274,22 +268,15 @@ def check_generation_config(model: nn.Module | GenerationConfig | None, role: st
 
 
 def check_saved_generation(config: GenerationConfig | None, name: str) -> None:
-    """
-    Raises a [`UserError`] for a generation config that transformers refuses to save: the student would be lost.
-
-    Args:
-        config ([`~transformers.GenerationConfig`], *optional*): The student's; a model may have none.
-        name (`str`): Of the student, for the message.
-    """
+    """Raises a [`UserError`] for a generation config that transformers refuses to save: the student would be lost."""
     if config is None:
         return
     try:
         config.validate(strict=True)
     except ValueError as error:
-        names = list(dict.fromkeys(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)))
-        found = (
-            " and ".join(f"{each}={getattr(config, each)!r}" for each in names) or " ".join(str(error).split())[:200]
-        )
+        names = dict.fromkeys(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE))
+        found = " and ".join(f"{each}={getattr(config, each)!r}" for each in names)
+        found = found or " ".join(str(error).split())[:200]
         remedy = "leave these out" if config.do_sample else "set do_sample to true, or leave these out"
         raise UserError(
             f"the generation config of the student {name!r} has {found}, with which transformers refuses to save it"

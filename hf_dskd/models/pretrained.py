@@ -34,18 +34,11 @@ CODE = ("trust_remote_code", "code_revision")
 DTYPE = ("dtype", "torch_dtype")
 # What the weights take beside these; any other option is one of the configuration.
 _WEIGHTS = (
-    *(
-        "attn_implementation",
-        "experts_implementation",
-        "device_map",
-        "max_memory",
-        "offload_folder",
-        "offload_buffers",
-    ),
-    *("offload_state_dict", "low_cpu_mem_usage", "quantization_config", "variant", "use_safetensors", "weights_only"),
-    *("ignore_mismatched_sizes", "key_mapping", "generation_config", "use_kernels", "kernel_config", "disable_mmap"),
-    *("allow_all_kernels", "fusion_config"),
-)
+    "attn_implementation experts_implementation device_map max_memory offload_folder offload_buffers"
+    " offload_state_dict low_cpu_mem_usage quantization_config variant use_safetensors weights_only"
+    " ignore_mismatched_sizes key_mapping generation_config use_kernels kernel_config"
+    " disable_mmap allow_all_kernels fusion_config"
+).split()
 _SHARDING = "a model isn't cut over processes here; leave it out"
 _REFUSED = {
     "config": "settings of the configuration go here by their own names",
@@ -133,13 +126,7 @@ def config_settings(init_kwargs: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """
-    What a model's name stands for.
-
-    Attributes:
-        name (`str`), options (`dict[str, Any]`): Of the model, or of the model that an adapter is for.
-        adapter (`str`, *optional*), adapter_options (`dict[str, Any]`, *optional*): Of the adapter, if it is one.
-    """
+    """What a name stands for: a model, or an adapter and the model that it is for, each with its options."""
 
     name: str
     options: dict[str, Any]
@@ -285,7 +272,15 @@ def read_config(model: Any, init_kwargs: Any, role: str) -> Any:
     options = {key: value for key, value in of.options.items() if key not in (*DTYPE, "quantization_config")}
     with reading(role, of.name, of.options):
         config, unused = AutoConfig.from_pretrained(of.name, return_unused_kwargs=True, **options)
-    _check_known(unused, config, role)
+    known = (*PLACE, *CODE, *_WEIGHTS)
+    for name in unused:
+        if name not in known and not name.startswith("_"):
+            near = difflib.get_close_matches(name, [*known, *DTYPE, *config.to_dict()], n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise UserError(
+                f"{role}'s init kwargs have {name!r}, which is no option of from_pretrained and no setting of"
+                f" {type(config).__name__}: {hint}"
+            )
     return config
 
 
@@ -297,18 +292,6 @@ def generation_config(name: str, init_kwargs: Any = None) -> GenerationConfig | 
         return None
     with reading("the generation config of", name, options_of(init_kwargs), remedy="mend its generation_config.json"):
         return GenerationConfig.from_pretrained(name, **place(init_kwargs))
-
-
-def _check_known(unused: Mapping[str, Any], config: Any, role: str) -> None:
-    known = (*PLACE, *CODE, *_WEIGHTS)
-    for name in unused:
-        if name not in known and not name.startswith("_"):
-            near = difflib.get_close_matches(name, [*known, *DTYPE, *config.to_dict()], n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise UserError(
-                f"{role}'s init kwargs have {name!r}, which is no option of from_pretrained and no setting of"
-                f" {type(config).__name__}: {hint}"
-            )
 
 
 def empty_model(config: PretrainedConfig, init_kwargs: Any = None, loaded: nn.Module | None = None) -> PreTrainedModel:

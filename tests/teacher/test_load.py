@@ -115,16 +115,12 @@ def test_teacher_beside_the_gpu_gives_what_it_gives_on_it():
     torch.testing.assert_close(hidden[real], there(IDS.cuda(), MASK.cuda())[real], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "mps:7", "meta", "", "cpu:1"])
-def test_device_that_isnt_there_is_named(name):
-    with pytest.raises(UserError) as error:
-        named_device(name)
-    assert (
-        f"teacher_device={name!r}" in str(error.value) and "cpu" in str(error.value) and "\n" not in str(error.value)
-    )
-
-
 def test_devices_by_name():
+    for name in ("gpu", "cuda:99", "mps:7", "meta", "", "cpu:1"):
+        with pytest.raises(UserError) as error:
+            named_device(name)
+        text = str(error.value)
+        assert f"teacher_device={name!r}" in text and "cpu" in text and "\n" not in text
     assert named_device("cpu") == torch.device("cpu")
     if torch.cuda.is_available():
         assert named_device("cuda:0") == named_device("cuda") == torch.device("cuda:0")

@@ -54,11 +54,7 @@ def check_sharding(config: Any) -> None:
 
 
 def must_use_cpu() -> bool:
-    """
-    Tells whether Accelerate must hear that the processes of a launcher run on the CPU.
-
-    Where it isn't and finds no accelerator, it lets torch connect them but counts one, and each would train alone.
-    """
+    """Tells whether Accelerate must hear that the processes of a launcher run on the CPU: it would count one, else."""
     import torch
 
     return launched_processes() > 1 and not torch.accelerator.is_available()

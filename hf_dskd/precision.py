@@ -50,13 +50,7 @@ def told(bf16: bool, fp16: bool) -> Iterator[None]:
 
 
 def choose_precision(bf16: bool | None, fp16: bool, use_cpu: bool) -> tuple[bool, bool]:
-    """
-    Decides whether to train in bf16, and whether in fp16.
-
-    Args:
-        bf16 (`bool`, *optional*), fp16 (`bool`): As the user set them; `bf16=None` says nothing.
-        use_cpu (`bool`): Whether GPUs are left alone.
-    """
+    """Decides whether to train in bf16, and whether in fp16; `bf16=None` says nothing."""
     if fp16 or bf16 is not None:
         return bool(bf16), fp16
     launched = launched_precision()

@@ -136,15 +136,9 @@ def translated(
     """
     Gives settings the names that they have here.
 
-    Args:
-        what (`str`): Where they are given, such as `"DSKDConfig"`.
-        given (`Mapping`): Values by name, some of which may be other tools' words.
-        known (`Collection[str]`): The names there are.
-        same (`Mapping[str, str]`): Other tools' names for the same thing.
-        otherwise (`str`): What to do about a name that isn't known anywhere.
-
-    Raises:
-        UserError: For a name that isn't known, with what to write instead, and for one thing under two names.
+    `what` is where they are given, such as `"DSKDConfig"`; `known` are the names there are, `same` other tools' names
+    for the same things; `otherwise` says what to do about a name that isn't known anywhere. A [`UserError`] for such a
+    name, with what to write instead, and for one thing under two names.
     """
     result: dict[str, Any] = {}
     for name, value in ((str(name), value) for name, value in given.items()):

@@ -9,7 +9,7 @@ from hf_dskd import UserError
 from hf_dskd.kernels import linear_divergence as module
 from hf_dskd.kernels.linear_divergence import chunk_sizes, linear_rows
 from hf_dskd.losses.divergences import divergence_function
-from hf_dskd.losses.dual_space import student_space_rows, teacher_space_rows
+from hf_dskd.losses.dual_space import student_space_rows
 from hf_dskd.losses.logits import uld
 from hf_dskd.methods import DIVERGENCES
 from hf_dskd.models.causal_lm import LMHead
@@ -108,22 +108,6 @@ class TestTheSameAsWholeLogits:
         torch.testing.assert_close(gradients[0], torch.autograd.grad(expected.sum(), projected)[0])
         assert not gradients[1].any()
 
-    def test_terms_weighted_row_by_row(self):
-        """What a loss that isn't linear in its rows asks for."""
-        (h, v, weight, _), rows = make()
-        function = student_space_rows(divergence_function("reverse_kl"), correctness_mask=False)
-        head = LMHead(weight)
-        _, terms = linear_rows(function, [h, v], [head, head.detach()], rows, memory_mb=row_budget(5))
-        expected = plain(function, [h, v], [head, head.detach()], rows)
-
-        def loss(terms):
-            return (terms["ce"] * terms["t2s_ce"]).sum() + terms["t2s_kd"].square().sum()
-
-        leaves = [h, v, weight]
-        torch.testing.assert_close(
-            torch.autograd.grad(loss(terms), leaves), torch.autograd.grad(loss(expected), leaves)
-        )
-
 
 class TestPrecision:
     @pytest.mark.parametrize("name", DIVERGENCES)
@@ -212,18 +196,6 @@ class TestRows:
         for gradient in torch.autograd.grad(total, [h, v, weight]):
             assert not gradient.any()
 
-    def test_without_gradient_nothing_is_kept(self):
-        (h, v, weight, _), rows = make()
-        with torch.no_grad():
-            total, terms = linear_rows(
-                teacher_space_rows(divergence_function("forward_kl")),
-                [h, v],
-                [LMHead(weight)] * 2,
-                [rows[2]],
-                weights={"s2t_kd": 1.0},
-            )
-        assert not total.requires_grad and total == pytest.approx(float(terms["s2t_kd"].sum()))
-
     def test_a_second_backward_pass_is_refused_rather_than_wrong(self):
         (h, v, weight, _), rows = make()
         function = student_space_rows(divergence_function("forward_kl"))
@@ -271,7 +243,7 @@ class TestRows:
         (h, v, weight, _), rows = make()
         head = LMHead(weight)
         results = []
-        for _ in range(3):
+        for _ in range(2):
             # Made anew in each step, as training does.
             function = student_space_rows(partial(divergence_function(name)))
             for flag in (False, True):

@@ -74,8 +74,8 @@ def test_bf16_is_finite(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", runs.CASES)
-def test_an_example_without_response_is_nothing(case, tmp_path):
-    run = runs.trainer(tmp_path, rows=6, discriminator_learning_rate=0.0, **runs.CASES[case])
+def test_what_has_no_response_is_nothing(case, tmp_path):
+    run = runs.trainer(tmp_path, rows=4, discriminator_learning_rate=0.0, scale_queries=True, **runs.CASES[case])
     rows = [run.train_dataset[i] for i in range(4)]
     batch = without_response(run.data_collator(rows), [1])
     terms = terms_of(run, batch)
@@ -95,16 +95,13 @@ def test_an_example_without_response_is_nothing(case, tmp_path):
 
 @pytest.mark.parametrize("case", runs.CASES)
 def test_a_batch_without_response_is_nothing(case, tmp_path):
-    run = runs.trainer(tmp_path, rows=4, scale_queries=True, **runs.CASES[case])
+    """A critic's Adam, which at its first step moves by the sign of a gradient, has nothing to do either."""
+    run = runs.trainer(tmp_path, rows=4, **runs.CASES[case])
     before = runs.weights(run)
     batch = without_response(runs.first_batch(run), range(4))
     loss, gradients = step(run, batch)
-    assert loss == 0
-    for name, gradient in gradients.items():
-        assert (gradient == 0).all(), name
-    # A critic's Adam, too, has nothing to do.
-    for name, value in runs.weights(run).items():
-        assert torch.equal(value, before[name]), name
+    assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
+    assert all(torch.equal(value, before[name]) for name, value in runs.weights(run).items())
     run.model.eval()
     with torch.no_grad():
         assert run.compute_loss(run.model, batch) == 0
@@ -188,7 +185,7 @@ def test_as_published_runs(method, tmp_path):
 # ---- Temperature schedule
 
 
-@pytest.mark.parametrize(("case", "kind"), [("kd", "linear"), ("dskd_cma_ga", "cosine"), ("min_edit", "linear")])
+@pytest.mark.parametrize(("case", "kind"), [("dskd_cma_ga", "cosine"), ("min_edit", "linear")])
 def test_scheduled_temperature(case, kind, tmp_path):
     """With weights that don't move, each step is that of a run whose temperatures are the schedule's at that step."""
     steps, first, last = 3, 3.0, 1.0
@@ -236,26 +233,6 @@ def test_matching_moves_the_query_projector(case, tmp_path):
     # Neither the student nor the other projectors are in the matching: embeddings enter queries as constants.
     assert "projectors.query.weight" in different
     assert different <= {"projectors.query.weight", "projectors.query.bias"}
-
-
-@pytest.mark.parametrize("case", ["moments", "mmd"])
-def test_matching_without_a_critic_brings_queries_nearer(case, tmp_path):
-    logs = []
-    for kq_rate in (0.0, 10.0):
-        run = runs.trainer(
-            tmp_path / str(kq_rate),
-            kq_rate=kq_rate,
-            max_steps=6,
-            projector_learning_rate=1e-2,
-            rows=4,
-            **runs.CASES[case],
-        )
-        assert run.adversary is None
-        run.train()
-        logs.append([value for (value,) in runs.history(run, "kq_loss")])
-    assert logs[0][0] == logs[1][0]
-    assert logs[1] == sorted(logs[1], reverse=True)
-    assert 0 < logs[1][-1] < logs[0][-1] - 0.005
 
 
 @pytest.mark.parametrize("as_published", [False, True])

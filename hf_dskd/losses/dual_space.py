@@ -152,11 +152,8 @@ def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, la
     """
     The teacher's own prediction as a token of the student, `[B, R_s]`; -100 where the student has no such token.
 
-    Args:
-        predictions (`torch.Tensor` of shape `[N_t]`): The teacher's likeliest token at each of its rows.
-        teacher ([`ResponseStates`]): Its view of the batch.
-        t2s (`torch.Tensor` of shape `[B, R_s, R_t]`): One teacher position for each student position, or none.
-        label_map (`torch.Tensor` of shape `[V_t]`): The student's token for each of the teacher's, -1 for none.
+    Of `predictions` `[N_t]`, the teacher's likeliest tokens, `t2s` `[B, R_s, R_t]` names one teacher position for each
+    of the student, or none; `label_map` `[V_t]` has the student's token for each of the teacher's, or -1.
     """
     labels = teacher.padded(label_map[predictions]).gather(1, t2s.argmax(-1))
     return labels.masked_fill((labels < 0) | (t2s.sum(-1) == 0), IGNORE)

@@ -1,12 +1,10 @@
 """
 Matching the distribution of queries to that of keys.
 
-With a discriminator (arXiv 2603.22056, Eq. 14), whose features are packed rows `[N, d]` of response tokens:
-
-    min over P_Q, max over D:  E_q[log D(q)] + E_k[log(1 − D(k))]
-
-D(x) is the probability that x is a query. Or without one: the first two moments, or the maximum mean discrepancy, of
-the rows of each example. (Conditional transport, Eq. 15, is in `conditional_transport.py`.)
+By a discriminator (arXiv 2603.22056, Eq. 14), whose features are packed rows `[N, d]` of response tokens: min over
+P_Q, max over D of E_q[log D(q)] + E_k[log(1 − D(k))], D(x) the probability that x is a query. Or without one: by the
+first two moments, or the maximum mean discrepancy, of the rows of each example. (Eq. 15 is in
+`conditional_transport.py`.)
 """
 
 from __future__ import annotations
@@ -22,18 +20,11 @@ from ..utils.random import cpu_seed
 
 def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
     """
-    Uniform numbers in [0, 1) as a function of row and seed alone.
+    Uniform numbers in [0, 1), float32 `[N, width]`, as a function of seed and of `rows` `[N]` (int64), a name for
+    each.
 
     A random generator would give a row other numbers when the batch is cut up otherwise, on another rank, or after a
     resume; a hash (SplitMix64's finaliser) of row, column and seed doesn't.
-
-    Args:
-        rows (`torch.Tensor` of shape `[N]`, int64): A name for each row, such as one made of example and position.
-        width (`int`): Numbers per row.
-        seed (`int`): Another one gives other numbers.
-
-    Returns:
-        `torch.Tensor` of shape `[N, width]`, float32.
     """
     columns = torch.arange(width, device=rows.device)
     x = rows.unsqueeze(1) * -7046029254386353131 + columns * -4417276706812531889 + seed * 1442695040888963407 % 2**62
@@ -46,14 +37,10 @@ def row_noise(rows: Tensor, width: int, seed: int) -> Tensor:
 
 def highway(linear: nn.Linear, features: Tensor, dropout: float = 0.0, noise: Tensor | None = None) -> Tensor:
     """
-    y = σ(g) relu(g) + (1 − σ(g)) x with g = W x + b, as in the code released with arXiv 2603.22056; then dropout.
+    y = σ(g) relu(g) + (1 − σ(g)) x of features x `[..., d]`, g = W x + b, as in the code released with arXiv
+    2603.22056.
 
-    Args:
-        linear (`torch.nn.Linear`): W `[d, d]` and b.
-        features (`torch.Tensor` of shape `[..., d]`): x.
-        dropout (`float`, *optional*, defaults to `0.0`): Share of numbers that are dropped, the rest is scaled up.
-        noise (`torch.Tensor` of shape `[..., d]`, *optional*):
-            Numbers in [0, 1): those below `dropout` drop theirs. `None` drops nothing.
+    Then dropout: what has `noise` `[..., d]` in [0, 1) below `dropout` is 0, the rest scaled up; `None` drops nothing.
     """
     gate = linear(features)
     open_share = torch.sigmoid(gate)
@@ -65,13 +52,9 @@ def highway(linear: nn.Linear, features: Tensor, dropout: float = 0.0, noise: Te
 
 class Discriminator(nn.Module):
     """
-    Tells queries from keys: [`highway`] → dropout → linear → LeakyReLU(0.1) → linear.
+    Tells queries from keys, `[..., d]` with d = 2 d_t: [`highway`] → dropout → linear → LeakyReLU(0.1) → linear.
 
-    Args:
-        feature_size (`int`): d, width of queries and keys (2 d_t).
-        hidden_size (`int`, *optional*, defaults to `768`): Width of the layer before the output.
-        dropout (`float`, *optional*, defaults to `0.1`): Applied in training mode only.
-        seed (`int`, *optional*, defaults to `0`): Of the initialisation, drawn from a source of its own.
+    Dropout is applied in training mode only; the initialisation is drawn from a source of its own.
     """
 
     def __init__(self, feature_size: int, hidden_size: int = 768, dropout: float = 0.1, seed: int = 0):
@@ -86,8 +69,8 @@ class Discriminator(nn.Module):
         """
         Logits of D, `[N]`, of features `[N, d]`, in float32.
 
-        `noise` `[N, d]` in [0, 1) decides what is dropped in training mode (see [`row_noise`]); without it nothing is.
-        The discriminator draws no random numbers itself, which would shift those of the student beside it.
+        `noise` `[N, d]` decides what is dropped (see [`row_noise`]). The discriminator draws no random numbers itself,
+        which would shift those of the student beside it.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.highway.weight.dtype)
@@ -116,10 +99,9 @@ def generator_loss(query_logits: Tensor, adversarial_loss: str = "minimax") -> T
 
 def squared_distances(x: Tensor, y: Tensor, centre: Tensor) -> Tensor:
     """
-    ‖x_i − y_j‖² of rows `[B, n, d]` and `[B, m, d]`, as `[B, n, m]`, never below 0.
+    ‖x_i − y_j‖² of rows `[B, n, d]` and `[B, m, d]`, as `[B, n, m]`, never below 0, by inner products.
 
-    It goes through inner products, so that nothing is of size n m d. `centre` `[B, 1, d]` is subtracted from both: it
-    changes no distance, but rounding is relative to what remains.
+    `centre` `[B, 1, d]` is subtracted from both: it changes no distance, but rounding is relative to what remains.
     """
     x, y = x - centre, y - centre
     squares = x.square().sum(-1).unsqueeze(2) + y.square().sum(-1).unsqueeze(1)
@@ -131,16 +113,8 @@ def moment_matching(queries: Tensor, keys: Tensor, query_mask: Tensor, key_mask:
     Distance of the first two moments of queries from those of keys: the plain alternative to a discriminator.
 
     Of each example, (mean_q − mean_k)² + (std_q − std_k)² in every dimension, averaged over dimensions and multiplied
-    by its number of queries. Standard deviations divide by n, so that one row has one: 0.
-
-    Args:
-        queries (`torch.Tensor` of shape `[B, R_s, d]`): Of student positions.
-        keys (`torch.Tensor` of shape `[B, R_t, d]`): Of teacher positions; a constant.
-        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
-            Which rows take part.
-
-    Returns:
-        `torch.Tensor` of shape `[B]`; 0 for an example that has no queries or no keys.
+    by its number of queries: `[B]`, 0 without queries or without keys. Standard deviations divide by n, so that one
+    row has one: 0. Of `queries` `[B, R_s, d]` and `keys` `[B, R_t, d]` (constants) the masks say which rows take part.
     """
     query_mean, query_std = _moments(queries, query_mask)
     key_mean, key_std = _moments(keys.detach(), key_mask)
@@ -168,21 +142,11 @@ def mmd(
 ) -> Tensor:
     """
     Squared maximum mean discrepancy between queries and keys (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012,
-    Eq. 5: the biased estimate, which is never negative).
+    Eq. 5: the biased estimate, which is never negative), `[B]`: of each example, times its number of queries.
 
     The kernel is the mean of exp(−‖x − y‖² / (c h)) over c in `bandwidths`. h is the mean squared distance between two
-    different rows of the example, queries and keys together, and a constant in the backward pass.
-
-    Args:
-        queries (`torch.Tensor` of shape `[B, R_s, d]`): Of student positions.
-        keys (`torch.Tensor` of shape `[B, R_t, d]`): Of teacher positions; a constant.
-        query_mask (`torch.Tensor` of shape `[B, R_s]`), key_mask (`torch.Tensor` of shape `[B, R_t]`):
-            Which rows take part.
-        bandwidths (sequence of `float`, *optional*, defaults to `(0.25, 0.5, 1.0, 2.0, 4.0)`): Factors c.
-
-    Returns:
-        `torch.Tensor` of shape `[B]`: of each example, times its number of queries; 0 for an example that has no
-        queries or no keys.
+    different rows of the example, queries and keys together, and a constant in the backward pass. The other arguments
+    are those of [`moment_matching`].
     """
     with torch.autocast(queries.device.type, enabled=False):
         rows = torch.cat([_real_rows(queries, query_mask), _real_rows(keys.detach(), key_mask)], 1)

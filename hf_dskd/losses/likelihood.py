@@ -3,11 +3,9 @@ Approximate likelihood matching (ALM, arXiv 2503.20083): both models give the sa
 probability.
 
 The response is cut into chunks, the smallest spans at whose end a token of both tokenizations ends. That a chunk
-follows, or anything else does, is a distribution over two outcomes; the two models' are compared. This needs neither a
-projector nor a map between vocabularies.
-
-Axes: B examples, R_s and R_t response tokens of an example (padded), C chunks. Chunk ids are 0, 1, ... along a
-response and -1 outside it; every chunk has tokens of both models.
+follows, or anything else, is a distribution over two outcomes; the two models' are compared, without a projector and
+without a map between vocabularies. Axes: B examples, R_s and R_t response tokens (padded), C chunks. Chunk ids are 0,
+1, ... along a response and -1 outside it; every chunk has tokens of both models.
 """
 
 from __future__ import annotations
@@ -138,7 +136,8 @@ def likelihood_matching(
     student_boundary: Tensor | None = None,
 ) -> Tensor:
     """
-    Divergence of the two models' chunk likelihoods, each weighted with the chunk's number of teacher tokens.
+    Divergence of the two models' chunk likelihoods, each weighted with the chunk's number of teacher tokens, `[B]`:
+    sums over chunks; divided by the teacher's response tokens they are a mean.
 
     Two tokenizations say different things by ending a token: where one has a token "cats", its token "cat" says too
     that no "s" follows. Boundaries lessen this bias. With `bias_threshold` and the teacher's boundary probabilities,
@@ -146,19 +145,12 @@ def likelihood_matching(
     likelihoods compared are those of a chunk *and* a boundary after it. The authors' scripts do both.
 
     Args:
-        student_logprob (`torch.Tensor` of shape `[B, R_s]`): Log-probability of each response token, in nats.
-        teacher_logprob (`torch.Tensor` of shape `[B, R_t]`): The teacher's; a constant.
-        student_chunks (`torch.Tensor` of shape `[B, R_s]`), teacher_chunks (`torch.Tensor` of shape `[B, R_t]`):
-            Chunk of each token. What stands outside the response (-1) is ignored.
-        divergence (`str`, *optional*, defaults to `"forward_kl"`): A name in [`~hf_dskd.methods.BINARY_DIVERGENCES`].
-        temperature (`float`, *optional*, defaults to `100.0`): See [`binary_divergence`].
-        bias_threshold (`float`, *optional*): See [`merge_chunks`]; 0.1 in the authors' scripts. `None` merges nothing.
-        teacher_boundary (`torch.Tensor` of shape `[B, R_t]`, *optional*):
-            The teacher's probability that a boundary follows each response token, from [`boundary_after`].
-        student_boundary (`torch.Tensor` of shape `[B, R_s]`, *optional*): The student's.
-
-    Returns:
-        `torch.Tensor` of shape `[B]`: sums over chunks; divided by the teacher's response tokens they are a mean.
+        student_logprob (`[B, R_s]`), teacher_logprob (`[B, R_t]`): Of each response token; the teacher's is constant.
+        student_chunks (`[B, R_s]`), teacher_chunks (`[B, R_t]`): Chunk of each token; -1 is ignored.
+        divergence, temperature: See [`binary_divergence`].
+        bias_threshold (*optional*): See [`merge_chunks`]; 0.1 in the authors' scripts. `None` merges nothing.
+        teacher_boundary (`[B, R_t]`, *optional*), student_boundary (`[B, R_s]`, *optional*):
+            Probability that a boundary follows each response token, from [`boundary_after`].
     """
     if teacher_boundary is not None and bias_threshold is not None:
         student_chunks, teacher_chunks = merge_chunks(student_chunks, teacher_chunks, teacher_boundary, bias_threshold)
@@ -194,14 +186,10 @@ def binary_divergence(
     """
     f-divergence of (P_T, 1 − P_T) and (P_S, 1 − P_S), P = exp(logp / τ), in nats, of the inputs' shape.
 
-    `"binary_ce"` is the cross entropy that the authors minimise: the gradient of `"forward_kl"`, which is 0 where both
-    are equal. Log-probabilities count as at most −ε of their precision, for a student that is certain where the
-    teacher isn't is infinitely wrong.
-
-    Args:
-        teacher_logp, student_logp (`torch.Tensor`): Log-probabilities (≤ 0) of the same shape.
-        name (`str`, *optional*, defaults to `"forward_kl"`): A name in [`~hf_dskd.methods.BINARY_DIVERGENCES`].
-        temperature (`float`, *optional*, defaults to `100.0`): τ. A chunk's likelihood is small; above 1 it says more.
+    `name` is a row of [`~hf_dskd.methods.BINARY_DIVERGENCES`]. `"binary_ce"` is the cross entropy that the authors
+    minimise: the gradient of `"forward_kl"`, which is 0 where both are equal. τ above 1 lets small likelihoods say
+    more. Log-probabilities count as at most −ε of their precision, for a student that is certain where the teacher
+    isn't is infinitely wrong.
     """
     teacher_logp, student_logp = (
         logp.clamp(max=-torch.finfo(logp.dtype).eps) / temperature
@@ -216,16 +204,9 @@ def merge_chunks(
     """
     Merges each chunk with the following ones until one ends where the teacher expects a boundary.
 
-    Args:
-        student_chunks (`torch.Tensor` of shape `[B, R_s]`), teacher_chunks (`torch.Tensor` of shape `[B, R_t]`):
-            Chunk of each token, -1 outside the response.
-        teacher_boundary (`torch.Tensor` of shape `[B, R_t]`):
-            The teacher's probability that a boundary follows each of its tokens, from [`boundary_after`].
-        bias_threshold (`float`):
-            A chunk is complete where that probability after its last token is greater, and at the end of an answer.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: new chunk ids of student and teacher, in the same layout.
+    A chunk is complete where `teacher_boundary` `[B, R_t]` (see [`boundary_after`]) after its last token is greater
+    than `bias_threshold`, and at the end of an answer. Returns new ids of student and teacher, in the layout of the
+    old.
     """
     # What follows an answer is another answer, or its end, which is in no chunk.
     last = F.pad(teacher_chunks[:, 1:], (0, 1), value=-1) < 0
@@ -243,14 +224,9 @@ def merge_chunks(
 
 def boundary_tokens(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor:
     """
-    Which tokens begin a new word: those whose first byte is white space, and special ones (the end of sequence).
+    Which tokens begin a new word, bool `[rows]`: those whose first byte is white space, and special ones (the end).
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer.
-        rows (`int`): Rows of the model's head, of which there may be more than tokens.
-
-    Returns:
-        `torch.Tensor` of shape `[rows]`, bool.
+    `rows` are those of the model's head, of which there may be more than tokens.
     """
     boundary = {token for token, data in token_bytes(tokenizer).items() if data[:1].isspace()}
     boundary.update(special_ids(tokenizer))
@@ -266,16 +242,11 @@ def boundary_probability(logits: Tensor, boundary_mask: Tensor) -> Tensor:
 
 def boundary_after(probability: Tensor, mask: Tensor) -> Tensor:
     """
-    Turns what each row predicts into what follows each response token.
+    Turns what each row predicts into what follows each response token, `[B, R]`; 1 outside the response.
 
-    Row i predicts response token i, so that row i + 1 tells what follows it. After the last token there is a boundary.
-
-    Args:
-        probability (`torch.Tensor` of shape `[N]`): From [`boundary_probability`], of the packed rows.
-        mask (`torch.Tensor` of shape `[B, R]`): Which rows are real, N of them, at the front of each example.
-
-    Returns:
-        `torch.Tensor` of shape `[B, R]`: 1 outside the response.
+    Row i of the packed `probability` `[N]` (see [`boundary_probability`]) predicts response token i, so that row i + 1
+    tells what follows it. After the last token there is a boundary. `mask` `[B, R]` marks the N real rows, at the
+    front.
     """
     padded = torch.ones(mask.shape, dtype=probability.dtype, device=mask.device).masked_scatter(mask, probability)
     return F.pad(padded[:, 1:], (0, 1), value=1.0)

@@ -171,14 +171,10 @@ def rows_at_places(
 def uld(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     Universal Logit Distillation (arXiv 2402.12030): Σ_k |q_(k) − p_(k)| over probabilities sorted in descending order,
-    per row `[N]`, between 0 and 2.
+    per row `[N]`, between 0 and 2; the teacher's logits `[N, V_t]` are a constant.
 
     The smaller vocabulary is filled up with zeros. The paper and the released code have no temperature. Computed in
     float32 (float64 stays float64).
-
-    Args:
-        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
-        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Used as a constant; row i belongs to the student's row i.
     """
     # Stable: 16-bit logits are often equal, and which of them gets which gradient must not vary.
     q = precise(student_logits).softmax(-1).sort(dim=-1, descending=True, stable=True).values
@@ -192,12 +188,9 @@ def packed_partners(partner: Tensor, student_mask: Tensor, teacher_mask: Tensor)
     """
     Teacher positions per example as rows of the packed teacher, per packed student row `[N]`; -1 stays -1.
 
-    Args:
-        partner (`torch.Tensor` of shape `[B, R_s]`, int64):
-            For each student position the place of its partner among the teacher's response rows of that example, or
-            -1 (see [`~hf_dskd.alignment.min_edit.partners`]).
-        student_mask (`torch.Tensor` of shape `[B, R_s]`): Which positions are response rows.
-        teacher_mask (`torch.Tensor` of shape `[B, R_t]`): The same of the teacher.
+    `partner` `[B, R_s]` has for each student position the place of its partner among the teacher's response rows of
+    that example, or -1 (see [`~hf_dskd.alignment.min_edit.partners`]); the masks say which positions are response
+    rows.
     """
     counts = teacher_mask.sum(1)
     first = (counts.cumsum(0) - counts).unsqueeze(1)
@@ -215,23 +208,16 @@ def mapped_target(
     """
     What minimum-edit-distance distillation teaches, as log-probabilities `[N, V_s]` (FuseLLM, arXiv 2401.10491).
 
-    A row with a partner gets the teacher's distribution carried over by `vocabulary_map`: each student token has the
-    sum of the probabilities of the teacher's tokens that map to it; those that map to nothing are left out of the
-    teacher's softmax. The released code takes the largest of their logits instead, which hands the others' mass to
-    unrelated tokens. A row without a partner gets its response token alone, as released.
+    A `paired` row `[N]` gets the distribution of its partner, `teacher_logits` `[N, V_t]`, carried over by
+    `vocabulary_map` `[V_t]`: each student token has the sum of the probabilities of the teacher's tokens that map to
+    it; those that map to nothing (-1) are left out of the teacher's softmax. The released code takes the largest of
+    their logits instead, which hands the others' mass to unrelated tokens. A row without a partner gets its response
+    token of `targets` `[N]` alone.
 
     Divided by `temperature`, no entry is below the logarithm of `TARGET_FLOOR`, so that every divergence is finite and
     adding up the floors changes none of them by more than rounding. A floor before the temperature would become
     `TARGET_FLOOR^(1/τ)`, which outweighs the rest of the target in a large vocabulary. Reverse KL charges 27.6 nats
     for a token that the target rules out.
-
-    Args:
-        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Of the partner's row; anything where there is none.
-        paired (`torch.Tensor` of shape `[N]`, bool): Which rows have a partner.
-        vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
-        targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
-        student_vocabulary (`int`): V_s.
-        temperature (`float`, *optional*, defaults to `1.0`): What the target will be divided by.
     """
     nothing = vocabulary_map < 0
     p = precise(teacher_logits.detach()).masked_fill(nothing, -torch.inf).softmax(-1)
@@ -252,16 +238,10 @@ def mapped_kd(
     temperature: float = 1.0,
 ) -> Tensor:
     """
-    Divergence from the teacher's distribution over the student's vocabulary, per row `[N]`; see [`mapped_target`].
+    Divergence from the teacher's distribution over the student's vocabulary, per row `[N]`.
 
-    Args:
-        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
-        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Of the partner's row; used as a constant.
-        paired (`torch.Tensor` of shape `[N]`, bool): Which rows have a partner.
-        vocabulary_map (`torch.Tensor` of shape `[V_t]`, int64): Student token of each teacher token, or -1 for none.
-        targets (`torch.Tensor` of shape `[N]`, int64): Response tokens of the student.
-        divergence: Of `(student_logits, teacher_logits)`, per row.
-        temperature (`float`, *optional*, defaults to `1.0`): By which `divergence` divides the teacher's side.
+    Of `student_logits` `[N, V_s]`, with their gradient, and of what [`mapped_target`] makes of the other arguments;
+    `divergence` divides the teacher's side by `temperature`.
     """
     target = mapped_target(teacher_logits, paired, vocabulary_map, targets, student_logits.shape[-1], temperature)
     return divergence(student_logits, target)

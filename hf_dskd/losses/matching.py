@@ -1,8 +1,5 @@
 """
 Key-query matching: what the student's pass contributes, and what the networks that are trained against it minimize.
-
-The formulas are in `key_query.py` and `conditional_transport.py`; how a critic is trained is in
-[`hf_dskd.training.adversary`].
 """
 
 from __future__ import annotations
@@ -62,12 +59,17 @@ class Matching:
 
     Attributes:
         critic (`torch.nn.Module`, *optional*): Trained against the queries by an optimizer of its own.
+        kind (*optional*): Its class, of `(size, hidden_size, dropout, seed)`.
     """
 
     critic: nn.Module | None = None
+    kind: type[nn.Module] | None = None
 
     def __init__(self, config: DSKDConfig, size: int, seed: int, device: torch.device):
         self.config = config
+        if self.kind is not None:
+            widths = size, config.discriminator_hidden_size
+            self.critic = self.kind(*widths, config.discriminator_dropout, seed=seed).to(device)
 
     def __call__(
         self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int
@@ -91,10 +93,7 @@ class Matching:
         """
         Computes a micro-batch's share of what the critic minimizes, and sums for the log.
 
-        Args:
-            features ([`Features`]): Of the micro-batch.
-            query_count, key_count (`torch.Tensor`): Of the global batch.
-            seed (`int`): Of the dropout.
+        `query_count` and `key_count` are those of the global batch, `seed` is that of the dropout.
         """
         raise NotImplementedError
 
@@ -129,12 +128,7 @@ class AdversarialMatching(Matching):
     """A discriminator (arXiv 2603.22056, Eq. 14)."""
 
     critic: Discriminator
-
-    def __init__(self, config: DSKDConfig, size: int, seed: int, device: torch.device):
-        super().__init__(config, size, seed, device)
-        self.critic = Discriminator(
-            size, config.discriminator_hidden_size, config.discriminator_dropout, seed=seed
-        ).to(device)
+    kind = Discriminator
 
     def __call__(
         self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int
@@ -165,12 +159,7 @@ class TransportMatching(Matching):
     """Conditional transport (arXiv 2603.22056, Eq. 15)."""
 
     critic: TransportCritics
-
-    def __init__(self, config: DSKDConfig, size: int, seed: int, device: torch.device):
-        super().__init__(config, size, seed, device)
-        self.critic = TransportCritics(
-            size, config.discriminator_hidden_size, config.discriminator_dropout, seed=seed
-        ).to(device)
+    kind = TransportCritics
 
     def __call__(
         self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int

@@ -120,12 +120,8 @@ class Objective:
 
 def weights(config: DSKDConfig, terms: tuple[Term, ...], step: Step) -> dict[str, float]:
     """
-    Weighs terms in the loss (arXiv 2603.22056, Eqs. 9 and 16), by their names.
-
-    Args:
-        config ([`DSKDConfig`]): Rates.
-        terms (`tuple[Term]`): Those of an objective; numbers that are no loss have no weight.
-        step ([`Step`]): `on_policy` and `only`.
+    Weighs terms in the loss (arXiv 2603.22056, Eqs. 9 and 16), by their names, at a step that may be `on_policy` or
+    have `only` one; numbers that are no loss have no weight.
     """
     found = {"ce": 1.0}
     if config.method_row.needs_teacher:

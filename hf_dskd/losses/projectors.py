@@ -16,18 +16,14 @@ if TYPE_CHECKING:
 
 class Projectors(nn.Module):
     """
-    Three linear maps.
+    Three linear maps between spaces of `student_size` d_s and `teacher_size` d_t.
 
-    Args:
-        student_size (`int`): d_s, width of the student's last hidden state.
-        teacher_size (`int`): d_t, the teacher's.
-        seed (`int`, *optional*, defaults to `0`):
-            Of the initialisation, which draws from a source of its own: two methods on one seed see the same data
-            order and dropout whether or not they have projectors.
-        has_query (`bool`, *optional*, defaults to `True`): Only alignments by attention have queries.
+    The initialisation draws from a source of its own, by `seed`: two methods on one seed see the same data order and
+    dropout whether or not they have projectors.
 
     Attributes:
-        query: `[..., 2 d_s] -> [..., 2 d_t]`, from the student's input and target embeddings to keys' space.
+        query: `[..., 2 d_s] -> [..., 2 d_t]`, from the student's input and target embeddings to keys' space; only
+            alignments by attention have it.
         s2t: `[..., d_s] -> [..., d_t]`, student's hidden state to teacher space.
         t2s: `[..., d_t] -> [..., d_s]`, teacher's to student space.
     """
@@ -48,15 +44,10 @@ class Projectors(nn.Module):
         """
         Sets t2s and s2t so that a projected state has, on shared tokens, nearly the logits it had before.
 
-        t2s = pinv(W_s) W_t and s2t = pinv(W_t) W_s over the rows of the shared tokens (DSKDv2, arXiv 2504.11426, which
-        multiplies from the other side). A narrower space can't hold all logits of a wider one.
+        t2s = pinv(W_s) W_t and s2t = pinv(W_t) W_s over the rows of the shared tokens `[n]` (DSKDv2, arXiv 2504.11426,
+        which multiplies from the other side). A narrower space can't hold all logits of a wider one.
 
-        Args:
-            student_head, teacher_head ([`~hf_dskd.models.causal_lm.LMHead`]): The two heads.
-            student_ids, teacher_ids (`torch.Tensor` of shape `[n]`): Tokens for the same bytes.
-
-        Returns:
-            `dict[str, float]`: ‖W_s t2s − W_t‖ / ‖W_t‖ under `"t2s"`, and the same of `"s2t"`.
+        Returns ‖W_s t2s − W_t‖ / ‖W_t‖ under `"t2s"`, and the same of `"s2t"`.
         """
         residuals = {}
         heads = {"t2s": (student_head, student_ids, teacher_head, teacher_ids)}

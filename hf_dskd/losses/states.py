@@ -101,15 +101,11 @@ def response_states(
     Gathers the rows that predict a response token, so that nothing after this point sees a prompt or padding.
 
     Args:
-        hidden (`torch.Tensor` of shape `[B, S, d]`, or `[B, R, d]` with `gathered`): Last hidden state.
-        input_ids (`torch.Tensor` of shape `[B, S]`): Tokens.
-        labels (`torch.Tensor` of shape `[B, S]`): Tokens with -100 on prompt and padding, not shifted.
-        embedding (`torch.Tensor` of shape `[V, d]`): Input embedding; used as a constant.
-        chunks, partners (`torch.Tensor` of shape `[B, S]`, *optional*): Of each token, -1 where there is none.
-        gathered (`bool`, *optional*, defaults to `False`):
-            `hidden` has only the rows that predict a response token, as a teacher's.
-        places (`torch.Tensor` of shape `[B, S]`, *optional*), silent (`[B, S]`, bool, *optional*):
-            Of each token, as [`~hf_dskd.data.collator.DualCollator`] has them.
+        hidden (`[B, S, d]`, or `[B, R, d]` with `gathered`): Last hidden state; `gathered` ones are those rows alone.
+        input_ids (`[B, S]`), labels (`[B, S]`): Tokens, and these with -100 on prompt and padding, not shifted.
+        embedding (`[V, d]`): Input embedding; used as a constant.
+        chunks, partners, places, silent (`[B, S]`, *optional*): Of each token, as
+            [`~hf_dskd.data.collator.DualCollator`] has them; -1 or false where there is none.
         more: `head` and `example_ids` of [`ResponseStates`].
     """
 

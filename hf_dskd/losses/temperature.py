@@ -38,10 +38,7 @@ def with_temperature(
     """
     `divergence` as a function of *raw* logits `[..., V]`: each side is divided once, in float32 (float64 stays).
 
-    Args:
-        divergence: Of `(student_logits, teacher_logits)`, one value in nats per row.
-        temperatures ([`Temperatures`]): Of the two sides.
-        scaling (`str`, *optional*, defaults to `"none"`): See [`Temperatures.factor`].
+    It is multiplied by [`Temperatures.factor`] of `scaling`.
     """
     factor = temperatures.factor(scaling)
 
@@ -79,12 +76,9 @@ def temperatures(config: DSKDConfig, space: str, progress: float = 0.0) -> Tempe
 
 def space_divergence(config: DSKDConfig, space: str, progress: float = 0.0) -> DivergenceFunction:
     """
-    Returns the divergence of raw logits in `space`, with its parameters and temperatures.
+    Returns the divergence of raw logits in `space`, with its parameters and its temperatures at `progress` (0 to 1).
 
-    Args:
-        config ([`DSKDConfig`]): Settings.
-        space (`str`): `"student"`, `"teacher"`, or `"logits"` for methods with neither.
-        progress (`float`, *optional*, defaults to `0.0`): How much of the training is done, 0 to 1.
+    `space` is `"student"`, `"teacher"`, or `"logits"` for methods with neither.
     """
     name = {"student": config.student_space_divergence, "teacher": config.teacher_space_divergence}.get(space)
     divergence = divergence_function(name or config.divergence, config)

@@ -21,14 +21,10 @@ class Adversary:
     Trains the critic of a matching on the features that the student's passes leave behind.
 
     The critic is frozen except inside [`~Adversary.update`], so nothing reaches it from the student's backward pass.
-    Features of all micro-batches of an optimizer step are kept until its update: with them the result depends
-    neither on gradient accumulation nor on how often it is updated. The update runs in float32 without a loss scale,
-    since it has no long chain of half-precision layers behind it. `largest_gradient` of the last update is NaN or
-    infinite if a gradient of one of its steps was.
-
-    Args:
-        matching ([`~hf_dskd.losses.matching.Matching`]): With a critic, on its device.
-        config ([`DSKDConfig`]): Learning rate, betas, schedule, steps.
+    Features of all micro-batches of an optimizer step are kept until its update: with them the result depends neither
+    on gradient accumulation nor on how often it is updated. The update runs in float32 without a loss scale, since it
+    has no long chain of half-precision layers behind it. `largest_gradient` of the last update is NaN or infinite if
+    one was.
     """
 
     def __init__(self, matching: Matching, config: DSKDConfig):
@@ -80,15 +76,10 @@ class Adversary:
         """
         `discriminator_steps` steps on the kept features, which are then forgotten. Its schedule is not moved.
 
-        Args:
-            query_count, key_count: Response tokens of the global batch, over all ranks and micro-batches.
-            accelerator ([`~accelerate.Accelerator`]): Averages gradients over ranks.
-            seed (`int`, *optional*, defaults to `0`): Of the dropout.
-
-        Returns:
-            Sums over this rank's tokens before the first step, without gradient, and `grad_norm`. For a discriminator
-            `discriminator_query_loss`, `query_as_query` (queries taken for queries), `discriminator_key_loss` and
-            `key_as_key`; for transport critics `transport_cost`, over queries.
+        The counts are response tokens of the global batch, over all ranks and micro-batches; `seed` is that of the
+        dropout. Returns sums over this rank's tokens before the first step, without gradient, and `grad_norm`: for a
+        discriminator `discriminator_query_loss`, `query_as_query` (queries taken for queries),
+        `discriminator_key_loss` and `key_as_key`, for transport critics `transport_cost`, over queries.
         """
         assert self.optimizer is not None and self.scheduler is not None
         parameters = list(self.critic.parameters())

@@ -278,11 +278,7 @@ def check_launch(config: DSKDConfig) -> None:
 
 
 def check_metric(config: DSKDConfig, eval_dataset: Any) -> None:
-    """
-    Checks that the metric that chooses a checkpoint, or moves a schedule, names its set of several.
-
-    Where there is but one, it is of that.
-    """
+    """Checks that a metric that chooses a checkpoint, or moves a schedule, names its set; of one set it is that."""
     metric = config.metric_for_best_model
     if metric is None or not isinstance(eval_dataset, dict) or config.eval_strategy == "no":
         return

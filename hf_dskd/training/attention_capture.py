@@ -25,15 +25,9 @@ def layer_pairs(attention_layers: str, student_layers: int, teacher_layers: int)
     """
     Which layer of the student is compared with which of the teacher, counted from 0.
 
-    Args:
-        attention_layers (`str`):
-            `"last"`: the last with the last (MiniLM, arXiv 2002.10957). `"uniform"`: every layer of the student, with
-            teacher layers evenly spaced up to the last (as TinyBERT, arXiv 1909.10351, has it). Or pairs (see
-            [`~hf_dskd.settings.parse_layers`]).
-        student_layers, teacher_layers (`int`): How many they have.
-
-    Raises:
-        UserError: For a layer that isn't there.
+    `"last"` is the last with the last (MiniLM, arXiv 2002.10957), `"uniform"` every layer of the student with teacher
+    layers evenly spaced up to the last (as TinyBERT, arXiv 1909.10351, has it); or pairs (see
+    [`~hf_dskd.settings.parse_layers`]). A [`UserError`] for a layer that isn't there.
     """
     pairs = parse_layers(attention_layers)
     if attention_layers == "last":
@@ -61,17 +55,10 @@ class AttentionCapture:
 
     Attention weights must be softmax(scale · queries keysᵀ) over all earlier tokens, with nothing else in them, which
     [`check`] tries: Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 3 and GPT-2 are known to be so, Gemma 2 only without
-    its cap on attention scores.
-
-    Args:
-        model (`torch.nn.Module`): A causal language model, plain or with an adapter; later it may be wrapped.
-        role (`str`): `"student"` or `"teacher"`, for messages.
+    its cap on attention scores. A [`UserError`] where the attention of that kind of model can't be caught.
 
     Attributes:
         layer_count (`int`): How many layers have attention.
-
-    Raises:
-        UserError: If the attention of that kind of model can't be caught.
     """
 
     def __init__(self, model: nn.Module, role: str):
@@ -117,15 +104,8 @@ class AttentionCapture:
         """
         Tries `layers` on sixteen tokens, where the model is and under the autocast that is on.
 
-        Args:
-            layers (iterable of `int`): Counted from 0.
-            max_length (`int`): Tokens of the longest sequence; a sliding window must not be shorter.
-
-        Returns:
-            `dict[int, tuple[int, int]]`: Number and size of the heads of each layer's queries.
-
-        Raises:
-            UserError: If the weights of a layer aren't those that its queries and keys give, or not for `max_length`.
+        Returns number and size of the heads of each layer's queries. A [`UserError`] if the weights of a layer aren't
+        those that its queries and keys give, or not for `max_length` tokens: a sliding window must not be shorter.
         """
         shapes: dict[int, tuple[int, int]] = {}
 
@@ -179,17 +159,11 @@ class AttentionCapture:
 
 class AttentionPairs:
     """
-    The layers of student and teacher whose attention is compared.
+    The layers of student and teacher (not wrapped yet) whose attention is compared.
 
-    Args:
-        student (`torch.nn.Module`): Causal language model, plain or with an adapter, not wrapped yet.
-        teacher (`torch.nn.Module`): Likewise.
-        attention_layers (`str`, *optional*, defaults to `"last"`): See [`layer_pairs`].
-        relation_heads (`int`, *optional*): See [`~hf_dskd.losses.attention.common_heads`].
-        max_length (`int`, *optional*, defaults to `512`): Tokens of the longest sequence of either model.
-
-    Raises:
-        UserError: If layers, heads or one of the models don't fit.
+    `attention_layers` are those of [`layer_pairs`], `relation_heads` of [`~hf_dskd.losses.attention.common_heads`];
+    `max_length` are the tokens of the longest sequence of either. A [`UserError`] if layers, heads or a model don't
+    fit.
     """
 
     def __init__(

@@ -122,9 +122,8 @@ class Checkpoints(Steps):
         self, folder: Path, resume: str | bool | None, stack: ExitStack
     ) -> tuple[str | None, str | None, int, bool]:
         """
-        Takes the folder until `stack` ends, and finds what to go on from.
-
-        Returns the checkpoint, the run's id, the steps that it has left out, and whether settings have changed.
+        Takes the folder until `stack` ends, and finds what to go on from: the checkpoint, the run's id, the steps that
+        it has left out, and whether settings have changed.
         """
         stack.enter_context(held(folder))
         recover(folder)
@@ -185,9 +184,8 @@ class Checkpoints(Steps):
 
     def _finished_at(self, checkpoint: str) -> TrainOutput | None:
         """
-        Loads a checkpoint that was saved after a run's last step, which may have been stopped before the final save.
-
-        Trainer would do one step more before it notices that there is none to do.
+        Loads a checkpoint that was saved after a run's last step, before the final save; Trainer would do one step
+        more.
         """
         state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         steps, epochs = self.args.max_steps, self.args.num_train_epochs
@@ -270,8 +268,7 @@ class Checkpoints(Steps):
         """
         Takes student, projectors and discriminator as a run saved them, to look at; to go on training, resume instead.
 
-        Args:
-            folder (`str` or `Path`): The output folder of a run with the same settings, or a checkpoint in it.
+        `folder` is the output folder of a run with the same settings, or a checkpoint in it.
         """
         run_folder.check_facts(folder, self._facts, "folder=")
         self._load_from_checkpoint(str(folder))

@@ -55,8 +55,7 @@ class Distiller:
 
     Args:
         config ([`DSKDConfig`]): Settings.
-        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): On its device.
-        teacher ([`~hf_dskd.teacher.source.TeacherSource`], *optional*): Not for a method without one.
+        student, teacher: On their devices; no teacher for a method without one.
         pair ([`~hf_dskd.training.pair.Pair`]): Their tokenizers and configurations.
         device (`torch.device`, *optional*): Of the losses; by default the student's.
         collate (`Callable`, *optional*): From tokenized rows to a batch.
@@ -65,8 +64,7 @@ class Distiller:
             Both models read the same tokens, so that their attention can be compared token by token.
 
     Attributes:
-        objective ([`~hf_dskd.losses.objective.Objective`]): The method's loss.
-        projectors, matching, critic: Those of the objective, or `None`.
+        objective ([`~hf_dskd.losses.objective.Objective`]): The method's loss, with projectors, matching and critic.
         exact_means (`bool`): Whether every term of an example is independent of the batch it is in.
         trains_critic (`bool`): Whether a critic has an optimizer.
     """
@@ -136,13 +134,7 @@ class Distiller:
         return send_to_device(self.collate([dict(row) for row in rows]), self.device)
 
     def views(self, model: nn.Module, batch: dict[str, Any]) -> Views:
-        """
-        Runs both models on a batch, or looks the teacher up.
-
-        Args:
-            model (`torch.nn.Module`): The student, as it may be wrapped for a training on several devices.
-            batch (`dict[str, Any]`): On the device.
-        """
+        """Runs both models on a batch, or looks the teacher up; `model` is the student, as it may be wrapped."""
         watched: AbstractContextManager[list[Any]] = nullcontext([])
         if self._attention is not None:
             watched = self._attention.recording()

@@ -28,9 +28,8 @@ class RunningLog:
     """
     Adds up named sums without waiting for the device; one transfer reads them all.
 
-    It also remembers the first step at which a loss term or a gradient was not finite. Looking at every step would
-    stall a GPU, so it is looked at whenever something is logged, evaluated or saved: before a checkpoint could be
-    spoilt.
+    It also remembers the first step at which a loss term or a gradient was not finite, and looks at that whenever
+    something is logged, evaluated or saved: looking at every step would stall a GPU.
     """
 
     def __init__(self, device: torch.device):

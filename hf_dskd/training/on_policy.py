@@ -28,14 +28,10 @@ PREFIXES = {"student": "", "teacher": "teacher_"}
 
 def is_on_policy(step: int, fraction: float) -> bool:
     """
-    Tells whether an optimizer step is one of the on-policy ones.
+    Tells whether an optimizer step, counted from 0, is one of the on-policy ones.
 
     Their share of any first steps is `fraction`, evenly spread; only the step's number matters, so that all ranks
     agree, and a resumed run with the one that was stopped.
-
-    Args:
-        step (`int`): Number of the optimizer step, from 0.
-        fraction (`float`): Share of the steps, in [0, 1].
     """
     # 100 * 0.29 is below 29 in floating point.
     share = Fraction(fraction).limit_denominator(10**9)
@@ -59,28 +55,22 @@ def on_policy_batch(
     """
     Replaces the responses of a batch by those that the student writes now.
 
-    Of a conversation it writes the last answer, which is then the only one of the example.
-
-    What the student has written is decoded, and the text tokenized for both models as data is. An example for which it
-    writes nothing, or for whose response there is no room, keeps the response that it has.
+    Of a conversation it writes the last answer, which is then the only one of the example. What it has written is
+    decoded, and the text tokenized for both models as data is. An example for which it writes nothing, or for whose
+    response there is no room, keeps the response that it has.
 
     Args:
-        batch (`dict[str, torch.Tensor]`): From [`DualCollator`], with the teacher's tensors.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student, not wrapped for DDP.
-        student_tokenizer, teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Those of the batch.
-        collator (`Callable`): That of the batch.
+        batch (`dict[str, torch.Tensor]`): From `collator`, with the teacher's tensors.
+        model: The student, not wrapped for DDP.
         max_length (`int`): The most tokens that prompt, response and EOS may have together, on either side.
-        generation_config ([`~transformers.GenerationConfig`]):
-            How the student writes, at most `max_new_tokens` where that is set.
+        generation_config: How the student writes, at most `max_new_tokens` where that is set.
         seed (`int`, *optional*): Of the sampling. No other random stream moves.
-        autocast (`AbstractContextManager`, *optional*): Around the sampling.
         align (`Callable`, *optional*): Gives a row the columns that come after tokenization.
-        frames (`dict[str, Frame]`, *optional*):
-            What stands around an answer of the `"student"` and of the `"teacher"` (see
-            [`~hf_dskd.data.prompts.answer_frame`]); the end-of-sequence tokens by default.
+        frames (`dict[str, Frame]`, *optional*): What stands around an answer of the `"student"` and of the `"teacher"`
+            (see [`~hf_dskd.data.prompts.answer_frame`]); the end-of-sequence tokens by default.
 
     Returns:
-        `dict[str, torch.Tensor]`: a batch with the same keys, examples and device.
+        A batch with the same keys, examples and device.
     """
     device = batch["input_ids"].device
     read = {name: tensor.cpu() for name, tensor in batch.items()}

@@ -63,15 +63,9 @@ class Side:
     """
     One of the two models, of which configuration and tokenizer are read when they are first asked for.
 
-    Args:
-        role (`str`): `"student"` or `"teacher"`.
-        model (`str` or [`~transformers.PreTrainedModel`]): A name or folder, or a loaded model.
-        init_kwargs (`dict`, *optional*): Options of `from_pretrained`, for a name.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Instead of the one saved with the model.
-
-    Attributes:
-        name (`str`): Of the model, whether it is loaded or not.
-        loaded ([`~transformers.PreTrainedModel`], *optional*): The model where it was given loaded.
+    `role` is `"student"` or `"teacher"`, `model` a name or folder with its `init_kwargs`, or a loaded model, and
+    `tokenizer` one that is given instead of the model's own. `name` is the model's, `loaded` the model if it was
+    loaded.
     """
 
     def __init__(self, role: str, model: Any, init_kwargs: Any = None, tokenizer: Any = None):
@@ -137,22 +131,12 @@ class Pair:
     """
     Student and teacher of a run, before their weights are read.
 
-    Args:
-        args ([`DSKDConfig`]): The run's settings.
-        model, teacher_model (`str`, `Path` or [`~transformers.PreTrainedModel`]): Names, folders or loaded models.
-        processing_class, teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizers instead of those saved with the models.
-        peft_config ([`~peft.PeftConfig`], *optional*): Of a new adapter on the student.
-        quantization_config, teacher_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            For a student or teacher given by name.
+    The arguments are those of [`~hf_dskd.DSKDTrainer`]; a [`UserError`] for what doesn't go together.
 
     Attributes:
         student ([`Side`]), teacher ([`Side`] or `None`)
         quantization, teacher_quantization: How each is to be quantized when it is loaded, or `None`.
         adapters (`list[PeftConfig]`): Those of the student, new or loaded.
-
-    Raises:
-        UserError: For models, tokenizers and settings that don't go together.
     """
 
     def __init__(

@@ -69,13 +69,8 @@ class Preparation:
     """
     Makes of datasets what a run reads: tokens of both models and, where there is a cache, the teacher's states.
 
-    Args:
-        pair ([`~hf_dskd.training.pair.Pair`]): Of the two tokenizers, with the settings.
-        cache ([`~hf_dskd.teacher.cache.TeacherCache`], *optional*): For the states.
-        aligned (`bool`, *optional*, defaults to `True`): Also find partners of tokens, where the method needs them.
-
-    Attributes:
-        reports (`dict[str, TokenizationReport]`): What was cut or skipped, by split.
+    With `aligned` it also finds partners of tokens, where the method needs them. `reports` says what was cut or
+    skipped, by split.
     """
 
     def __init__(self, pair: Pair, cache: TeacherCache | None = None, aligned: bool = True):
@@ -199,10 +194,9 @@ def check_columns(config: DSKDConfig, dataset: Any, split: str) -> None:
 
 def check_steps(config: DSKDConfig, train_dataset: Any) -> None:
     """
-    Refuses a run in which no optimizer step would be taken.
+    Refuses a run in which no optimizer step would be taken; a stream's length isn't known before it ends.
 
-    Of too few micro-batches for `gradient_accumulation_steps` Trainer makes a step all the same. A stream's length
-    isn't known before it ends.
+    Of too few micro-batches for `gradient_accumulation_steps` Trainer makes a step all the same.
     """
     if config.max_steps < -1 or config.max_steps == 0:
         raise UserError(

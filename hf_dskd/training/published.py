@@ -110,12 +110,7 @@ def published_states(
 
 
 class PublishedMatching(Matching):
-    """
-    The matching loss of the released code: one number for the batch, not a sum over tokens.
-
-    Args:
-        matching ([`~hf_dskd.losses.matching.Matching`]): With a discriminator or transport critics.
-    """
+    """The matching loss of the released code: one number for the batch, not a sum over tokens."""
 
     def __init__(self, matching: Matching):
         self.matching, self.critic = matching, matching.critic
@@ -132,13 +127,8 @@ class PublishedMatching(Matching):
 
 def published_matching_term(critic: Any, queries: Tensor, keys: Tensor, seed: int) -> Tensor:
     """
-    Computes the matching loss of the released code, a scalar.
-
-    Args:
-        critic ([`~hf_dskd.losses.key_query.Discriminator`] or
-            [`~hf_dskd.losses.conditional_transport.TransportCritics`]): The released code has no other.
-        queries, keys (`torch.Tensor` of shape `[B, S, 2 d_t]`): Of every position.
-        seed (`int`): Of the dropout.
+    Computes the matching loss of the released code, a scalar, of a discriminator or transport critics (it has no
+    other); `queries` and `keys` `[B, S, 2 d_t]` are those of every position.
     """
 
     def noise(features: Tensor, width: int) -> Tensor:
@@ -189,7 +179,7 @@ def published_transport_loss(
     Minus the cost, as a mean over *every* position of `queries` and `keys` `[B, S, d]`, prompt and padding included,
     with the gradient reversed before all four networks. So the query projector minimises the cost, and the networks'
     gradients would maximise it, the navigators' included (the released code applies none of them). `noise` is the
-    dropout's, of queries and of keys, `[B, S, 2 d]`.
+    dropout's.
     """
     every_query, every_key = (
         torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) for values in (queries, keys)

@@ -63,11 +63,7 @@ def trajectory(config: DSKDConfig, ranks: int, data: str | None, peft_config: An
     """
     Collects everything of a run that changes what its student becomes, as JSON has it.
 
-    Args:
-        config ([`DSKDConfig`]): Its settings.
-        ranks (`int`): Its processes.
-        data (`str`, *optional*): [`~hf_dskd.data.fingerprint.fingerprint`] of its training data.
-        peft_config ([`~peft.PeftConfig`], *optional*): Of its adapter.
+    `data` is the [`~hf_dskd.data.fingerprint.fingerprint`] of its training data, `peft_config` that of its adapter.
     """
     names = [setting.name for setting in fields(DistillationSettings) if setting.name not in HARMLESS]
     names += [name for name in TRAINING if hasattr(config, name)]
@@ -116,11 +112,9 @@ def _jsonable(value: Any) -> Any:
 
 def differences(saved: dict[str, Any], now: dict[str, Any], any_length: bool) -> dict[str, tuple[Any, Any]]:
     """
-    Compares what was `saved` with what is `now`, by name.
+    Compares what was `saved` with what is `now`, by name; what only one of them has is of another version.
 
-    Args:
-        saved, now (`dict[str, Any]`): From [`trajectory`]. What only one of them has is of another version.
-        any_length (`bool`): The length of the run changes nothing before its end.
+    With `any_length` the length of the run changes nothing before its end.
     """
     ignored = {"max_steps", "num_train_epochs"} if any_length else set()
     if min(saved.get("max_steps") or 0, now.get("max_steps") or 0) > 0:
@@ -143,12 +137,7 @@ def keeps_no_length(config: DSKDConfig) -> bool:
 def check_settings(
     checkpoint: Path, saved: dict[str, Any], now: dict[str, Any], config: DSKDConfig
 ) -> dict[str, tuple[Any, Any]]:
-    """
-    Compares the settings of a checkpoint's run; what has changed must be allowed and possible.
-
-    Raises:
-        UserError: With all of it, in one line.
-    """
+    """Compares the settings of a checkpoint's run; a [`UserError`] names what may not change, in one line."""
     changed = differences(saved, now, keeps_no_length(config))
     if config.auto_find_batch_size:
         changed.pop("per_device_train_batch_size", None)
@@ -189,15 +178,9 @@ def check_checkpoint(
     """
     Reads `auxiliary.json` of a checkpoint that a run can go on from.
 
-    Args:
-        folder (`str` or `Path`): The checkpoint.
-        facts (`dict[str, Any]`): What must agree whatever is allowed: method, pair, sizes.
-        shapes (`dict[str, dict[str, list[int]]]`): Of every tensor of the modules beside the student.
-        needed (`list[str]`): Files that the run reads beside those that every one does.
-        ranks (`int`): Processes of the run.
-
-    Raises:
-        UserError: If it is none, of another run, or damaged; then with the last one that is whole.
+    `facts` must agree whatever is allowed: method, pair, sizes; `shapes` are those of every tensor beside the student;
+    `needed` are files that the run reads beside those that every one does; `ranks` its processes. A [`UserError`] if
+    it is none, of another run, or damaged; then with the last one that is whole.
     """
     folder = Path(folder)
     if not folder.is_dir():

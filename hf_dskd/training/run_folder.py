@@ -269,8 +269,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     Keeps other processes from training into a folder; this one may hold it several times.
 
-    Raises:
-        UserError: Where another process does, with its name, or where no file can be written.
+    A [`UserError`] where another process does, with its name, or where no file can be written.
     """
     from filelock import FileLock
 
@@ -331,10 +330,8 @@ def _is_dead(who: dict[str, Any]) -> bool:
 
 def last_checkpoint(folder: str | Path) -> Path:
     """
-    Finds the newest checkpoint of the last run in a folder.
-
-    Raises:
-        UserError: Without one, or where it can't be told which run's it would be.
+    Finds the newest checkpoint of the last run in a folder; a [`UserError`] without one, or where it can't be told
+    whose.
     """
     folder = Path(folder)
     found = {path: _run_of(path) for path in checkpoints(folder)}

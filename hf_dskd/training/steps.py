@@ -146,8 +146,8 @@ class Steps(Trainer):
         """
         Looks at the gradients just before the optimizer moves student and projectors, and moves the critic.
 
-        A scaler of fp16 that has found an overflow doesn't come here, or with an optimizer that leaves the step out
-        by itself; the critic is to agree.
+        Where a scaler of fp16 has found an overflow, an optimizer doesn't come here, or leaves the step out by itself;
+        the critic is to agree.
         """
         step, projectors, running = self.state.global_step, self._projector_parameters(), self.running_log
         gradients = {"the student's gradient": largest_gradient(self.model.parameters())}

@@ -9,13 +9,9 @@ from typing import Any
 
 def public(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """
-    Make a package's `__getattr__`, `__dir__` and `__all__`.
+    Make a package's `__getattr__`, `__dir__` and `__all__` of the names that each of its `modules` gives.
 
     Nothing heavy is imported before it is used: torch and transformers take seconds.
-
-    Args:
-        package (`str`): The package's `__name__`.
-        modules (`str`): By the name of a module in it, the names that it gives, with spaces between them.
     """
     home = {name: module for module, names in modules.items() for name in names.split()}
 

@@ -20,12 +20,9 @@ class Markdown(str):
 
 def render(template: str, **values: Any) -> str:
     """
-    Fills in a template.
+    Fills in a template, a file of this package such as `"report/one.md"`.
 
-    Args:
-        template (`str`): A file of this package: `"report/one.md"`.
-        values: By name. In a `.md` every value is escaped that isn't [`Markdown`], in a `.html` all that isn't
-            [`~markupsafe.Markup`].
+    In a `.md` every value is escaped that isn't [`Markdown`], in a `.html` all that isn't [`~markupsafe.Markup`].
     """
     return _templates(template.endswith(".html")).get_template(template).render(values)
 

@@ -150,13 +150,6 @@ def test_chunks(teacher_heads, relation_heads, heads):
     assert_same_with_gradients(actual, dense_chunks(pairs, chunks, heads), pairs)
 
 
-def test_own_scales():
-    """Gemma's scale isn't that of its head size."""
-    pairs = [(inputs(5, 9, 4, 4, 8, 1, scale=0.9), inputs(5, 9, 2, 1, 8, 2, scale=0.1))]
-    labels, attention_mask = same_tokens()
-    assert_same_with_gradients(attention_kl(pairs, labels, attention_mask), dense(pairs, labels, 2), pairs)
-
-
 def test_a_response_in_several_parts():
     pairs = layers(1, (9, 9))
     labels = torch.tensor([[-100, -100, 5, 5, -100, -100, 5, -100, -100]])

@@ -178,10 +178,10 @@ def compare(name, masked, scale_queries, dtype, tolerance, composition=CMA):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("scale_queries", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-4)])
-def test_terms_and_gradients_match_the_plain_formulation(name, masked, scale_queries, dtype, tolerance):
-    compare(name, masked, scale_queries, dtype, tolerance)
+def test_terms_and_gradients_match_the_plain_formulation(name, masked, dtype, tolerance):
+    for scale_queries in (False, True):
+        compare(name, masked, scale_queries, dtype, tolerance)
 
 
 # The teacher's own prediction needs one teacher token per student token.
@@ -224,17 +224,12 @@ def test_heads_across_spaces_and_embeddings_are_constants():
     b, projectors = make()
     for key in ("student_head", "teacher_head", "student_embedding", "teacher_embedding", "teacher_hidden"):
         b[key].requires_grad_()
-    terms, *_ = our_terms(b, projectors, divergence_function("forward_kl"), 1.0, True, False)
+    terms, *_ = our_terms(b, projectors, divergence_function("forward_kl"), 1.0, False, False)
     loss = terms["t2s_ce"].sum() + terms["s2t_kd"].sum()
     for key in ("student_head", "teacher_head", "student_embedding", "teacher_embedding"):
         (gradient,) = torch.autograd.grad(loss, b[key], retain_graph=True, allow_unused=True)
         assert gradient is None or not gradient.any()
-
-
-def test_t2s_target_carries_no_gradient_to_the_projectors():
-    b, projectors = make()
-    b["student_hidden"].requires_grad_()
-    terms, *_ = our_terms(b, projectors, divergence_function("forward_kl"), 1.0, False, False)
+    # Nor does the target of the divergence train the projectors.
     gradients = torch.autograd.grad(terms["t2s_kd"].sum(), list(projectors.parameters()), allow_unused=True)
     assert not any(gradient is not None and gradient.any() for gradient in gradients)
 

@@ -6,7 +6,7 @@ import torch
 
 from hf_dskd.losses import logits as module
 from hf_dskd.losses.divergences import forward_kl, reverse_kl
-from hf_dskd.losses.logits import mapped_kd, mapped_target, packed_partners, rows_at_places, shared_prefix_kd, uld
+from hf_dskd.losses.logits import mapped_kd, packed_partners, rows_at_places, shared_prefix_kd, uld
 from hf_dskd.losses.temperature import Temperatures, with_temperature
 from hf_dskd.methods import DIVERGENCES
 
@@ -122,21 +122,6 @@ class TestULD:
             value_and_gradient(lambda x: self.plain(x, teacher), student),
         )
 
-    def test_each_row_has_its_own_weight(self):
-        torch.manual_seed(0)
-        student, teacher = (torch.randn(5, 6, dtype=FLOAT64) for _ in range(2))
-        weight = torch.randn(5, dtype=FLOAT64)
-        torch.testing.assert_close(
-            value_and_gradient(lambda x: weight * uld(x, teacher), student),
-            value_and_gradient(lambda x: weight * self.plain(x, teacher), student),
-        )
-
-    def test_order_of_the_vocabulary_is_of_no_account(self):
-        torch.manual_seed(0)
-        student, teacher = torch.randn(5, 6), torch.randn(5, 8)
-        torch.testing.assert_close(uld(student, teacher[:, torch.randperm(8)]), uld(student, teacher))
-        torch.testing.assert_close(uld(student, student.flip(1)), torch.zeros(5))
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_16_bit_rows_do_not_depend_on_the_batch(self, dtype):
         torch.manual_seed(0)
@@ -153,10 +138,6 @@ class TestULD:
     def test_of_nothing(self):
         value, gradient = value_and_gradient(lambda x: uld(x, torch.zeros(0, 5)), torch.zeros(0, 4))
         assert value.shape == (0,) and gradient.shape == (0, 4)
-
-    def test_without_a_gradient(self):
-        with torch.no_grad():
-            assert not uld(torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)).requires_grad
 
     def test_the_teacher_is_a_constant(self):
         student, teacher = torch.randn(4, 7, requires_grad=True), torch.randn(4, 9, requires_grad=True)
@@ -220,11 +201,6 @@ class TestMapped:
             atol=1e-9,
         )
 
-    def test_a_row_without_partner_has_cross_entropy(self):
-        student, teacher = self.logits(torch.float32)
-        expected = torch.nn.functional.cross_entropy(student, self.TARGETS, reduction="none")
-        torch.testing.assert_close(self.call(teacher, forward_kl)(student)[1], expected[1])
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_the_student_is_not_its_own_teacher(self, dtype):
         """The released code writes its target over the student's logits in float32, and so reports 0."""
@@ -234,23 +210,11 @@ class TestMapped:
         assert (value > 0.01).all() and (gradient.abs().amax(1) > 0.01).all()
         assert torch.equal(student, before)
 
-    def test_the_floor_is_below_rounding_in_a_large_vocabulary(self):
+    @pytest.mark.parametrize("tau", [1.0, 2.0, 4.0])
+    def test_the_floor_is_below_rounding_in_a_large_vocabulary(self, tau):
+        """At 4, a floor put under the target before the temperature would hold 98% of it."""
         torch.manual_seed(0)
-        student = torch.randn(2, 150_000)
-        teacher = 3 * torch.randn(1, 50)
-        paired, targets = torch.tensor([True, False]), torch.tensor([0, 7])
-        value = mapped_kd(student, teacher.expand(2, -1), paired, torch.arange(50), targets, forward_kl)
-        log_q = student.double().log_softmax(-1)
-        p = teacher[0].double().softmax(-1)
-        expected = torch.stack([(p * (p.log() - log_q[0, :50])).sum(), -log_q[1, 7]])
-        torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
-
-    @pytest.mark.parametrize("tau", [2.0, 4.0])
-    def test_a_temperature_leaves_the_floor_below_rounding(self, tau):
-        """At 4, a floor put under the target before would hold 98% of it."""
-        torch.manual_seed(0)
-        student = torch.randn(2, 50_257)
-        teacher = 3 * torch.randn(1, 50)
+        student, teacher = torch.randn(2, 150_000), 3 * torch.randn(1, 50)
         paired, targets = torch.tensor([True, False]), torch.tensor([0, 7])
         divergence = with_temperature(forward_kl, Temperatures(1.0, tau))
         value = mapped_kd(student, teacher.expand(2, -1), paired, torch.arange(50), targets, divergence, tau)
@@ -269,12 +233,6 @@ class TestMapped:
         assert value.isfinite().all() and gradient.isfinite().all() and (value > -1e-5).all()
         if name == "reverse_kl":
             assert value.max() < -math.log(module.TARGET_FLOOR) + 0.01
-
-    def test_mass_is_carried_over_in_whole(self):
-        _, teacher = self.logits()
-        whole = self.VOCABULARY_MAP.clamp_min(0)
-        target = mapped_target(teacher[self.PARTNER], self.PARTNER >= 0, whole, self.TARGETS, 6)
-        torch.testing.assert_close(target.exp().sum(-1), torch.ones(4, dtype=FLOAT64))
 
     def test_rows_of_nothing(self):
         nothing = torch.zeros(0, dtype=torch.int64)

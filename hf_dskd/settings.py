@@ -57,6 +57,21 @@ def _setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata=_Metadata({"help": help, **told}, more))
 
 
+def _choice(default: Any, help: str, choices: Any, **more: Any) -> Any:
+    """One of a few names, which end the help."""
+    return _setting(
+        default, f"{help} {(' or ' if len(choices) == 2 else ', ').join(choices)}", choices=choices, **more
+    )
+
+
+def _share(default: Any, help: str, usual: float) -> Any:
+    return _setting(default, help, above=0, below=1, usual=f"the papers use {usual}")
+
+
+def _temperature(default: Any, help: str) -> Any:
+    return _setting(default, help, above=0, usual="the papers use 2.0")
+
+
 @dataclass
 class DistillationSettings:
     r"""
@@ -206,37 +221,23 @@ class DistillationSettings:
     """
 
     # Method
-    method: str = _setting(
-        "dskd_cma_ga", f"what is learnt from the teacher: one of {', '.join(METHODS)}", choices=METHODS
-    )
-    alignment: str | None = _setting(
-        None, f"how tokens are aligned, instead of the method's: one of {', '.join(ALIGNMENTS)}", choices=ALIGNMENTS
-    )
-    spaces: str | None = _setting(
-        None, f"spaces that are compared, instead of the method's: {', '.join(SPACES)}", choices=SPACES
-    )
+    method: str = _choice("dskd_cma_ga", "what is learnt from the teacher: one of", METHODS)
+    alignment: str | None = _choice(None, "how tokens are aligned, instead of the method's: one of", ALIGNMENTS)
+    spaces: str | None = _choice(None, "spaces that are compared, instead of the method's:", SPACES)
     matching: str | None = _setting(
         None,
         f"how queries are matched to keys, instead of the method's: {', '.join(MATCHINGS)} or none",
         choices=ChainMap({"none": None}, MATCHINGS),
     )
-    teacher_value: str | None = _setting(
-        None,
-        f"what t2s projects of the teacher, instead of the method's: {' or '.join(TEACHER_VALUES)}",
-        choices=TEACHER_VALUES,
+    teacher_value: str | None = _choice(
+        None, "what t2s projects of the teacher, instead of the method's:", TEACHER_VALUES
     )
-    t2s_label: str | None = _setting(
-        None,
-        f"what the projected teacher is to predict, instead of the method's: {' or '.join(LABELS)}",
-        choices=LABELS,
+    t2s_label: str | None = _choice(None, "what the projected teacher is to predict, instead of the method's:", LABELS)
+    projector_init: str | None = _choice(
+        None, "beginning of the projectors, instead of the method's:", PROJECTOR_INITS
     )
-    projector_init: str | None = _setting(
-        None,
-        f"beginning of the projectors, instead of the method's: {' or '.join(PROJECTOR_INITS)}",
-        choices=PROJECTOR_INITS,
-    )
-    divergence: str = _setting(
-        "skewed_forward_kl", f"distance of the distributions: one of {', '.join(DIVERGENCES)}", **_DIVERGENCE
+    divergence: str = _choice(
+        "skewed_forward_kl", "distance of the distributions: one of", DIVERGENCES, aliases=DIVERGENCE_ALIASES
     )
     student_space_divergence: str | None = _setting(
         None, "divergence in student space, where it is another", **_DIVERGENCE
@@ -244,37 +245,19 @@ class DistillationSettings:
     teacher_space_divergence: str | None = _setting(
         None, "divergence in teacher space, where it is another", **_DIVERGENCE
     )
-    skew_lambda: float = _setting(
-        0.1, "lambda of the skewed divergences, in (0, 1)", above=0, below=1, usual="the papers use 0.1"
+    skew_lambda: float = _share(0.1, "lambda of the skewed divergences, in (0, 1)", 0.1)
+    js_weight: float = _share(0.5, "the teacher's weight in the mixture of js, in (0, 1)", 0.5)
+    adaptive_kl_alpha: float = _share(0.5, "teacher mass of the tail, in (0, 1)", 0.5)
+    kd_temperature: float = _temperature(2.0, "divides both logits in the divergences, once")
+    student_temperature: float | None = _temperature(None, "divides the student's logits instead of kd_temperature")
+    teacher_temperature: float | None = _temperature(None, "divides the teacher's logits instead of kd_temperature")
+    teacher_space_temperature: float | None = _temperature(
+        None, "divides both logits in teacher space instead of kd_temperature"
     )
-    js_weight: float = _setting(
-        0.5, "the teacher's weight in the mixture of js, in (0, 1)", above=0, below=1, usual="the papers use 0.5"
-    )
-    adaptive_kl_alpha: float = _setting(
-        0.5, "teacher mass of the tail, in (0, 1)", above=0, below=1, usual="the papers use 0.5"
-    )
-    kd_temperature: float = _setting(
-        2.0, "divides both logits in the divergences, once", above=0, usual="the papers use 2.0"
-    )
-    student_temperature: float | None = _setting(
-        None, "divides the student's logits instead of kd_temperature", above=0, usual="the papers use 2.0"
-    )
-    teacher_temperature: float | None = _setting(
-        None, "divides the teacher's logits instead of kd_temperature", above=0, usual="the papers use 2.0"
-    )
-    teacher_space_temperature: float | None = _setting(
-        None, "divides both logits in teacher space instead of kd_temperature", above=0, usual="the papers use 2.0"
-    )
-    temperature_scaling: str = _setting(
-        "none", f"factor of the divergences: {' or '.join(TEMPERATURE_SCALINGS)}", choices=TEMPERATURE_SCALINGS
-    )
-    temperature_schedule: str = _setting(
-        "constant",
-        f"course of every temperature over the run: {', '.join(TEMPERATURE_SCHEDULES)}",
-        choices=TEMPERATURE_SCHEDULES,
-    )
-    final_kd_temperature: float | None = _setting(
-        None, "where kd_temperature ends with a linear or cosine schedule", above=0, usual="the papers use 2.0"
+    temperature_scaling: str = _choice("none", "factor of the divergences:", TEMPERATURE_SCALINGS)
+    temperature_schedule: str = _choice("constant", "course of every temperature over the run:", TEMPERATURE_SCHEDULES)
+    final_kd_temperature: float | None = _temperature(
+        None, "where kd_temperature ends with a linear or cosine schedule"
     )
     kd_rate: float = _setting(
         0.5, "weight of distillation; cross entropy has 1 - kd_rate", least=0, most=1, usual="the papers use 0.5"
@@ -282,10 +265,10 @@ class DistillationSettings:
     correctness_mask: bool = _setting(
         True, "student-space divergence only where the projected teacher predicts its label"
     )
-    alm_divergence: str = _setting(
+    alm_divergence: str = _choice(
         "forward_kl",
-        f"divergence between binary likelihoods of alm: one of {', '.join(BINARY_DIVERGENCES)}",
-        choices=BINARY_DIVERGENCES,
+        "divergence between binary likelihoods of alm: one of",
+        BINARY_DIVERGENCES,
         aliases=DIVERGENCE_ALIASES,
     )
     alm_temperature: float = _setting(100.0, "divides the log-likelihoods of alm", above=0, usual="the paper uses 100")
@@ -302,10 +285,8 @@ class DistillationSettings:
     kq_rate: float = _setting(
         1.0, "weight of key-query matching, per response token", least=0, usual="0 switches matching off"
     )
-    adversarial_loss: str = _setting(
-        "minimax",
-        f"loss of the query projector against the discriminator: one of {', '.join(ADVERSARIAL_LOSSES)}",
-        choices=ADVERSARIAL_LOSSES,
+    adversarial_loss: str = _choice(
+        "minimax", "loss of the query projector against the discriminator:", ADVERSARIAL_LOSSES
     )
     attention_kd_rate: float = _setting(
         0.0,
@@ -394,9 +375,7 @@ class DistillationSettings:
     teacher_device: str | None = _setting(
         None, "where the teacher is, such as cuda:1; by default beside the student", usual="such as 'cuda:1'"
     )
-    teacher_dtype: str = _setting(
-        "auto", f"precision of a teacher given by name: one of {', '.join(DTYPES)}", choices=DTYPES
-    )
+    teacher_dtype: str = _choice("auto", "precision of a teacher given by name: one of", DTYPES)
     model_init_kwargs: dict[str, Any] | str | None = _setting(
         None, "JSON of options for from_pretrained of the student"
     )

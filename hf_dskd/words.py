@@ -49,75 +49,63 @@ FLAGS = {
     "use_lora": "use_peft",
 }
 
-_RESPONSES = "responses alone are learnt, prompts never: leave it out"
 _ROOM = "max_length bounds prompt and response together, in tokens of either model"
 _SAMPLING = (
     "the student samples with its own generation config: set model.generation_config, or save it beside the model"
 )
 _COLUMNS = "rows have a prompt and a response: name their columns with prompt_column and response_column"
-_MODEL = "in Python the models are arguments of DSKDTrainer (model, teacher_model)"
 _GENERATES = "the student answers with transformers' own generate: leave it out"
-_PACKING = "sequences hold one example each; padding_free=True puts those of a micro-batch into one row"
-_REMOTE = "write model_init_kwargs={'trust_remote_code': True}, and teacher_model_init_kwargs for the teacher"
-_STRATEGY = "write train_sampling_strategy='group_by_length'"
 
+# What is done in another way, for several words at once.
+_TOGETHER = {
+    "alpha uld_crossentropy_weight uld_distillation_weight": "kd_rate is the weight of distillation, and 1 - kd_rate"
+    " that of the cross entropy",
+    "loss_type kd_loss": "method says what is compared, divergence how far apart it is",
+    "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt": "responses alone are learnt, prompts"
+    " never: leave it out",
+    "packing eval_packing packing_strategy": "sequences hold one example each; padding_free=True puts those of a"
+    " micro-batch into one row",
+    "dataset_text_field dataset_kwargs": _COLUMNS,
+    "max_new_tokens max_completion_length": _ROOM,
+    "eos_token pad_token": "set it on the tokenizer, and pass that as processing_class",
+    "tokenizer_name tokenizer_name_or_path": "each model's own tokenizer is taken; in Python pass another as"
+    " processing_class",
+    "teacher_model_name_or_path model_name_or_path model_name": "in Python the models are arguments of DSKDTrainer"
+    " (model, teacher_model)",
+    "generation_kwargs top_p top_k min_p": _SAMPLING,
+}
 # What is done in another way, or not at all.
 INSTEAD = {
+    **{name: said for names, said in _TOGETHER.items() for name in names.split()},
     "beta": "the generalized Jensen-Shannon divergence is divergence='js' with this as js_weight; at 0 it is"
     " divergence='forward_kl', at 1 'reverse_kl'",
     "temperature": f"kd_temperature divides the logits in the divergences; {_SAMPLING}",
-    "alpha": "kd_rate is the weight of distillation, and 1 - kd_rate that of the cross entropy",
-    "uld_crossentropy_weight": "kd_rate is the weight of distillation, and 1 - kd_rate that of the cross entropy",
-    "uld_distillation_weight": "kd_rate is the weight of distillation, and 1 - kd_rate that of the cross entropy",
     "seq_kd": "write method='seq_kd'",
     "use_uld_loss": "write method='uld'",
     "use_extended_uld": "write method='uld', or alm for pieces of the same text",
-    "loss_type": "method says what is compared, divergence how far apart it is",
-    "kd_loss": "method says what is compared, divergence how far apart it is",
-    "completion_only_loss": _RESPONSES,
-    "assistant_only_loss": _RESPONSES,
-    "train_on_inputs": _RESPONSES,
-    "train_on_prompt": _RESPONSES,
-    "packing": _PACKING,
-    "eval_packing": _PACKING,
-    "packing_strategy": _PACKING,
     "formatting_func": f"map the dataset to columns prompt and completion, or messages; else {_COLUMNS}",
-    "dataset_text_field": _COLUMNS,
-    "dataset_kwargs": _COLUMNS,
-    "max_new_tokens": _ROOM,
-    "max_completion_length": _ROOM,
     "max_prompt_length": f"{_ROOM}; skip_long_prompts=True skips examples whose prompt fills it",
     "truncation_mode": "responses are cut at max_length; skip_long_prompts=True skips examples whose prompt fills it",
     "pad_to_multiple_of": "pass data_collator=DualCollator(..., pad_to_multiple_of=...)",
     "shuffle_dataset": "examples are shuffled in every epoch; train_sampling_strategy='sequential' keeps their order",
     "chat_template_path": "set processing_class.chat_template",
-    "eos_token": "set it on the tokenizer, and pass that as processing_class",
-    "pad_token": "set it on the tokenizer, and pass that as processing_class",
-    "tokenizer_name": "each model's own tokenizer is taken; in Python pass another as processing_class",
-    "tokenizer_name_or_path": "each model's own tokenizer is taken; in Python pass another as processing_class",
     "teacher_tokenizer_name_or_path": "the teacher's own is taken; in Python pass another as teacher_processing_class",
     "tokenizer": "each model's own tokenizer is taken; in Python pass another as DSKDTrainer(processing_class=...)",
-    "teacher_model_name_or_path": _MODEL,
-    "model_name_or_path": _MODEL,
-    "model_name": _MODEL,
     "teacher_model_revision": "write teacher_model_init_kwargs={'revision': ...}",
     "model_revision": "write model_init_kwargs={'revision': ...}",
-    "trust_remote_code": _REMOTE,
+    "trust_remote_code": "write model_init_kwargs={'trust_remote_code': True}, and teacher_model_init_kwargs for the"
+    " teacher",
     "use_peft": "in Python pass DSKDTrainer(peft_config=LoraConfig(...))",
     "load_in_4bit": "load_teacher_in_4bit is for the teacher, quantization_config of DSKDTrainer for the student",
     "load_in_8bit": "pass quantization_config or teacher_quantization_config to DSKDTrainer",
     "precompute_ref_log_probs": "teacher_cache keeps the teacher's last hidden states",
     "activation_offloading": "gradient_checkpointing=True saves memory",
     "disable_dropout": "dropout is a setting of the model, such as model_init_kwargs={'attention_dropout': 0}",
-    "generation_kwargs": _SAMPLING,
-    "top_p": _SAMPLING,
-    "top_k": _SAMPLING,
-    "min_p": _SAMPLING,
     "num_generations": "one response is sampled per prompt: leave it out",
     "log_completions": "eval_generation_samples answers that many prompts in every evaluation",
     "use_vllm": _GENERATES,
     "warmup_ratio": "write warmup_steps, where a number below 1 is a share of the steps",
-    "group_by_length": _STRATEGY,
+    "group_by_length": "write train_sampling_strategy='group_by_length'",
     "overwrite_output_dir": "name another output_dir, go on with resume_from_checkpoint, or delete the folder",
     "save_safetensors": "weights are always saved as safetensors: leave it out",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",

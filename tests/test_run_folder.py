@@ -228,17 +228,6 @@ def test_what_a_killed_process_leaves_running_is_waited_for(tmp_path, monkeypatc
         assert noted(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_folder_that_takes_no_lock(tmp_path, monkeypatch, caplog):
-    import filelock
-
-    def none(*args, **kwargs):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", none)
-    make(tmp_path, max_steps=1).train()
-    assert "can't be locked" in caplog.text and (tmp_path / "checkpoint-1").is_dir()
-
-
 def test_a_lock_that_is_a_link_is_left_alone(tmp_path):
     (tmp_path / "notes").write_text("of somebody")
     (tmp_path / ".run.lock").symlink_to(tmp_path / "notes")

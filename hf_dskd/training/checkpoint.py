@@ -295,9 +295,17 @@ class Checkpoints(Steps):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
+            best = self.state.best_model_checkpoint
+            is_best = best is not None and Path(best).parent == staging
+            if is_best:
+                self.state.best_model_checkpoint = str(run_dir / Path(str(best)).name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._finish_checkpoint(staging / name, run_dir / name)
+                if is_best:
+                    # The state was written while the checkpoint still had its temporary place.
+                    self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                run_folder.publish(staging / name, run_dir / name)
+                shutil.rmtree(staging)
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
             last = run_folder.checkpoints(run_dir)
@@ -309,22 +317,10 @@ class Checkpoints(Steps):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = str(run_dir / Path(best).name)
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             run_folder.rotate(run_dir, self.args.save_total_limit, best, self._run_id)
         self.running_log.restart_clock()
-
-    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staged.parent:
-            # The state was written while the checkpoint still had its temporary place.
-            self.state.best_model_checkpoint = str(final.parent / Path(best).name)
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        run_folder.publish(staged, final)
-        shutil.rmtree(staged.parent)
 
 
 @contextmanager

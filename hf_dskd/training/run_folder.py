@@ -192,20 +192,13 @@ def rotate(run_folder: str | Path, limit: int | None, best: str | None, run: str
     """Deletes the oldest checkpoints of a `run` over `limit`; the best one and the newest always stay."""
     if limit is None or limit <= 0:
         return
-    found = [path for path in checkpoints(run_folder) if _is_of(path, run)]
+    found = [path for path in checkpoints(run_folder) if _run_of(path) == run]
     keep = {found[-1].name} if found else set()
     if best is not None:
         keep.add(Path(best).name)
     surplus = len(found) - max(limit, len(keep))
     for path in [path for path in found if path.name not in keep][: max(surplus, 0)]:
         remove(path)
-
-
-def _is_of(checkpoint: Path, run: str | None) -> bool:
-    try:
-        return (checkpoint / AUXILIARY_NAME).is_file() and run_id(checkpoint) == run
-    except UserError:
-        return False
 
 
 # ---- Whose a folder is

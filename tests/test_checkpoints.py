@@ -277,39 +277,49 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     assert tmp_path.name in events[place:]
 
 
-@pytest.mark.parametrize("moment", ["optimizer.pt", "auxiliary.json", "fsync", "rename"])
-def test_a_kill_while_a_checkpoint_is_written(moment, tmp_path):
-    code = (
-        "import sys, os, signal\n"
-        "import test_checkpoints\n"
-        "from hf_dskd.training import run_folder as checkpoint\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "run = test_checkpoints.make(sys.argv[1], max_steps=3)\n"
-        "def killing(function, matches):\n"
-        "    def killed(*args, **kwargs):\n"
-        "        if run.state.global_step == 2 and matches(*args):\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return function(*args, **kwargs)\n"
-        "    return killed\n"
-        "moment = sys.argv[2]\n"
-        "if moment == 'optimizer.pt':\n"
-        "    torch.save = killing(torch.save, lambda value, path, *rest: str(path).endswith('/optimizer.pt'))\n"
-        "elif moment == 'auxiliary.json':\n"
-        "    Path.write_text = killing(Path.write_text, lambda path, *rest: path.name == 'auxiliary.json')\n"
-        "elif moment == 'fsync':\n"
-        "    checkpoint._sync = killing(checkpoint._sync, lambda path: path.name == 'scheduler.pt')\n"
-        "else:\n"
-        "    os.replace = killing(os.replace, lambda source, target: Path(target).name == 'checkpoint-2')\n"
-        "run.train()\n"
-    )
-    killed = forked(code, tmp_path / "run", moment)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = make(tmp_path_factory.mktemp("whole"))
+    run.train()
+    return test_resume.state(run)
+
+
+# Where the process is killed while it writes the second checkpoint: a function, and what it is called with then.
+MOMENTS = {
+    "optimizer.pt": "torch, 'save', lambda value, path, *more: str(path).endswith('/optimizer.pt')",
+    "auxiliary.json": "Path, 'write_text', lambda path, *more: path.name == 'auxiliary.json'",
+    "fsync": "run_folder, '_sync', lambda path: path.name == 'scheduler.pt'",
+    "rename": "os, 'replace', lambda source, target: Path(target).name == 'checkpoint-2'",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_while_a_checkpoint_is_written(moment, uninterrupted, tmp_path):
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+import test_checkpoints, torch
+from hf_dskd.training import run_folder
+
+run = test_checkpoints.make(sys.argv[1])
+
+def killing(place, name, matches):
+    function = getattr(place, name)
+    def killed(*args, **kwargs):
+        if run.state.global_step == 2 and matches(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    setattr(place, name, killed)
+
+killing({MOMENTS[moment]})
+run.train()
+"""
+    killed = forked(code, tmp_path / "run")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
-    resumed, whole = make(tmp_path / "run"), make(tmp_path / "whole")
+    resumed = make(tmp_path / "run")
     resumed.train(resume_from_checkpoint=True)
-    whole.train()
-    test_resume.assert_same(test_resume.state(whole), test_resume.state(resumed))
+    test_resume.assert_same(uninterrupted, test_resume.state(resumed))
     assert not list((tmp_path / "run").glob(".incomplete"))
 
 

@@ -246,6 +246,7 @@ def test_torch_compile(tmp_path):
     for compiled in (False, True):
         run = runs.trainer(
             tmp_path / str(compiled),
+            max_steps=2,
             torch_compile=compiled,
             **({"torch_compile_backend": "aot_eager"} if compiled else {}),
         )

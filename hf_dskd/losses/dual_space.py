@@ -161,17 +161,12 @@ def teacher_labels(predictions: Tensor, teacher: ResponseStates, t2s: Tensor, la
 
 def student_space_rows(divergence: DivergenceFunction, correctness_mask: bool = True) -> RowFunction:
     """
-    Terms of student space per row (arXiv 2603.22056, Eqs. 6 and 7), from the student's and the projected teacher's
-    logits.
+    Terms of student space per row (arXiv 2603.22056, Eqs. 6 and 7), as a function of the student's and the projected
+    teacher's logits `[n, V_s]`, `targets` `[n]`, the projected teacher's `labels` `[n]`, and which rows are `paired`
+    `[n]`.
 
-    Args:
-        divergence: Of raw `(student_logits, teacher_logits)`, per row.
-        correctness_mask (`bool`, *optional*, defaults to `True`):
-            Count the divergence only where the projected teacher's argmax is its label.
-
-    Returns:
-        A function of both logits `[n, V_s]`, `targets` `[n]`, the projected teacher's `labels` `[n]`, and which rows
-        are `paired` `[n]` with one.
+    `divergence` is of raw `(student_logits, teacher_logits)`, per row. With `correctness_mask` it counts only where
+    the projected teacher's argmax is its label.
     """
 
     def terms(

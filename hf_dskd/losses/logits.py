@@ -84,21 +84,14 @@ class SharedVocabulary(Logits):
 
     def compare(self, step: Step) -> Callable[..., Tensor]:
         divergence = self.divergence("logits", step)
-
-        def rows(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> Tensor:
-            return shared_prefix_kd(student_logits, teacher_logits, divergence) * paired
-
-        return rows
+        return lambda own, theirs, targets, paired: shared_prefix_kd(own, theirs, divergence) * paired
 
 
 class SortedProbabilities(Logits):
     """L1 distance of sorted probabilities (arXiv 2402.12030): `uld`."""
 
     def compare(self, step: Step) -> Callable[..., Tensor]:
-        def rows(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, paired: Tensor) -> Tensor:
-            return uld(student_logits, teacher_logits) * paired
-
-        return rows
+        return lambda own, theirs, targets, paired: uld(own, theirs) * paired
 
 
 class MappedVocabulary(Logits):
@@ -125,15 +118,10 @@ class MappedVocabulary(Logits):
 
 def shared_prefix_kd(student_logits: Tensor, teacher_logits: Tensor, divergence: DivergenceFunction) -> Tensor:
     """
-    Divergence of two models with one tokenizer, per row `[N]`.
+    Divergence of two models with one tokenizer, per row `[N]`; the teacher's logits `[N, V_t]` are a constant.
 
     Models of one family pad the same vocabulary to different sizes. Both distributions are those over the first
     min(V_s, V_t) tokens, renormalised.
-
-    Args:
-        student_logits (`torch.Tensor` of shape `[N, V_s]`): With their gradient.
-        teacher_logits (`torch.Tensor` of shape `[N, V_t]`): Used as a constant.
-        divergence: Of `(student_logits, teacher_logits)`, per row.
     """
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return divergence(student_logits[..., :shared], teacher_logits[..., :shared].detach())
@@ -145,15 +133,9 @@ def rows_at_places(
     """
     Pairs the i-th token of an answer of the student with the i-th of the same answer of the teacher.
 
-    Args:
-        student_places (`torch.Tensor` of shape `[B, R_s]`), teacher_places (`torch.Tensor` of shape `[B, R_t]`):
-            Place of each token, rising along an example, -1 for one that has no partner.
-        student_mask (`torch.Tensor` of shape `[B, R_s]`), teacher_mask (`torch.Tensor` of shape `[B, R_t]`):
-            Which rows are real.
-
-    Returns:
-        `torch.Tensor` of shape `[N]`, int64: for each packed row of the student that of the packed teacher, or -1
-        where there is none, as where the teacher's answer is shorter.
+    The places `[B, R]` of tokens rise along an example, -1 for one that has no partner; the masks say which rows are
+    real. Returns, int64 `[N]`, for each packed row of the student that of the packed teacher, or -1 where there is
+    none, as where the teacher's answer is shorter.
     """
     student, teacher = (
         torch.where(places < 0, -1, places + 2**40 * torch.arange(len(places), device=places.device).unsqueeze(1))[

@@ -49,17 +49,11 @@ class Features(NamedTuple):
 
 class Matching:
     """
-    Makes queries like keys; a subclass says how, and what is trained against it, if anything is.
-
-    Args:
-        config ([`DSKDConfig`]): Settings.
-        size (`int`): 2 d_t, width of queries and keys.
-        seed (`int`): Of a critic's initialization.
-        device (`torch.device`): Of the critic.
+    Makes queries like keys, of `size` 2 d_t; a subclass says how, and what is trained against it, if anything is.
 
     Attributes:
         critic (`torch.nn.Module`, *optional*): Trained against the queries by an optimizer of its own.
-        kind (*optional*): Its class, of `(size, hidden_size, dropout, seed)`.
+        kind (*optional*): Its class, of `(size, hidden_size, dropout, seed)`, initialized from `seed` on `device`.
     """
 
     critic: nn.Module | None = None
@@ -75,15 +69,10 @@ class Matching:
         self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int
     ) -> tuple[Tensor, Features | None]:
         """
-        Computes what the query projector minimizes.
+        Computes what the query projector minimizes, of queries `[B, R_s, 2 d_t]` and keys `[B, R_t, 2 d_t]`, padded.
 
-        Args:
-            student, teacher ([`~hf_dskd.losses.states.ResponseStates`]): The two views of the batch.
-            queries (`[B, R_s, 2 d_t]`), keys (`[B, R_t, 2 d_t]`): Padded.
-            seed (`int`): With the examples' ids it decides the dropout of the critic.
-
-        Returns:
-            Sums over student response tokens `[B]`, and [`Features`] for the critic, `None` without one.
+        With the examples' ids `seed` decides the dropout of the critic. Returns sums over student response tokens
+        `[B]`, and [`Features`] for the critic, `None` without one.
         """
         raise NotImplementedError
 
@@ -109,19 +98,18 @@ class Matching:
 class MomentMatching(Matching):
     """The first two moments, without anything to train."""
 
-    def __call__(
-        self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int
-    ) -> tuple[Tensor, Features | None]:
-        return moment_matching(queries, keys, student.mask, teacher.mask), None
-
-
-class DiscrepancyMatching(Matching):
-    """The maximum mean discrepancy, without anything to train."""
+    statistic = staticmethod(moment_matching)
 
     def __call__(
         self, student: ResponseStates, teacher: ResponseStates, queries: Tensor, keys: Tensor, seed: int
     ) -> tuple[Tensor, Features | None]:
-        return mmd(queries, keys, student.mask, teacher.mask), None
+        return self.statistic(queries, keys, student.mask, teacher.mask), None
+
+
+class DiscrepancyMatching(MomentMatching):
+    """The maximum mean discrepancy instead of the moments."""
+
+    statistic = staticmethod(mmd)
 
 
 class AdversarialMatching(Matching):

@@ -72,11 +72,8 @@ class Objective:
     """
     The loss of a method; a subclass names its terms and computes them.
 
-    Args:
-        config ([`DSKDConfig`]): Settings.
-        pair ([`~hf_dskd.training.pair.Pair`]):
-            Tokenizers, configurations and sizes of the two models. An objective makes its own constants of them.
-        device (`torch.device`): Of these constants.
+    It makes its own constants, on `device`, of the tokenizers, configurations and sizes of a
+    [`~hf_dskd.training.pair.Pair`].
 
     Attributes:
         terms (`tuple[Term]`): What it computes, in the order of their weights.

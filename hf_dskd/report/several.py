@@ -149,7 +149,7 @@ def _results(groups: Sequence[Group], names: Mapping[str, RunFiles]) -> dict[str
         )
         for key in keys
     ]
-    rows = [[group.name, *(column[i] for column in columns), str(len(group.runs))] for i, group in enumerate(groups)]
+    rows = [[group.name, *means, str(len(group.runs))] for group, *means in zip(groups, *columns)]
     titles = [title_of(key) for key in keys]
     single = [
         [name, *(measured(run.record.metrics.get(key)) for key in keys), number(run.record.steps)]

@@ -39,15 +39,10 @@ def offers(scripts, tmp_path):
     return run
 
 
-def test_bash_completes_commands(offers):
-    assert offers("tr") == {"train"}
-    assert set(cli.COMMANDS) <= offers("")
-
-
-def test_bash_completes_options_of_each_command(offers):
-    assert offers("train", "--teacher_m") == {
-        *("--teacher_model_name_or_path", "--teacher_model_init_kwargs", "--teacher_model_revision")
-    }
+def test_bash_completes_commands_and_options_of_each(offers):
+    assert offers("tr") == {"train"} and set(cli.COMMANDS) <= offers("")
+    of_teacher = {"--teacher_model_name_or_path", "--teacher_model_init_kwargs", "--teacher_model_revision"}
+    assert offers("train", "--teacher_m") == of_teacher
     every = offers("train", "--")
     assert {"--config", "--kd_rate", "--learning_rate", "--lora_r", "--dataset_name", "--rename_columns"} <= every
     assert not any("-" in name[2:] for name in every)  # one spelling of each

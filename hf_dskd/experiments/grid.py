@@ -481,7 +481,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             columns[COLUMNS[MAIN][0]][index] = f"failed: {_cell(failed[0]['error'])}"
     lines = ["Held-out examples, after training. Mean ± sample standard deviation over seeds; the best mean in bold."]
     if any(line["best_checkpoint"] for line in results):
-        lines.append("The model evaluated is the best checkpoint of its run, not the last.")
+        lines.append("The model evaluated is the best checkpoint of its run, which need not be the last.")
     lines += ["", *markdown_table(rows, columns)]
 
     # That after the last step is of the model in the table above, unless that is the best one.

@@ -134,7 +134,12 @@ def _measures(run: RunFiles) -> Markdown | None:
 
 def _notes(run: RunFiles) -> str:
     best, rows = run.record.best_checkpoint, run.record.data.rows("eval")
-    notes = [f"The model evaluated and kept is {best}, the best of the run, not the last."] if best else []
+    last = best is not None and best.endswith(f"checkpoint-{run.record.steps}")
+    notes = (
+        [f"The model evaluated and kept is {best}, the best of the run, {'and' if last else 'not'} the last."]
+        if best
+        else []
+    )
     if not run.metrics_before:
         notes.append("It wasn't evaluated before training (eval_on_start does that).")
     on = f"{rows:,} held-out examples" if rows else "held-out examples"

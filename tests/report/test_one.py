@@ -109,7 +109,9 @@ def test_before_and_the_best_on_the_way(tmp_path):
     started = [{"step": 0, "eval_bits_per_byte": 1.0}, *history]
     assert cells(written(folder(tmp_path / "run", history=started))[0], "bits per byte")[1] == "1.0000"
     kept = written(folder(tmp_path / "run", {**RESULT, "best_checkpoint": "checkpoint-50"}))[0]
-    assert "checkpoint-50, the best" in kept
+    assert "checkpoint-50, the best of the run, not the last." in kept
+    last = written(folder(tmp_path / "last", {**RESULT, "best_checkpoint": f"checkpoint-{RESULT['steps']}"}))[0]
+    assert f"checkpoint-{RESULT['steps']}, the best of the run, and the last." in last
 
 
 def test_evaluation_sets_have_their_names(tmp_path):

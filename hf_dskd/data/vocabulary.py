@@ -28,8 +28,7 @@ def shared_tokens(
     end an answer are `ends` (see [`~hf_dskd.data.prompts.answer_frame`]), by default the end-of-sequence tokens.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` of shape `[n]` each, int64: ids of the student and of the teacher, sorted
-        by the student's.
+        Ids of the student and of the teacher, sorted by the student's, int64, `[n]` each.
 
     Raises:
         UserError: If no token but the end-of-sequence token is shared.

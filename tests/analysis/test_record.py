@@ -8,9 +8,17 @@ import tiny
 import torch
 
 from hf_dskd import UserError
+from hf_dskd.analysis import record
 from hf_dskd.analysis.record import gradient_norms, probe_rows, read_numbers
 from hf_dskd.losses.objective import Step, total_loss
 from hf_dskd.training.run_folder import forget_run
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the pictures, which take most of the time."""
+    for name in ("draw", "draw_projections"):
+        monkeypatch.setattr(record, name, lambda *_: None)
 
 
 def analysed(run):
@@ -37,7 +45,7 @@ def test_before_on_the_way_and_after(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"padding_free": True, "method": "dskd_cma"}], ids=str)
-def test_leaves_training_as_it_is(tmp_path, settings):
+def test_leaves_training_as_it_is(tmp_path, undrawn, settings):
     settings |= {"rows": 8, "discriminator_dropout": 0.2, "gradient_accumulation_steps": 2, "max_steps": 2}
     logs, weights = [], []
     for analysis in ({}, {"analysis_steps": 1, "analysis_examples": 1}):
@@ -54,7 +62,7 @@ def test_leaves_training_as_it_is(tmp_path, settings):
         assert torch.equal(value, weights[1][name]), name
 
 
-def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, undrawn):
     settings = {"rows": 8, "analysis_steps": 1, "analysis_examples": 1, "max_steps": 2}
     saved = {"save_strategy": "steps", "save_steps": 1}
     runs.trainer(tmp_path, **settings, **saved).train()
@@ -72,7 +80,7 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sft", "uld", "alm", "dskd_clp"])
-def test_methods_with_less_to_analyse(tmp_path, method):
+def test_methods_with_less_to_analyse(tmp_path, undrawn, method):
     run = runs.trainer(tmp_path, rows=4, max_steps=1, method=method, analysis_steps=0, analysis_examples=1)
     run.train()
     entries = read_numbers(run.analysis_folder)

@@ -186,12 +186,6 @@ def test_probing_is_the_other_method_with_the_same_projectors(method, kind, trai
     assert own["chunk_mass"] == pytest.approx(1)
 
 
-def test_chunks_are_worked_out_where_rows_have_none(trained):
-    rows = trained.train_dataset.select(range(4))
-    bare = rows.remove_columns(["chunk_ids", "teacher_chunk_ids"])
-    assert analyse(trained.distiller, bare).numbers == analyse(trained.distiller, rows).numbers
-
-
 def test_batches_change_nothing(trained):
     rows = trained.train_dataset
     whole = analyse(trained.distiller, rows, batch_size=8)

@@ -312,13 +312,6 @@ def test_template_that_writes_todays_date():
     assert "the teacher's" in said and "prompt_style='plain'" in said and "date_string" not in said
 
 
-def test_chat_prompt_is_the_one_of_generation():
-    tokenizer = get("qwen1.5")
-    ids = tokenizer.apply_chat_template(example().messages, add_generation_prompt=True, tokenize=True)
-    ids = ids if isinstance(ids, list) else ids["input_ids"]
-    assert prompt_tokens(tokenizer, example()) == ids
-
-
 def test_template_that_rejects_the_messages():
     tokenizer = build("bytes")
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -90,9 +90,8 @@ def cross_attention(distiller: Distiller, row: Mapping[str, Any], caption: str =
 
     Args:
         distiller ([`~hf_dskd.training.distiller.Distiller`]): With a teacher, such as `trainer.distiller`.
-        row (`Mapping[str, Any]`): With the columns of [`~hf_dskd.data.tokenization.tokenize_dataset`], such as
+        row (`Mapping[str, Any]`): As of [`~hf_dskd.data.tokenization.tokenize_dataset`], such as
             `trainer.eval_dataset[0]`.
-        caption (`str`, *optional*): For the picture.
 
     Raises:
         UserError: If the method has no alignment, or the row isn't tokenized for both models.
@@ -197,12 +196,7 @@ def plot_attention(examples: Sequence[AlignmentExample], path: str | Path, title
     Each example is a panel, such as the same row before and after training; all share one scale. Cells of tokens with
     the same text are outlined in orange, those of the same chunk in grey (a chunk of more than one token on both sides
     has cells that share no text), and thin lines go through where a chunk ends. At most the first 60 tokens of a side
-    are shown; the shares in the caption are those of the whole response.
-
-    Args:
-        examples (`Sequence[AlignmentExample]`): One panel each.
-        path (`str` or `Path`): File to write; its folder is made if need be.
-        title (`str`, *optional*): Stands above all panels.
+    are shown; the shares in the caption are those of the whole response. The folder of the file is made if need be.
 
     Raises:
         UserError: If `examples` is empty.

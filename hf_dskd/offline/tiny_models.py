@@ -386,23 +386,30 @@ def learn_bpe(words: Iterable[str], alphabet: list[str], size: int) -> tuple[dic
     vocabulary = {piece: index for index, piece in enumerate(alphabet)}
     counts = Counter(words)
     pieces = {word: list(word) for word in counts}
+    pairs: Counter[tuple[str, str]] = Counter()
+
+    def count(word: str, times: int) -> None:
+        for pair in pairwise(pieces[word]):
+            pairs[pair] += times
+
+    for word, times in counts.items():
+        count(word, times)
     merges = []
     while len(vocabulary) < size:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in pieces.items():
-            for pair in pairwise(parts):
-                pairs[pair] += counts[word]
-        if not pairs:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
+        if best is None or not pairs[best]:
             break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         vocabulary.setdefault("".join(best), len(vocabulary))
-        for parts in pieces.values():
-            i = 0
+        for word in [word for word in counts if "".join(best) in word]:
+            # Only these change.
+            count(word, -counts[word])
+            parts, i = pieces[word], 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
                     parts[i : i + 2] = ["".join(best)]
                 i += 1
+            count(word, counts[word])
     return vocabulary, merges
 
 

@@ -64,20 +64,16 @@ def check_processes(found: int) -> None:
     """Raises a [`UserError`] unless a run has as many processes as its launcher says: they would train alone."""
     launched = launched_processes()
     if found != launched:
+        import torch
+
         name = next(name for name in VARIABLES if os.environ.get(name) == str(launched))
+        device, why = torch.accelerator.current_accelerator(), " (LOCAL_RANK is not set)"
+        if "LOCAL_RANK" in os.environ:
+            why = "" if device is None else f" and trains alone on {device.type!r}"
         raise UserError(
-            f"{name}={launched}, but this process found {found} of them{_why_alone()}: start with `accelerate launch"
+            f"{name}={launched}, but this process found {found} of them{why}: start with `accelerate launch"
             f" --num_processes {launched} SCRIPT` (on CPUs with --use_cpu), or unset {name} to run alone"
         )
-
-
-def _why_alone() -> str:
-    import torch
-
-    device = torch.accelerator.current_accelerator()
-    if "LOCAL_RANK" in os.environ and device is not None:
-        return f" and trains alone on {device.type!r}"
-    return "" if "LOCAL_RANK" in os.environ else " (LOCAL_RANK is not set)"
 
 
 def command(main: Callable[[], Any]) -> None:

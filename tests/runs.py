@@ -81,6 +81,15 @@ def trainer(folder: Path | str, *, student=None, teacher=None, rows: int = 16, *
     )
 
 
+def save_pair(folder: Path) -> tuple[str, str]:
+    """Saves a tiny student and a tiny teacher, with their tokenizers, and names their folders."""
+    student, teacher = tiny.gpt2(len(_STUDENT_TOKENIZER)), tiny.qwen2(len(_TEACHER_TOKENIZER))
+    for name, model, tokens in (("student", student, _STUDENT_TOKENIZER), ("teacher", teacher, _TEACHER_TOKENIZER)):
+        model.save_pretrained(folder / name)
+        tokens.save_pretrained(folder / name)
+    return str(folder / "student"), str(folder / "teacher")
+
+
 def history(run: DSKDTrainer, *names: str) -> list[tuple[float, ...]]:
     """The named values of every training log."""
     return [tuple(log[name] for name in names) for log in run.state.log_history if "loss" in log]

@@ -344,14 +344,6 @@ def test_an_adapter_that_was_added_to_a_model_of_transformers(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_what_a_checkpoint_says_fails_before_any_step(tmp_path, monkeypatch):
-    run = make(tmp_path, "sft")
-    monkeypatch.setattr(run, "_trajectory", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run.train()
-    assert run.state.global_step == 0
-
-
 def test_folders_that_cannot_be_synced(tmp_path, monkeypatch):
     sync = os.fsync
 

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import runs
-import tiny
 import torch
 from transformers import TrainingArguments
 
@@ -34,13 +33,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def folders(tmp_path):
-    for name, model, tokenizer in (
-        ("student", tiny.gpt2(len(runs._STUDENT_TOKENIZER)), runs._STUDENT_TOKENIZER),
-        ("teacher", tiny.qwen2(len(runs._TEACHER_TOKENIZER)), runs._TEACHER_TOKENIZER),
-    ):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    return str(tmp_path / "student"), str(tmp_path / "teacher")
+    return runs.save_pair(tmp_path)
 
 
 def trained_in(folder, **settings):

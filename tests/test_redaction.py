@@ -140,12 +140,7 @@ def test_a_configuration_doesnt_print_its_tokens(tmp_path):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    for name, model, tokenizer in (
-        ("student", tiny.gpt2(len(runs._STUDENT_TOKENIZER)), runs._STUDENT_TOKENIZER),
-        ("teacher", tiny.qwen2(len(runs._TEACHER_TOKENIZER)), runs._TEACHER_TOKENIZER),
-    ):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    runs.save_pair(folder)
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.dataset(12)))
     return folder
 

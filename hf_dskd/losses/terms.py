@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Term:
         return self.log == f"{self.name}_loss"
 
 
+_DISTILS: dict[str, Any] = {"rate": "kd_rate", "from_teacher": True}
 # By name. To add one, add a row: logs, evaluations, plots, reports and warnings read it here.
 TERMS: dict[str, Term] = {
     term.name: term
@@ -55,22 +57,10 @@ TERMS: dict[str, Term] = {
         Term("ce", title="cross entropy", better="lower", spikes=True),
         Term("correct", log="token_accuracy", title="token accuracy", better="higher"),
         Term("t2s_ce", title="projected teacher's cross entropy", rate="kd_rate", spikes=True),
-        Term("t2s_kd", title="divergence, student space", rate="kd_rate", from_teacher=True),
-        Term(
-            *("s2t_kd", "teacher_tokens"),
-            title="divergence, teacher space",
-            rate="kd_rate",
-            spikes=True,
-            from_teacher=True,
-        ),
-        Term("kd", title="divergence of logits", rate="kd_rate", spikes=True, from_teacher=True),
-        Term(
-            *("alm", "teacher_tokens"),
-            title="divergence of chunk likelihoods",
-            rate="kd_rate",
-            spikes=True,
-            from_teacher=True,
-        ),
+        Term("t2s_kd", title="divergence, student space", **_DISTILS),
+        Term("s2t_kd", "teacher_tokens", title="divergence, teacher space", spikes=True, **_DISTILS),
+        Term("kd", title="divergence of logits", spikes=True, **_DISTILS),
+        Term("alm", "teacher_tokens", title="divergence of chunk likelihoods", spikes=True, **_DISTILS),
         Term("kq", title="key-query matching", rate="kq_rate"),
         Term("attention", title="divergence of attention", rate="attention_kd_rate"),
         # Of a step, over its micro-batches and all ranks: what the loss has of it.

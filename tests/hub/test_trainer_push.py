@@ -122,7 +122,7 @@ def test_half_a_run_is_not_pushed():
             runs.config("out", push_to_hub=True, hub_strategy=strategy)
 
 
-def test_a_trainer_ends_its_run_as_the_command_does(tmp_path):
+def test_a_trainer_ends_its_run_as_the_command_does(tmp_path, undrawn):
     trainer = runs.trainer(tmp_path, eval_dataset=tiny.dataset(4), max_steps=2)
     # Of an earlier run in the same folder.
     numbers = tmp_path / "analysis" / "numbers.jsonl"

@@ -23,10 +23,7 @@ def student(folder, **settings):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (
-            {"temperature": 0.6, "top_p": 0.9},
-            "temperature=0.6 and top_p=0.9, .* set do_sample to true, or leave these",
-        ),
+        ({"temperature": 0.6, "top_p": 0.9}, "temperature=0.6 and top_p=0.9, .* set do_sample to true, or leave"),
         ({"top_k": 5}, "top_k=5, .*in its generation_config.json"),
         ({"early_stopping": True}, "early_stopping=True"),
         ({"num_return_sequences": 3}, "num_return_sequences"),

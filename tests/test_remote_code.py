@@ -111,6 +111,6 @@ def test_memory_doctor_and_the_derived_settings(pair, tmp_path):
     flags = [f"--model_name_or_path={student}", f"--teacher_model_name_or_path={teacher}", "--use_cpu=true"]
     flags += [f"--{side}model_init_kwargs={json.dumps(TRUST)}" for side in ("", "teacher_")]
     parsed = run.parse(None, None, [*flags, f"--output_dir={tmp_path / 'run'}", "--max_length=128"])
-    for check in (lambda: doctor.models(parsed, "student"), lambda: doctor.models(parsed, "teacher")):
-        assert [status for status, _ in check()] == [doctor.OK]
+    for role in ("student", "teacher"):
+        assert [status for status, _ in doctor.models(parsed, role)] == [doctor.OK]
     assert list(doctor.step_memory(parsed)) and list(doctor.tokenizers(parsed))

@@ -362,11 +362,8 @@ class TeacherCache:
 
         Of several processes, all must call it; each reads a share of the files.
 
-        Args:
-            folder (`str` or `Path`): Where it is, or will be.
-            facts (`dict[str, Any]`): Those of this run, from [`cache_facts`].
-            repair (`bool`, *optional*, defaults to `False`):
-                Delete files that are damaged, so that [`~TeacherCache.fill`] makes them again.
+        `facts` are those of this run, from [`cache_facts`]. `repair` deletes files that are damaged, so that
+        [`~TeacherCache.fill`] makes them again.
 
         Raises:
             UserError:

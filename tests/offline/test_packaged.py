@@ -102,11 +102,10 @@ def test_made_once_from_wheels(tiny, wheels, tmp_path, capsys):
 
 
 def test_made_from_installed_packages(tiny, monkeypatch, tmp_path):
-    install(tmp_path / "site", 1, FIRST)
-    install(tmp_path / "site", 2, SECOND)
+    for part, data in ((1, FIRST), (2, SECOND)):
+        install(tmp_path / "site", part, data)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    folder = packaged_model("Tiny", tmp_path / "other")
-    assert folder == tmp_path / "other" / "Tiny"
+    assert packaged_model("Tiny", tmp_path / "other") == tmp_path / "other" / "Tiny"
     assert tiny == [DATA]
     assert (tmp_path / "site" / "hf_dskd_fake_part1" / "data" / "part01.bin").exists()
 

@@ -80,7 +80,7 @@ def test_a_tile_under_the_interpreter():
         "parts.dense_tests.streamed = lambda case: (right(case)[0] + 0.1, *right(case)[1:])\n"
         "assert not parts.check_case((32, 32, 4, 2), 'one query', torch.float32, 'separate')[0]\n"
     )
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", BENCHMARKS)))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "kernels", BENCHMARKS)))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

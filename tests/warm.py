@@ -16,6 +16,8 @@ from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
+# Where the tests' modules are.
+PATHS = (*sorted({str(path.parent) for path in (ROOT / "tests").rglob("test_*.py")}), str(ROOT))
 # Nothing here computes before it forks: a thread pool wouldn't come along.
 SERVER = """
 import atexit, gc, json, os, runpy, signal, sys, traceback
@@ -161,8 +163,7 @@ def _server() -> WarmPython:
 
 def forked(code: str, *words: object, ranks: int = 1, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess:
     """Runs `code`, which finds the tests' modules, with `words` as arguments, in `ranks` processes."""
-    paths = (str(ROOT / "tests"), str(ROOT))
-    return _server()(["-c", *map(str, words)], cwd, code, ranks=ranks, paths=paths, **options)
+    return _server()(["-c", *map(str, words)], cwd, code, ranks=ranks, paths=PATHS, **options)
 
 
 def run_command(*words: object, cwd: Path = ROOT, **options: Any) -> subprocess.CompletedProcess:

@@ -89,7 +89,11 @@ def run_part(name: str, seconds: float, folder: Path, environment: dict[str, str
 def check(folder: Path, parts: list[str]) -> bool:
     """Run the parts one after the other; tell whether all of them succeeded."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(ROOT), str(ROOT / "tests"), *carried_packages(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        *map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "kernels")),
+        *carried_packages(),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     began, succeeded = time.perf_counter(), True

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import GenerationConfig, TrainerCallback
-from warm import ROOT, of_ranks
+from warm import PATHS, of_ranks
 
 from hf_dskd.data.tokenization import tokenize_dataset
 from hf_dskd.errors import UserError
@@ -298,7 +298,7 @@ def test_two_processes_equal_one(tmp_path):
     """Two gloo processes of half the batch, in which strings have different hashes, as they have on any two."""
     one = logs_of_runs(str(tmp_path / "1"), 8)
     (tmp_path / "2").mkdir()
-    paths = os.pathsep.join((str(ROOT / "tests"), str(ROOT)))
+    paths = os.pathsep.join(PATHS)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(tmp_path / "2")],

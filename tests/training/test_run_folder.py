@@ -20,7 +20,7 @@ from hf_dskd.training import run_folder
 from hf_dskd.training.run_folder import held, last_checkpoint, noted
 
 
-ROOT = str(runs.Path(__file__).parents[1])
+ROOT = str(runs.Path(__file__).parents[2])
 SAVED = {"method": "sft", "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "rows": 8}
 
 

@@ -21,7 +21,7 @@ from hf_dskd.training.run_folder import check_fresh, forget_run
 from hf_dskd.utils import files
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
 

@@ -129,7 +129,7 @@ def partners(
         [teacher_bytes.get(token, b"") for token in teacher_ids],
     )
     mapped = vocabulary_map[torch.tensor(teacher_ids)].tolist()
-    return [place if place >= 0 and mapped[place] == token else -1 for token, place in zip(student_ids, aligned)]
+    return [index if index >= 0 and mapped[index] == token else -1 for token, index in zip(student_ids, aligned)]
 
 
 def _text(token: str | bytes) -> str:
@@ -178,7 +178,7 @@ def _compute(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreT
             )
             nearest = distances.argmin(1)
             lengths = np.array([len(teacher[token]) for token in tokens])
-            lengths = np.maximum(lengths, [len(student_texts[place]) for place in nearest])
+            lengths = np.maximum(lengths, [len(student_texts[index]) for index in nearest])
             found[tokens] = np.where(distances.min(1) < lengths, ids[nearest], -1)
             bar.update(len(tokens))
 

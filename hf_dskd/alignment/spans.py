@@ -75,8 +75,8 @@ def silent_mask(byte_ends: Sequence[int], lengths: Sequence[int]) -> list[bool]:
     before = 0
     for length in lengths:
         ends = byte_ends[len(mask) : len(mask) + length]
-        first = next((place for place, end in enumerate(ends) if end > before), 0)
-        last = next((place for place in range(length - 1, 0, -1) if ends[place] > ends[place - 1]), 0)
+        first = next((index for index, end in enumerate(ends) if end > before), 0)
+        last = next((index for index in range(length - 1, 0, -1) if ends[index] > ends[index - 1]), 0)
         mask += [True] * first + [False] * (last - first + 1) + [True] * (length - last - 1)
         before = ends[-1]
     return mask

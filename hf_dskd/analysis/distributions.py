@@ -66,8 +66,8 @@ def mmd(
         drawn = [sides[torch.randperm(len(rows), generator=generator)] for _ in range(permutations)]
         relabelled = torch.stack(drawn, 1)
     else:
-        names, place = torch.cat([x_groups, y_groups]).unique(return_inverse=True)
-        swapped = torch.randint(2, (len(names), permutations), generator=generator)[place]
+        names, index = torch.cat([x_groups, y_groups]).unique(return_inverse=True)
+        swapped = torch.randint(2, (len(names), permutations), generator=generator)[index]
         relabelled = torch.where(swapped == 1, 1 - sides[:, None], sides[:, None])
     values = _unbiased(kernel, torch.cat([sides[:, None], relabelled], 1))
     # Equal relabellings may differ by rounding.
@@ -166,9 +166,9 @@ def linear_probe_auc(
     if x_groups is None or y_groups is None:
         folds_of = [torch.randperm(len(rows), generator=generator) % folds for rows in (x, y)]
     else:
-        names, place = torch.cat([x_groups, y_groups]).unique(return_inverse=True)
+        names, index = torch.cat([x_groups, y_groups]).unique(return_inverse=True)
         folds = min(folds, len(names))
-        folds_of = list((torch.randperm(len(names), generator=generator) % folds)[place].split([len(x), len(y)]))
+        folds_of = list((torch.randperm(len(names), generator=generator) % folds)[index].split([len(x), len(y)]))
     rows, labels = torch.cat([x, y]).double(), torch.cat([torch.ones(len(x)), torch.zeros(len(y))]).double()
     in_order, pairs = 0.0, 0
     for fold in range(folds):

@@ -78,7 +78,7 @@ def _token(text: str) -> Markup:
 
     # Every second part is one of marks.
     parts = enumerate(_WHITESPACE_MARKS.split(_visible(text)))
-    return Markup("").join(Markup("<i>{}</i>").format(part) if place % 2 else escape(part) for place, part in parts)
+    return Markup("").join(Markup("<i>{}</i>").format(part) if index % 2 else escape(part) for index, part in parts)
 
 
 def _visible(text: str) -> str:
@@ -89,9 +89,9 @@ def _visible(text: str) -> str:
     """
     shown = "".join(
         character
-        if character.isprintable() or (character in _JOINERS and 0 < place < len(text) - 1)
+        if character.isprintable() or (character in _JOINERS and 0 < index < len(text) - 1)
         else character.encode("unicode_escape").decode()
-        for place, character in enumerate(text)
+        for index, character in enumerate(text)
     )
     return f"◌{shown}" if shown and unicodedata.category(shown[0]).startswith("M") else shown
 

@@ -81,7 +81,7 @@ def analyse(
     if not taken:
         raise UserError("analyse got no rows: pass tokenized ones, such as trainer.eval_dataset")
     examples = [
-        cross_attention(distiller, row, f"example {row.get('example_id', place)}") for place, row in enumerate(taken)
+        cross_attention(distiller, row, f"example {row.get('example_id', index)}") for index, row in enumerate(taken)
     ]
     numbers = alignment_metrics(examples)
     config = distiller.config
@@ -95,7 +95,7 @@ def analyse(
             _measured(distiller, taken[start : start + size], examples[start : start + size], start)
             for start in range(0, len(taken), size)
         ]
-    sums, vectors = ([part[place] for part in batches] for place in (0, 1))
+    sums, vectors = ([part[index] for part in batches] for index in (0, 1))
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
     for alignment in ("", "probe_clp_", "probe_cla_"):
         for name, (shown, side) in _RATIOS.items():

@@ -41,7 +41,7 @@ def probe_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
     if not hasattr(dataset, "__len__"):
         return [dict(row) for row in dataset.take(count)]
     count = min(count, len(dataset))
-    return [dict(dataset[place * len(dataset) // count]) for place in range(count)]
+    return [dict(dataset[index * len(dataset) // count]) for index in range(count)]
 
 
 def record(
@@ -133,8 +133,8 @@ def draw(analysis: Analysis, folder: str | Path) -> None:
     folder = Path(folder)
     title = f"step {analysis.step:,}"
     contact_sheet(analysis.examples, folder / "contact_sheet.png", title)
-    for place, example in enumerate(analysis.examples):
-        plot_attention([example], folder / f"alignment-{place}.png", title)
+    for index, example in enumerate(analysis.examples):
+        plot_attention([example], folder / f"alignment-{index}.png", title)
     write_page(analysis.examples, folder / "alignment.html", f"Alignment, {title}")
     if analysis.queries is not None and analysis.keys is not None:
         save_file({"queries": analysis.queries.half(), "keys": analysis.keys.half()}, folder / VECTORS_NAME)

@@ -241,7 +241,7 @@ def _csv_rows(name: str, refuse: Refuse) -> Iterator[dict[str, Any]]:
 
 def _header(cells: list[str], name: str, delimiter: str) -> list[str]:
     """Names the columns; one without a name, such as a data frame's index, is called by its place."""
-    header = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, start=1)]
+    header = [cell.strip() or f"column {index}" for index, cell in enumerate(cells, start=1)]
     other = next((mark for mark in ";\t," if mark != delimiter and len(header) == 1 and mark in header[0]), None)
     if other is not None:
         remedy = "name the file .tsv" if other == "\t" else f"save it with {delimiter!r}"

@@ -195,8 +195,8 @@ def _without_end(turn: _Turn, ends: Sequence[str]) -> _Turn:
         if end.startswith("</") and shorter.rfind(f"<{end[2:]}") > shorter.rfind(end):
             break
         text = shorter
-    place = turn.plain.rfind(content) if content else 0
-    plain = turn.plain[:place] + text + turn.plain[place + len(content) :]
+    index = turn.plain.rfind(content) if content else 0
+    plain = turn.plain[:index] + text + turn.plain[index + len(content) :]
     return turn if text == content else turn._replace(message={**turn.message, "content": text}, plain=plain)
 
 

@@ -82,7 +82,7 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase, closing: str) -> list[int
     if (closing, end) not in closings:
         ids = response_tokens(tokenizer, closing, control=True)[0] if closing.strip() else []
         control = {*special_ids(tokenizer), end}
-        last = max((place for place, token in enumerate(ids) if token in control), default=None)
+        last = max((index for index, token in enumerate(ids) if token in control), default=None)
         if last is None:
             visible = closing.rstrip()
             ids = [*response_tokens(tokenizer, visible, control=True)[0], end] if visible else [end]
@@ -168,7 +168,7 @@ class _Masks(NamedTuple):
     def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Any) -> _Masks | None:
         pattern = control_pattern(tokenizer)
         found = sorted({name for text in _texts(texts) for name in pattern.findall(text)})
-        names = {name: chr(0xF0000 + place) * len(name) for place, name in enumerate(found)}
+        names = {name: chr(0xF0000 + index) * len(name) for index, name in enumerate(found)}
         return cls(tokenizer, names) if names else None
 
     def hidden(self, example: Example) -> Example:

@@ -161,7 +161,7 @@ class _Answer(NamedTuple):
 
 def _opening(lead: str, byte_ends: list[int]) -> int:
     """Counts the tokens that a template has put before the text."""
-    return next((place for place, end in enumerate(byte_ends) if end), 0) if lead else 0
+    return next((index for index, end in enumerate(byte_ends) if end), 0) if lead else 0
 
 
 def _fitted(text: str, sides: dict[str, _Side], max_length: int, finished: bool = True) -> _Answer | None:
@@ -187,7 +187,7 @@ def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
         for answer in answers:
             check_tiling(answer.sides[name].byte_ends, answer.size, example_id, name)
         sides = [answer.sides[name] for answer in answers]
-        spans = [place for side in sides for place in (len(side.prompt), len(side.tokens))]
+        spans = [index for side in sides for index in (len(side.prompt), len(side.tokens))]
         byte_ends = [offset + end for offset, answer in zip(offsets, answers) for end in answer.ends(name)]
         columns = {"input_ids": sides[-1].tokens, "prompt_length": spans[0], "byte_ends": byte_ends, "spans": spans}
         row |= {_PREFIXES[name] + column: values for column, values in columns.items()}

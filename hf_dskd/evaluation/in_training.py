@@ -125,7 +125,7 @@ class Evaluations(Batches):
         while isinstance(dataset, (IterableDatasetShard, FilledStream)):
             dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset.stream
         if hasattr(dataset, "__len__"):
-            rows = [dataset[place] for place in range(min(count, len(dataset)))]
+            rows = [dataset[index] for index in range(min(count, len(dataset)))]
         else:
             rows = list(dataset.take(count))
         rows = rows[rank::ranks]

@@ -144,7 +144,7 @@ class Step:
     def responses(self) -> list[int]:
         """Spreads the response tokens of each example evenly over ±50% of their mean."""
         mean = self.response_tokens or self.max_length // 3
-        lengths = [round(mean * (0.5 + (place + 0.5) / self.batch_size)) for place in range(self.batch_size)]
+        lengths = [round(mean * (0.5 + (index + 0.5) / self.batch_size)) for index in range(self.batch_size)]
         return [min(max(length, 2), self.max_length - 1) for length in lengths]
 
 

@@ -61,9 +61,9 @@ class ResponseStates:
     @property
     def row_names(self) -> Tensor:
         """A number for each packed row `[N]`, made of its example's id and its place in the response."""
-        example, place = self.mask.nonzero(as_tuple=True)
+        example, index = self.mask.nonzero(as_tuple=True)
         ids = torch.arange(len(self.mask), device=self.mask.device) if self.example_ids is None else self.example_ids
-        return ids[example] * 2**20 + place
+        return ids[example] * 2**20 + index
 
     def per_example(self, rows: Tensor) -> Tensor:
         """Sums packed row values `[N]` by example, `[B]`."""

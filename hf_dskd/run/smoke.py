@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..offline.python_functions import PYTHON_FUNCTIONS
-from ..training.run_folder import forget_run, held
+from ..training.run_folder import held, remove_run
 
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def prepare_smoke(run: Run) -> None:
         with config.main_process_first(desc="the last smoke run"):
             if config.process_index == 0:
                 with held(folder):
-                    forget_run(folder)
+                    remove_run(folder)
     with config.main_process_first(desc="tiny models"):
         names = smoke_models(model.model_name_or_path, options.teacher_model_name_or_path, folder)
     model.model_name_or_path, options.teacher_model_name_or_path = names

@@ -169,10 +169,10 @@ def _states_name(keys: list[str]) -> str:
 def _batches(examples: list[_Example]) -> list[list[int]]:
     """Places of examples of similar length, the longest first: memory that doesn't suffice shows at once."""
     batches: list[list[int]] = []
-    for place in sorted(range(len(examples)), key=lambda place: -examples[place].length):
+    for index in sorted(range(len(examples)), key=lambda index: -examples[index].length):
         if not batches or (len(batches[-1]) + 1) * examples[batches[-1][0]].length > BATCH_TOKENS:
             batches.append([])
-        batches[-1].append(place)
+        batches[-1].append(index)
     return batches
 
 
@@ -413,8 +413,8 @@ class TeacherCache:
         states = [self.states(key) for key in keys]
         longest = max(1, *(len(part) for part in states))
         padded = torch.zeros(len(rows), longest, self.hidden_size, dtype=torch.bfloat16)
-        for place, part in zip(padded, states):
-            place[: len(part)] = part
+        for row, part in zip(padded, states):
+            row[: len(part)] = part
         return padded
 
     def load_head(self, device: torch.device | str = "cpu") -> tuple[LMHead, Tensor]:
@@ -649,8 +649,8 @@ class TeacherCache:
                 states = torch.empty(sum(shard.counts), self.hidden_size, dtype=torch.bfloat16)
                 places = states.split(shard.counts)
                 for batch in _batches(part):
-                    for place, rows in zip(batch, _run(teacher, [part[place] for place in batch], datasets)):
-                        places[place].copy_(rows)
+                    for index, rows in zip(batch, _run(teacher, [part[index] for index in batch], datasets)):
+                        places[index].copy_(rows)
                         bar.update(len(rows))
                 about = {"keys": shard.keys, "counts": shard.counts}
                 _save({"states": states}, self.folder / shard.file, about)
@@ -662,9 +662,9 @@ def _run(teacher: Teacher, examples: list[_Example], datasets: Mapping[str, Any]
     # A causal model's states don't depend on what comes after them: any token can be padding.
     input_ids = torch.zeros(len(rows), max(example.length for example in examples), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
-    for place, (row, example) in enumerate(zip(rows, examples)):
-        input_ids[place, : example.length] = torch.as_tensor(row["teacher_input_ids"])
-        attention_mask[place, : example.length] = 1
+    for index, (row, example) in enumerate(zip(rows, examples)):
+        input_ids[index, : example.length] = torch.as_tensor(row["teacher_input_ids"])
+        attention_mask[index, : example.length] = 1
     with torch.inference_mode():
         hidden = teacher(input_ids, attention_mask)
         parts = [part[torch.from_numpy(_predicting(row)).to(part.device)] for part, row in zip(hidden, rows)]

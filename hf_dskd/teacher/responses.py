@@ -148,16 +148,16 @@ def _write_rows(
     with tqdm(total=len(dataset), initial=done, desc="The teacher's responses") as bar:
         for start in range(done, len(dataset), batch_size):
             places = range(start, min(start + batch_size, len(dataset)))
-            asked = {place: prompt for place in places if (prompt := prompts[place]) is not None}
+            asked = {index: prompt for index in places if (prompt := prompts[index]) is not None}
             answers = _greedy_texts(teacher, tokenizer, list(asked.values()), max_length, frame) if asked else []
             texts = dict(zip(asked, answers))
-            for place in places:
-                row = dataset[place]
+            for index in places:
+                row = dataset[index]
                 # A row that can't be read stays as it is, to be counted where rows are tokenized.
-                text, finished = texts.get(place, (None, True))
+                text, finished = texts.get(index, (None, True))
                 kept = {name: row[name] for name in _columns(list(row), columns)}
                 line = kept if text is None else _with_response(row, columns, text)
-                line |= {"example_id": place, "finished": finished}
+                line |= {"example_id": index, "finished": finished}
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
             file.flush()
             bar.update(len(places))
@@ -212,9 +212,9 @@ def _with_response(row: dict[str, Any], columns: Columns, text: str) -> dict[str
     response = row[columns.response]
     if isinstance(response, list) and response and isinstance(response[0], dict):
         # The last that is to be learnt; the teacher writes text, in the place of calls and thoughts too.
-        place = max(i for i, m in enumerate(response) if m["role"] == "assistant" and m.get("weight") != 0)
-        answer = {**dict.fromkeys(response[place]), "role": "assistant", "content": text}
-        new: Any = [*response[:place], answer]
+        index = max(i for i, m in enumerate(response) if m["role"] == "assistant" and m.get("weight") != 0)
+        answer = {**dict.fromkeys(response[index]), "role": "assistant", "content": text}
+        new: Any = [*response[:index], answer]
     else:
         new = text
     return {name: row[name] for name in _columns(list(row), columns)} | {columns.response: new}

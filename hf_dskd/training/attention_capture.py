@@ -34,8 +34,8 @@ def layer_pairs(attention_layers: str, student_layers: int, teacher_layers: int)
         return [(student_layers - 1, teacher_layers - 1)]
     if pairs is None:
         return [(i, math.ceil((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
-    for place, (side, count) in enumerate((("student", student_layers), ("teacher", teacher_layers))):
-        highest = max(pair[place] for pair in pairs)
+    for index, (side, count) in enumerate((("student", student_layers), ("teacher", teacher_layers))):
+        highest = max(pair[index] for pair in pairs)
         if highest >= count:
             raise UserError(
                 f"attention_layers={attention_layers!r}: the {side} has no layer {highest}, its {count} layers count"

@@ -87,7 +87,7 @@ class Batches(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._on_policy = is_on_policy(self.state.global_step, self.args.on_policy_fraction)
         if self._on_policy and batches:
-            batches = [self._answered_by_student(batch, place) for place, batch in enumerate(batches)]
+            batches = [self._answered_by_student(batch, index) for index, batch in enumerate(batches)]
         if self.accelerator.num_processes > 1:
             batches = [without_fillers(batch) for batch in batches]
         filled = self._leave_fillers_out(batches)
@@ -113,7 +113,7 @@ class Batches(Trainer):
         batches[-1] = first_examples(batches[-1], rest - self.accelerator.process_index * size)
         return rest < ranks * size
 
-    def _answered_by_student(self, batch: dict[str, Tensor], place: int) -> dict[str, Tensor]:
+    def _answered_by_student(self, batch: dict[str, Tensor], index: int) -> dict[str, Tensor]:
         model: Any = self.accelerator.unwrap_model(self.model)
         seed = (self.args.seed + 1) * 1_000_003 + self.state.global_step * 1_009
         return on_policy_batch(
@@ -123,7 +123,7 @@ class Batches(Trainer):
             self.data_collator,
             max_length=self.args.max_length,
             generation_config=model.generation_config,
-            seed=(seed + place) * 64 + self.accelerator.process_index,
+            seed=(seed + index) * 64 + self.accelerator.process_index,
             autocast=self._autocast(),
             align=self._preparation.partners,
             frames=self._pair.frames,

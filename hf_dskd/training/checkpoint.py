@@ -31,12 +31,12 @@ from .run_folder import (
     RESULT_NAME,
     check_fresh,
     check_no_other,
-    forget_run,
     held,
     last_checkpoint,
     note,
     noted,
     recover,
+    remove_run,
 )
 from .steps import Steps
 
@@ -129,7 +129,7 @@ class Checkpoints(Steps):
         recover(folder)
         if not resume:
             if getattr(self.args, "overwrite_output_dir", False):
-                forget_run(folder)
+                remove_run(folder)
             # Training again is this trainer's own affair.
             if noted(folder).get("run_id") is None or noted(folder)["run_id"] != self._begun.get(str(folder)):
                 check_fresh(folder)

@@ -169,7 +169,7 @@ class _Partners:
         for (start, stop), (first, last) in zip(answer_spans(row), answer_spans(row, "teacher_")):
             ids, teacher_ids = row["input_ids"][start:stop], row["teacher_input_ids"][first:last]
             places = partners(ids, teacher_ids, self.student, self.teacher, self.vocabulary_map)
-            found += [place + before if place >= 0 else -1 for place in places]
+            found += [index + before if index >= 0 else -1 for index in places]
             before += last - first
         return {"partners": found}
 

@@ -235,7 +235,7 @@ def check_no_other(folder: Path, run: str | None) -> None:
         check_fresh(folder)
 
 
-def forget_run(folder: Path) -> None:
+def remove_run(folder: Path) -> None:
     """Deletes what makes a folder that of a run."""
     for path in checkpoints(folder):
         remove(path)

@@ -85,8 +85,8 @@ def hardware(processes: int = 1) -> dict[str, Any]:
     import torch
 
     gpus = []
-    for place in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(place)
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
         gpus.append(f"{properties.name} {properties.total_memory / 1e9:.0f} GB")
     return {
         "cpu": processor(),

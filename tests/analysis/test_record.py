@@ -11,7 +11,7 @@ from hf_dskd import UserError
 from hf_dskd.analysis import record
 from hf_dskd.analysis.record import gradient_norms, probe_rows, read_numbers
 from hf_dskd.losses.objective import Step, total_loss
-from hf_dskd.training.run_folder import forget_run
+from hf_dskd.training.run_folder import remove_run
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_resumed_run_makes_anew_what_came_after_its_checkpoint(tmp_path, undra
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert read_numbers(tmp_path / "analysis") == numbers
     # One that starts anew drops all of it.
-    forget_run(tmp_path)
+    remove_run(tmp_path)
     fresh = runs.trainer(tmp_path, **{**settings, "max_steps": 1})
     fresh.train()
     assert analysed(fresh) == [0, 1]

@@ -17,7 +17,7 @@ from hf_dskd import UserError, run
 from hf_dskd.report.record import evaluations
 from hf_dskd.run import arguments as run_arguments
 from hf_dskd.run import smoke as run_smoke
-from hf_dskd.training.run_folder import check_fresh, forget_run
+from hf_dskd.training.run_folder import check_fresh, remove_run
 from hf_dskd.utils import files
 
 
@@ -185,7 +185,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     config.resume_from_checkpoint = "last"
     with pytest.raises(UserError, match="dataset_name is not set"):
         run.train(run.Run(ScriptArguments(), config, ModelConfig(), run.RunArguments()))
-    forget_run(tmp_path)
+    remove_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name != ".run.lock"] == ["settings.yaml"]
 
 

@@ -170,7 +170,7 @@ class Method:
         source: Paper with the number of its equation, or the equation itself (p teacher, q student).
         objective: The class of its loss, or where it is, as `"module:name"` in hf_dskd.
         needs: What the objective needs itself, beside what an alignment needs: `"chunks"` of the same bytes,
-            `"same_vocabulary"`, `"shared_tokens"` or a `"vocabulary_map"`.
+            `"same_vocabulary"`, `"shared_tokens"`, a `"vocabulary_map"`, or tokens that spell `"bytes"`.
         matching: What makes queries like keys: a row of [`MATCHINGS`], or `None`.
         teacher_value: What t2s projects: `"state_and_target"` is N_std(h) + N_std(embedding of the token that is to be
             predicted) (arXiv 2603.22056, Eq. 5); `"state"` is the hidden state alone.
@@ -331,5 +331,13 @@ METHODS = {
         "arXiv 2503.20083: f(p(c)^(1/τ), q(c)^(1/τ)), binary, over chunks c",
         "losses.likelihood:ChunkLikelihood",
         ("chunks",),
+    ),
+    "bpm": Method(
+        "byte_prefix",
+        ("student_tokens",),
+        "the teacher's distribution as one over the student's tokens, by bytes; no projector",
+        "arXiv 2607.22334: f(T, q), T(s) = Σ p(v | c) over v = c·u with s the student's first token of u",
+        "losses.byte_prefix:BytePrefix",
+        ("chunks", "bytes"),
     ),
 }

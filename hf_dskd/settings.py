@@ -19,6 +19,7 @@ DIVERGENCE_ALIASES = {
 LABELS = ("response", "teacher")
 ON_NONFINITE = ("stop", "skip")
 PROJECTOR_INITS = ("random", "pseudo_inverse")
+SEGMENTATIONS = ("student", "longest")
 PROMPT_STYLES = ("chat", "plain")
 SPACES = ("both", "student", "teacher")
 TEACHER_VALUES = ("state_and_target", "state")
@@ -124,6 +125,12 @@ class DistillationSettings:
         alm_bias_threshold (`float`, *optional*):
             Of `alm`: a chunk goes on until the teacher gives at least this probability to whitespace or the end after
             it, which removes the bias of tokenizations that can't end there (the paper has 0.1). `None` merges none.
+        bpm_segmentation (`str`, *optional*, defaults to `"student"`):
+            Of `bpm`: a string begins with the token that the student's own tokenizer begins it with (`"student"`), or
+            with the longest one (`"longest"`, arXiv 2607.22334, which also leaves out tokens of white space alone).
+            At temperatures of its own where none are set: the student's 1, the teacher's fitted on the training text.
+        bpm_top_k (`int`, *optional*, defaults to `64`):
+            Of `bpm`: tokens of the target that are told apart. The rest is one outcome more, for any divergence.
         on_policy_fraction (`float`, *optional*, defaults to `0.0`):
             Share of the optimizer steps whose responses the student samples now with its own generation config. In
             them the student's cross entropy has no weight.
@@ -279,6 +286,12 @@ class DistillationSettings:
         below=1,
         usual="the paper has 0.1",
     )
+    bpm_segmentation: str = _setting(
+        "student",
+        f"how bpm cuts what a teacher's token says into the student's: {' or '.join(SEGMENTATIONS)} (the paper's)",
+        choices=SEGMENTATIONS,
+    )
+    bpm_top_k: int = _setting(64, "how many tokens of bpm's target are told apart; the rest is one", least=1)
     on_policy_fraction: float = _setting(
         0.0, "share of the steps whose responses the student samples now", least=0, most=1, usual="the papers use 0.5"
     )

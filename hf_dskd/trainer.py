@@ -202,6 +202,7 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             autocast=self._autocast,
             same_tokens=same_tokens,
         )
+        self.distiller.fit(dataset)
         self.projectors: Projectors | None = self.distiller.projectors
         matching = self.distiller.matching
         self.adversary = None if matching is None or matching.critic is None else Adversary(matching, args)

@@ -25,6 +25,7 @@ CASES = {
     "teacher_space": {"method": "dskd_cla", "spaces": "teacher", "matching": "gan"},
     "attention": {"method": "uld", "attention_kd_rate": 1.0},
     "attention_of_tokens": {"method": "kd", "attention_kd_rate": 1.0, "attention_layers": "uniform"},
+    "bpm_longest": {"method": "bpm", "bpm_segmentation": "longest"},
     "merged_chunks": {"method": "alm", "alm_bias_threshold": 0.1, "alm_temperature": 1.0},
 }
 

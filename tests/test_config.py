@@ -17,9 +17,9 @@ def test_what_methods_need():
         return {name for name, row in METHODS.items() if of(row)}
 
     assert names(lambda row: not row.needs_teacher) == {"sft", "seq_kd"}
-    assert names(lambda row: not row.dual_space) == {"sft", "seq_kd", "kd", "uld", "min_edit", "alm"}
+    assert names(lambda row: not row.dual_space) == {"sft", "seq_kd", "kd", "uld", "min_edit", "alm", "bpm"}
     assert names(lambda row: row.has_queries) == {"dskd_cma", "dskd_cma_ga", "dskd_cma_ct", "dskd_cla"}
-    assert names(lambda row: row.needs_chunks) == {"dskd_clp", "dskd_cla", "dskd_eta", "alm"}
+    assert names(lambda row: row.needs_chunks) == {"dskd_clp", "dskd_cla", "dskd_eta", "alm", "bpm"}
     assert names(lambda row: row.same_vocabulary) == {"kd", "dskd"}
 
 

@@ -28,6 +28,9 @@ class DualCollator:
         teacher_states (`Callable`, *optional*):
             From rows to the teacher's last hidden states at their response tokens, `[B, R, d_t]`
             ([`~hf_dskd.teacher.cache.TeacherCache.batch`]).
+        prefix_plan (`Callable`, *optional*):
+            From rows and a length to what a byte-prefix target is made of
+            ([`~hf_dskd.alignment.byte_prefix.ByteTables.plan`]).
     """
 
     student_pad_token_id: int
@@ -35,6 +38,7 @@ class DualCollator:
     pad_to_multiple_of: int | None = None
     pad_to_length: int | None = None
     teacher_states: Callable[[list[dict[str, Any]]], torch.Tensor] | None = None
+    prefix_plan: Callable[[list[dict[str, Any]], int], torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -46,13 +50,15 @@ class DualCollator:
             and, if the rows have them, `chunk_ids` and `partners` (all four -1 where there is no response token), all
             int64 of shape `(B, S)`; `silent`, bool, which tokens are no text of an answer; the same with the prefix
             `teacher_`, `(B, T)`; `example_ids` and `response_bytes`, `(B,)`; with a cache `teacher_states`,
-            `(B, R, d_t)`.
+            `(B, R, d_t)`, and with a plan `prefix_plan`, `(B, S, F)`.
         """
         batch = self._padded(rows, "", self.student_pad_token_id)
         if self.teacher_pad_token_id is not None:
             batch |= self._padded(rows, "teacher_", self.teacher_pad_token_id)
         if self.teacher_states is not None:
             batch["teacher_states"] = self.teacher_states(rows)
+        if self.prefix_plan is not None:
+            batch["prefix_plan"] = self.prefix_plan(rows, batch["input_ids"].shape[1])
         batch["example_ids"] = torch.tensor([row["example_id"] for row in rows])
         batch["response_bytes"] = torch.tensor([row["response_bytes"] for row in rows])
         return batch

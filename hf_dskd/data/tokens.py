@@ -57,7 +57,7 @@ def located_tokens(tokenizer: PreTrainedTokenizerBase, text: str, control: bool)
     traits = traits_of(tokenizer)
     for anchor in ANCHORS if traits.adds_space else ():
         ids = encode(tokenizer, anchor + text, control)
-        skipped = _tokens_covering(traits.token_bytes, ids, f" {anchor}".encode())
+        skipped = tokens_covering(traits.token_bytes, ids, f" {anchor}".encode())
         if skipped:
             ids = ids[skipped:]
             break
@@ -173,7 +173,7 @@ def _byte_level_table() -> dict[int, int]:
     return {256 + index: byte for index, byte in enumerate(others)}
 
 
-def _tokens_covering(token_bytes: dict[int, bytes], ids: list[int], data: bytes) -> int:
+def tokens_covering(token_bytes: dict[int, bytes], ids: list[int], data: bytes) -> int:
     # How many first tokens spell exactly these bytes, or 0 if none do.
     spelled = b""
     for count, token in enumerate(ids, start=1):

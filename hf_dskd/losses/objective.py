@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +79,22 @@ class Objective:
         terms (`tuple[Term]`): What it computes, in the order of their weights.
         projectors ([`~hf_dskd.losses.projectors.Projectors`], *optional*): Trained beside the student.
         matching ([`~hf_dskd.losses.matching.Matching`], *optional*): Of queries to keys.
+        fits (`bool`): Whether it reads a sample of the text before training (see [`~Objective.fit`]).
     """
 
     terms: tuple[Term, ...] = (TERMS["ce"], TERMS["correct"])
     projectors: Projectors | None = None
     matching: Matching | None = None
+    fits = False
 
     def __init__(self, config: DSKDConfig, pair: Any, device: torch.device):
         self.config, self.row = config, config.method_row
 
     def start(self, student_head: LMHead, teacher_head: LMHead) -> None:
         """Initializes what depends on the models' weights; called once, when they are there."""
+
+    def fit(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> None:
+        """Fits constants on responses of the text: the student's without hidden states, and the teacher's."""
 
     def __call__(self, student: ResponseStates, teacher: ResponseStates, step: Step) -> Terms:
         """Computes the terms of a batch from both models' states of its responses."""

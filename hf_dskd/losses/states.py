@@ -32,6 +32,7 @@ class ResponseStates:
         partners (`[B, R]`, *optional*): Which response token of the other model stands for it, -1 for none.
         places (`[B, R]`, *optional*): Which answer of the row it belongs to, and where in it; -1 outside the response.
         silent (`[B, R]`, bool, *optional*): Whether it stands before the text of an answer, or closes it.
+        plan (`[B, R, F]`, *optional*): Where a byte-prefix target is from, -1 in the first column for nowhere.
         head ([`~hf_dskd.models.causal_lm.LMHead`], *optional*): The model's, from hidden states to logits.
         example_ids (`[B]`, *optional*): Of the dataset; by default places in the batch.
     """
@@ -46,6 +47,7 @@ class ResponseStates:
     partners: Tensor | None = None
     places: Tensor | None = None
     silent: Tensor | None = None
+    plan: Tensor | None = None
     head: Any = None
     example_ids: Tensor | None = None
 
@@ -95,6 +97,7 @@ def response_states(
     gathered: bool = False,
     places: Tensor | None = None,
     silent: Tensor | None = None,
+    plan: Tensor | None = None,
     **more: Any,
 ) -> ResponseStates:
     """
@@ -106,6 +109,7 @@ def response_states(
         embedding (`[V, d]`): Input embedding; used as a constant.
         chunks, partners, places, silent (`[B, S]`, *optional*): Of each token, as
             [`~hf_dskd.data.collator.DualCollator`] has them; -1 or false where there is none.
+        plan (`[B, S, F]`, *optional*): Of each token (see [`~hf_dskd.alignment.byte_prefix.ByteTables.plan`]).
         more: `head` and `example_ids` of [`ResponseStates`].
     """
 
@@ -129,5 +133,6 @@ def response_states(
         partners=of_targets(partners),
         places=of_targets(places),
         silent=of_targets(silent, 0),
+        plan=None if plan is None else plan[:, 1:].gather(1, rows.unsqueeze(-1).expand(-1, -1, plan.shape[-1])),
         **more,
     )

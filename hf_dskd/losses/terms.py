@@ -74,6 +74,7 @@ TERMS: dict[str, Term] = {
             better="higher",
         ),
         Term("t2s_rows", log="aligned_rate", panel="student tokens with a partner"),
+        Term("target_rows", log="target_rate", panel="student tokens with a target of the teacher"),
         Term(
             *("s2t_agree", "teacher_tokens", "s2t_agreement"),
             title="projected student agrees with the teacher",

@@ -36,6 +36,7 @@ GROUPS = {
     "alignment": "Alignment and matching",
     "divergence": "Divergence and temperature",
     "alm_divergence": "Likelihood matching (alm)",
+    "bpm_segmentation": "Byte-prefix target (bpm)",
     "on_policy_fraction": "Method",
     "kq_rate": "Alignment and matching",
     "attention_kd_rate": "Attention",

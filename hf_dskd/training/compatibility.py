@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..alignment.byte_prefix import check_bytes
 from ..data.vocabulary import same_vocabulary, shared_tokens
 from ..errors import UserError, kind_of
 from ..models.pretrained import four_bit, load_tokenizer, options_of, quantized_how
@@ -91,6 +92,8 @@ def check_vocabularies(config: DSKDConfig, student_tokenizer: Any, teacher_token
             f"{what} compares the two models token by token, and the vocabularies of {names[0]!r} and {names[1]!r}"
             f" differ: choose {remedy}"
         )
+    if "bytes" in row.all_needs:
+        check_bytes(student_tokenizer, teacher_tokenizer)
     if "shared_tokens" in row.all_needs:
         shared_tokens(student_tokenizer, teacher_tokenizer)
 

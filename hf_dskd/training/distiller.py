@@ -133,6 +133,20 @@ class Distiller:
         assert self.collate is not None
         return send_to_device(self.collate([dict(row) for row in rows]), self.device)
 
+    def fit(self, dataset: Any) -> None:
+        """Lets the objective fit what it has to on a sample of tokenized text, if it does."""
+        if not self.objective.fits or dataset is None:
+            return
+        rows = sample_rows(dataset)
+        with torch.no_grad(), self.autocast():
+            batches = [self.batch([row]) for row in rows]
+            self.objective.fit(
+                [
+                    (self.states("student", None, batch), self.states("teacher", self._teacher_hidden(batch), batch))
+                    for batch in batches
+                ]
+            )
+
     def views(self, model: nn.Module, batch: dict[str, Any]) -> Views:
         """Runs both models on a batch, or looks the teacher up; `model` is the student, as it may be wrapped."""
         watched: AbstractContextManager[list[Any]] = nullcontext([])
@@ -201,6 +215,7 @@ class Distiller:
             batch.get("partners") if side == "student" else None,
             gathered,
             *(batch.get(f"{prefix}places"), batch.get(f"{prefix}silent")),
+            batch.get("prefix_plan") if side == "student" else None,
             head=head,
             example_ids=batch.get("example_ids"),
         )
@@ -238,3 +253,21 @@ class Distiller:
             for prefix in ("", "teacher_")
         )
         return chunk_attention_kl(pairs, chunks, teacher_chunks, heads)
+
+
+def sample_rows(dataset: Any, tokens: int = 1024, most: int = 64) -> list[dict[str, Any]]:
+    """Takes rows from all over a tokenized dataset until the teacher has some `tokens` to answer; a stream's first."""
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if hasattr(dataset, "__len__"):
+        count = min(most, len(dataset))
+        found = (dataset[index * len(dataset) // count] for index in range(count))
+    else:
+        found = iter(dataset.take(most))
+    rows, total = list[dict[str, Any]](), 0
+    for row in found:
+        rows.append(row)
+        total += len(row["teacher_byte_ends"])
+        if total >= tokens:
+            break
+    return rows

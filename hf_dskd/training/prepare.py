@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..alignment.byte_prefix import byte_tables
 from ..alignment.min_edit import partners
 from ..alignment.spans import answer_spans
 from ..data.collator import DualCollator
@@ -113,11 +114,15 @@ class Preparation:
 
     def collator(self) -> DualCollator:
         """Returns the collator of the tokens and states."""
+        tables = None
+        if "bytes" in self.args.method_row.all_needs:
+            tables = byte_tables(self.student, self.teacher, self.args.bpm_segmentation)
         return DualCollator(
             student_pad_token_id=self.student.pad_token_id,
             teacher_pad_token_id=None if self.teacher is None else self.teacher.pad_token_id,
             pad_to_length=padded_length(self.args),
             teacher_states=None if self.cache is None else self.cache.batch,
+            prefix_plan=None if tables is None else tables.plan,
         )
 
     def tokenize(self, dataset: Any, split: str) -> Any:

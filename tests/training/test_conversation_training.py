@@ -73,6 +73,7 @@ def terms(run):
 
 # All whose losses of an answer depend on that answer alone: attention over the whole row sees the other answers too.
 APART = ["sft", "kd", "dskd", "dskd_clp", "dskd_cla", "dskd_eta", "uld", "min_edit", "alm", "merged_chunks"]
+APART += ["bpm", "bpm_longest"]
 
 
 @pytest.mark.parametrize("case", APART)

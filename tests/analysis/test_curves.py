@@ -77,6 +77,7 @@ OF_OTHER_METHODS = {
     "what the model adds: routers, adapter (aux_loss)": {"method": "sft", "student": mixtral()},
     "divergence of logits (kd_loss)": {"method": "uld"},
     "divergence of chunk likelihoods (alm_loss)": {"method": "alm"},
+    "student tokens with a target of the teacher": {"method": "bpm"},
     "divergence of attention (attention_loss)": {"method": "uld", "attention_kd_rate": 1.0},
     "transport cost under the critics": {"method": "dskd_cma_ct"},
 }

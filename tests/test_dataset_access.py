@@ -39,10 +39,10 @@ def hub():
         yield hub
 
 
-def said(hub, home, names, token="hf_write", **environment):
+def said(hub, home, names, before="", **environment):
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *names],
-        env={**hub.environment(home, token), **environment},
+        [sys.executable, "-c", before + LOAD, *names],
+        env={**hub.environment(home, "hf_write"), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -70,5 +70,6 @@ def test_offline_names_the_flag_and_a_file(hub, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached(hub, tmp_path):
-    (line,) = said(hub, tmp_path, ["ann/open"], HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_ETAG_TIMEOUT="1")
+    hasty = "import time\ntime.sleep = lambda seconds: None\n"
+    (line,) = said(hub, tmp_path, ["ann/open"], hasty, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_ETAG_TIMEOUT="1")
     assert "'ann/open'" in line and "local .jsonl" in line and os.linesep not in line

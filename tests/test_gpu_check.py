@@ -73,9 +73,9 @@ def test_the_loss_has_its_gradients(parts, monkeypatch, space):
 def test_a_tile_under_the_interpreter():
     code = (
         "import gpu_parts as parts, torch\nparts.DEVICE = 'cpu'\n"
-        "assert parts.check_case((32, 32, 4, 2), 'grouped heads', torch.float32, 'split')[0]\n"
+        "assert parts.check_case((32, 32, 4, 2), 'one query', torch.float32, 'split')[0]\n"
         # The interpreter has no bfloat16.
-        "assert parts.check_tile('key', (32, 32, 4, 2), 32, torch.float32)[0]\n"
+        "assert parts.check_tile('key', (32, 32, 4, 2), 32, torch.float32, 1)[0]\n"
         "right = parts.dense_tests.streamed\n"
         "parts.dense_tests.streamed = lambda case: (right(case)[0] + 0.1, *right(case)[1:])\n"
         "assert not parts.check_case((32, 32, 4, 2), 'one query', torch.float32, 'separate')[0]\n"

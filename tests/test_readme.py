@@ -39,12 +39,13 @@ SHORT = {
     r"accelerate launch .*recipes/": TRAINING,
     r"python recipes/your_pair.py": "--held_out_size 4",
     r"hf-dskd (train|cache-teacher) ": TRAINING,
-    r"hf-dskd compare ": f"{TRAINING} --methods sft,dskd_cma --seeds 0 --analysis_examples 2",
+    r"hf-dskd compare ": f"{TRAINING} --methods dskd_cma --seeds 0 --analysis_examples 2",
     r"hf-dskd evaluate ": "--max_length 264 --limit 1",
     r"hf-dskd analyse ": "--examples 2",
 }
 PYTHON = {
     r"max_steps=\d+": "max_steps=2",
+    r"gradient_accumulation_steps=\d+": "gradient_accumulation_steps=1",
     r"bf16=True,": "bf16=True, use_cpu=True, max_steps=2,",  # without a GPU transformers wants to be told
     r"n_trials=\d+": "n_trials=2",
     r"train_test_split\(100,": "train_test_split(8,",

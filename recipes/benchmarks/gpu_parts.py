@@ -176,12 +176,14 @@ def check_case(tile: Tile, name: str, dtype: torch.dtype, path: str) -> tuple[bo
     return finite and worst < most and all(e < most_of_gradients for e in errors), worst, max(errors)
 
 
-def check_tile(kind: str, tile: Tile, length: int = 1024, dtype: torch.dtype = torch.bfloat16) -> tuple[bool, float]:
+def check_tile(
+    kind: str, tile: Tile, length: int = 1024, dtype: torch.dtype = torch.bfloat16, heads: int = 16
+) -> tuple[bool, float]:
     """Compare what `bench` runs with this tile, which also compiles it."""
     choose(tile)
     worst = 0.0
     for causal in (False, True):
-        sizes = {"d": (128, 128), "heads": (16, 16, 16), "dtype": dtype}
+        sizes = {"d": (128, 128), "heads": (heads,) * 3, "dtype": dtype}
         case = on_device(dense_tests.case(length, length, causal=causal, **sizes))
         shared = *case.scales, causal, None, None, None
         expected = dense(case)

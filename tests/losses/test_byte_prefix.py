@@ -376,13 +376,10 @@ def test_a_plan_of_two_answers_is_that_of_each():
     assert tables.columns_of(joined) == first + moved
 
 
-@pytest.mark.skipif(not (SHARED / "tokenizers").is_dir(), reason="the real tokenizers are not beside this checkout")
 @pytest.mark.parametrize("student, teacher", [("gpt2", "mistral"), ("mistral", "gpt2"), ("tinyllama", "gpt2")])
 def test_real_tokenizers(student, teacher):
-    from test_real_tokenizers import tokenizer
-
     text = "def größe(x):\n    return {'a': x + 1}  # 東京 👩\n\n\tThe end, 12.50 €."
-    student, teacher = tokenizer(student), tokenizer(teacher)
+    student, teacher = tiny.real_tokenizer(student), tiny.real_tokenizer(teacher)
     rows = len(row_of(text, student, teacher)["teacher_byte_ends"])
     whole, found, *_ = targets(text, student, teacher, torch.randn(rows, 8), torch.randn(len(teacher), 8))
     there = found.there

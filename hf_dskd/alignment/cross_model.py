@@ -48,21 +48,22 @@ def cross_model_attention(
     Returns:
         `t2s` of shape `[B, R_s, R_t]` (rows sum to 1 over teacher positions) and `s2t` of shape `[B, R_t, R_s]`.
     """
-    scores = attention_scores(queries, keys)
     allowed = query_mask.unsqueeze(2) & key_mask.unsqueeze(1)
     if pairs is not None:
         allowed = allowed & pairs
+    scores = attention_scores(queries, keys, allowed)
     return attention_weights(scores, allowed), attention_weights(scores.transpose(1, 2), allowed.transpose(1, 2))
 
 
-def attention_scores(rows: Tensor, columns: Tensor) -> Tensor:
-    """Scaled dot products `[B, R, R']`, in float32 at least."""
+def attention_scores(rows: Tensor, columns: Tensor, allowed: Tensor) -> Tensor:
+    """Scaled dot products `[B, R, R']`, in float32 at least; next to nothing is left of what isn't `allowed`."""
     with torch.autocast(rows.device.type, enabled=False):
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        return rows.to(dtype) @ columns.to(dtype).transpose(1, 2) / math.sqrt(rows.shape[-1])
+        scores = rows.to(dtype) @ columns.to(dtype).transpose(1, 2) / math.sqrt(rows.shape[-1])
+        # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
+        return scores.masked_fill(~allowed, -1e5)
 
 
 def attention_weights(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the columns that are `allowed`; rows without any are 0."""
-    # A finite fill: a row without any allowed position stays free of NaN, in its gradient too.
-    return torch.softmax(scores.masked_fill(~allowed, -1e5), dim=-1) * allowed.any(-1, keepdim=True)
+    """Softmax over the columns of [`attention_scores`]; rows without any `allowed` one are 0."""
+    return torch.softmax(scores, dim=-1) * allowed.any(-1, keepdim=True)

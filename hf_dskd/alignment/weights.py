@@ -138,7 +138,7 @@ def _unit_rows(values: Tensor) -> Tensor:
 
 
 def _attention(rows: Tensor, columns: Tensor, allowed: Tensor, value: Tensor) -> Tensor:
-    return attention_weights(attention_scores(rows, columns), allowed).to(value.dtype) @ value
+    return attention_weights(attention_scores(rows, columns, allowed), allowed).to(value.dtype) @ value
 
 
 def _has_partner(side: Side, other: Side) -> Tensor:

@@ -59,8 +59,7 @@ _OF_TRAINING = (
 _BOTH = {"student's tokens": "", "teacher's tokens": "s2t_"}
 _PROBES = {"the run's": "", "chunk mean (clp)": "probe_clp_", "chunk attention (cla)": "probe_cla_"}
 _AUC = {"new linear probe": "linear_probe_auc", "run's discriminator": "discriminator_auc"}
-# Those of the alignment analysis (see [`~hf_dskd.analysis.probe.analyse`]): prefixes, key, title, axis, and the key of
-# uniform attention.
+# What uniform attention would have, by the key of what it is compared with (see [`~hf_dskd.analysis.probe.analyse`]).
 _UNIFORM = {"chunk_mass": "chunk_mass_uniform", "argmax_in_chunk": "chunk_mass_uniform"}
 _UNIFORM |= {"attention_distance_bytes": "attention_distance_bytes_uniform"}
 _OF_ANALYSES = (

@@ -94,8 +94,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, seed: in
 
     The root of the mean, over random directions, of the squared distance between the two projections. In one dimension
     that is ∫ (F⁻¹(u) − G⁻¹(u))² du over the quantile functions, exact for sets of different sizes. It is in the unit
-    of the vectors; for y = x + δ it is about ‖δ‖ / √d, the root mean square of δ over dimensions.
-
+    of the vectors; for y = x + δ it is about ‖δ‖ / √d, the root mean square of δ over dimensions. `projections` is the
+    number of directions.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(x.shape[1], projections, generator=generator, dtype=torch.float64), dim=0)
@@ -158,7 +158,8 @@ def linear_probe_auc(
     result is [`auc`] over all pairs of held-out rows that lie in the same fold, where one model scored both. With
     groups, folds are made of whole examples, both sides together: the probe never knows the text that it is tested on.
 
-    Arguments are those of [`mmd`]; there are two groups or more, and at most as many `folds`.
+    `x`, `y`, groups, `most_rows` and `seed` are those of [`mmd`]. Without groups, folds are of single rows; of groups
+    there are two or more, and at most as many `folds`.
     """
     generator = torch.Generator().manual_seed(seed)
     x, x_groups = _sample(x, x_groups, most_rows, generator)

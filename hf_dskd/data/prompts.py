@@ -214,7 +214,10 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 def check_eos(tokenizer: Any, role: str) -> None:
     """Refuses a tokenizer with which no response can end."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the {role}'s tokenizer {name_of(tokenizer)} has no EOS token: set tokenizer.eos_token first")
+        raise UserError(
+            f"the {role}'s tokenizer {name_of(tokenizer)} has no EOS token: set tokenizer.eos_token to the token that"
+            " ends an answer"
+        )
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str | None:

@@ -70,7 +70,7 @@ class TokenizationReport:
         long_prompts (`int`): Rows skipped because their prompt leaves no room for a response.
         answers (`int`): Answers that are learnt: more than `kept` where conversations have several.
         left_out, ends_removed, control_as_text, control_live, one_sided, foreign_calls, unasked (`int`):
-            Counts of what the report says of them as text.
+            What the text of the report says; `left_out` and `foreign_calls` count answers, the others rows.
         parts (`int`): Rows that are trained on, of which a conversation can become several.
         bad (`dict[str, int]`):
             Rows skipped because they can't be read: the first of each kind of fault, and how many there are.
@@ -201,7 +201,7 @@ def _row(answers: list[_Answer], example_id: int) -> dict[str, Any]:
             for of_row, numbers in zip(chunks, numbered):
                 of_row += [count + number if number >= 0 else -1 for number in numbers]
             count += max(numbered[0]) + 1
-        row["chunk_ids"], row["teacher_chunk_ids"] = chunks
+        row |= {f"{_PREFIXES[name]}chunk_ids": numbers for name, numbers in zip(names, chunks)}
     return row
 
 

@@ -137,7 +137,7 @@ class Publishing(Trainer):
         """
         Ends a run as `hf-dskd train` does: saves the student, and writes `result.json`, the log and the report.
 
-        Its metrics are those of the last evaluation.
+        Its metrics are those of the last evaluation; `dataset_name` is that of the training data, for the card.
 
         Returns:
             `Path`: `report/report.html` in the output folder; `None` on other processes.

@@ -69,8 +69,8 @@ class Discriminator(nn.Module):
         """
         Logits of D, `[N]`, of features `[N, d]`, in float32.
 
-        `noise` `[N, d]` decides what is dropped (see [`row_noise`]). The discriminator draws no random numbers itself,
-        which would shift those of the student beside it.
+        `noise` `[N, d]`, in [0, 1), decides what is dropped in training mode (see [`row_noise`]); without it, nothing.
+        The discriminator draws no random numbers itself, which would shift those of the student beside it.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.highway.weight.dtype)

@@ -643,6 +643,8 @@ class TeacherCache:
         from tqdm.auto import tqdm
 
         total = sum(sum(shard.counts) for shard in shards)
+        tokens = sum(examples[key].length for shard in shards for key in shard.keys)
+        start, timed = time.perf_counter(), not shown
         with tqdm(total=total, unit=" states", desc="The teacher's states", disable=not shown) as bar:
             for shard in shards:
                 part = [examples[key] for key in shard.keys]
@@ -652,6 +654,12 @@ class TeacherCache:
                     for index, rows in zip(batch, _run(teacher, [part[index] for index in batch], datasets)):
                         places[index].copy_(rows)
                         bar.update(len(rows))
+                    if not timed:
+                        # By tokens, not by states as the bar: prompts take time too.
+                        seconds = (time.perf_counter() - start) * tokens / sum(part[index].length for index in batch)
+                        duration = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+                        logger.warning("teacher_cache=%r: that takes about %s", str(self.folder), duration)
+                        timed = True
                 about = {"keys": shard.keys, "counts": shard.counts}
                 _save({"states": states}, self.folder / shard.file, about)
 

@@ -252,6 +252,14 @@ class DSKDConfig(DistillationSettings, TrainingArguments):  # type: ignore[misc]
                 f"{self.final_kd_temperature} belong together: set both (such as 'linear' and 1.0), or neither"
             )
 
+        # A schedule goes by the ratio of the two.
+        default = type(self).__dataclass_fields__["kd_temperature"].default
+        if self.method == "bpm" and not scheduled and self.kd_temperature != default:
+            raise UserError(
+                f"kd_temperature={self.kd_temperature} means nothing for method='bpm', whose models have temperatures"
+                " of their own: set teacher_temperature, student_temperature or both"
+            )
+
     @property
     def method_row(self) -> Method:
         """What `method` is composed of, with the parts that other settings replace."""

@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 PREPARED_ONCE = (
     "method alignment as_published max_length prompt_style chat_template_kwargs prompt_column response_column"
     " skip_long_prompts on_bad_row train_on teacher_cache load_teacher_in_4bit teacher_device teacher_dtype output_dir"
+    " bpm_segmentation"
 ).split()
 
 

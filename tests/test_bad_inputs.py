@@ -247,6 +247,8 @@ temperature_schedule="linear" -> temperature_schedule='linear' and final_kd_temp
 temperature_schedule="cosine" -> temperature_schedule='cosine' and final_kd_temperature=None belong together
 final_kd_temperature=1.0 -> temperature_schedule='constant' and final_kd_temperature=1.0 belong together
 temperature_schedule="cosin" -> temperature_schedule='cosin' is unknown: did you mean 'cosine'?
+method="bpm", kd_temperature=1.0
+    kd_temperature=1.0 means nothing for method='bpm', whose models have temperatures of their own: set teacher_t
 temperature_scaling="tau" -> temperature_scaling='tau' is unknown: did you mean 'tau_squared'?
 student_space_divergence="revers_kl" -> student_space_divergence='revers_kl' is unknown: did you mean 'reverse
 teacher_space_divergence="jss" -> teacher_space_divergence='jss' is unknown: did you mean 'js'?

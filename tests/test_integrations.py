@@ -197,6 +197,7 @@ def test_what_a_search_cannot_vary_is_refused(tmp_path, folders):
     for name, value, expected in (
         ("max_length", 128, r"can't vary max_length \(256, 128\).*hf-dskd compare"),
         ("method", "sft", r"can't vary method \('dskd_cma_ga', 'sft'\)"),
+        ("bpm_segmentation", "longest", r"can't vary bpm_segmentation \('student', 'longest'\)"),
         ("kd_rate", 1.5, r"kd_rate=1.5 is outside"),
     ):
         before = getattr(trainer.args, name)

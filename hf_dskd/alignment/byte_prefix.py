@@ -11,6 +11,7 @@ that a training step only has to add up probabilities (see [`hf_dskd.losses.byte
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -40,6 +41,7 @@ LINKS = 6
 LETTER, DIGIT, SIGN, SPACE, NOTHING = range(5)
 SAMPLES = ("q", "7", ")")
 NO_BYTE = 256
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class ByteTables:
@@ -93,8 +95,10 @@ class ByteTables:
             flat += [data[place:] for place in range(len(data) + 1)]
         columns = self._columns(flat)
         if self.identical:
-            for token in self.teacher_bytes:
-                columns[offsets[token]] = token if token < self.size else self.size
+            # Beside what cuts text, each may have added tokens of its own.
+            for token, data in self.teacher_bytes.items():
+                if self.student_bytes.get(token) == data:
+                    columns[offsets[token]] = token
         spaces = [token for token, data in self.student_bytes.items() if data[:1].isspace()]
         members = [token for token in spaces if any(map(self.student_bytes[token].startswith, self.open))]
         found = {
@@ -102,6 +106,9 @@ class ByteTables:
             "offset": torch.tensor(offsets, dtype=torch.int32),
             "column": torch.tensor(columns, dtype=torch.int32),
             "length": torch.tensor([len(self.student_bytes.get(token, b"")) for token in range(self.size)]),
+            "teacher_length": torch.tensor(
+                [len(self.teacher_bytes.get(token, b"")) for token in range(self.teacher_size)]
+            ),
             "members": torch.tensor(members, dtype=torch.int64),
             "opens": torch.tensor(
                 [[self.student_bytes[token].startswith(data) for token in members] for data in self.open]
@@ -276,8 +283,11 @@ class _Segmenter:
         self._backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         self._traits = traits_of(tokenizer)
         self.bytes = text_bytes(tokenizer)
-        # Of equal tokens the tokenizer's own way is unknown: the lowest id.
-        self._ids = {data: token for token, data in sorted(self.bytes.items(), reverse=True)}
+        # Of equal tokens the tokenizer's own way is unknown: the lowest id. But one of SentencePiece's bytes, such as
+        # <0x28>, stands in for what has no piece, and here there is one.
+        bytes_alone = {token for piece, token in tokenizer.get_vocab().items() if BYTE_PIECE.fullmatch(piece)}
+        ordered = sorted(self.bytes, key=lambda token: (token in bytes_alone, token), reverse=True)
+        self._ids = {self.bytes[token]: token for token in ordered}
         self._longest = max(map(len, self._ids), default=0)
         self._known: dict[bytes, int] = {}
 

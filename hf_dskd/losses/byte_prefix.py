@@ -45,7 +45,7 @@ LEAST_MASS = 0.01
 NEXT_TOKENS = 128
 # Temperatures that are tried, a sixth of an octave apart.
 TRIED = [2.0 ** (step / 6) for step in range(-4, 10)]
-# How much worse than the teacher itself a target may be: it doesn't know that a token before didn't go on.
+# How many times the teacher's own bits a target may need: it doesn't know that a token before didn't go on.
 TOLERANCE = 1.05
 
 
@@ -72,8 +72,9 @@ class Quality:
     How much of a text a target says.
 
     Attributes:
-        target_bits, teacher_bits: −log₂ of the probability of the text's own tokens, per byte of the text: by the
-            target over the student's tokens, and by the teacher over its own.
+        target_bits, teacher_bits: −log₂ of the probability of the text, per byte, by the target over the student's
+            tokens and by the teacher over its own. Both are of the same bytes, those of the student's tokens that have
+            a target: of a token of the teacher that lies there in part, that part of its bits counts.
         rows: Share of the student's tokens of text that have a target.
     """
 
@@ -84,13 +85,22 @@ class Quality:
     def __str__(self) -> str:
         return (
             f"the target has {self.target_bits:.3f} bits per byte, over {self.rows:.1%} of the student's tokens, and"
-            f" the teacher {self.teacher_bits:.3f}"
+            f" the teacher {self.teacher_bits:.3f} there"
         )
 
-    def check(self) -> None:
-        """Raises a [`UserError`] where the target is worse than the teacher: then it isn't what the teacher thinks."""
-        if not (self.rows > 0.01 and self.target_bits <= TOLERANCE * self.teacher_bits):
-            raise UserError(f"method='bpm' makes no right target of this pair ({self}): choose another, such as alm")
+    def check(self, segmentation: str = "student") -> None:
+        """
+        Raises a [`UserError`] where there is no target, or one that needs over `TOLERANCE` times the teacher's bits:
+        then it isn't what the teacher thinks. `"longest"` is known to need more, and is warned of.
+        """
+        right = self.target_bits <= TOLERANCE * self.teacher_bits
+        said = f"({self}; right is at most {TOLERANCE:g} times that)"
+        if not self.rows > 0.01 or not (right or segmentation == "longest"):
+            raise UserError(f"method='bpm' makes no right target of this pair {said}: choose another, such as alm")
+        if not right:
+            logger.warning("bpm_segmentation='longest' makes a wrong target of this pair %s: try 'student'", said)
+        if self.rows < 0.5:
+            logger.warning("method='bpm' has a target for few of the student's tokens (%s); alm may suit better", self)
 
 
 class BytePrefix(Objective):
@@ -168,7 +178,8 @@ class BytePrefix(Objective):
         if student.plan is None:
             raise UserError(
                 "method='bpm' reads where its targets are from the batch, which has no prefix_plan: leave"
-                " data_collator out, or give it the one of hf_dskd.alignment.byte_prefix"
+                " data_collator out, or give DualCollator a prefix_plan: the plan of"
+                " hf_dskd.alignment.byte_prefix.byte_tables(...)"
             )
         plan, own = student.packed(student.plan).long(), student.packed(student.targets)
         places = packed_partners(student.plan[..., 0].long(), student.mask, teacher.mask)
@@ -276,8 +287,8 @@ class BytePrefix(Objective):
             key = node * (NO_BYTE + 1) + spelled[..., place]
             edge = torch.searchsorted(tables["edge"], key).clamp(max=len(tables["edge"]) - 1)
             there = (tables["edge"][edge] == key) & (node >= 0)
-            # On a GPU to look would be to wait.
-            if not tokens.is_cuda and not there.any():
+            # On another device to look would be to wait.
+            if tokens.device.type == "cpu" and not there.any():
                 break
             node = torch.where(there, tables["child"][edge], -1)
             token = torch.where(there, tables["token"][node.clamp(min=0)], -1)
@@ -298,7 +309,7 @@ class BytePrefix(Objective):
         Finds the temperature at which the teacher expects the text most, unless one is set, and checks the target.
 
         Raises:
-            UserError: For a target that says less of the text than the teacher does.
+            UserError: For a target that needs over `TOLERANCE` times the teacher's bits for the text.
         """
         if self.config.teacher_temperature is None:
             self.teacher_temperature = 1.0
@@ -306,33 +317,55 @@ class BytePrefix(Objective):
             self.teacher_temperature = round(lowest(TRIED, torch.as_tensor(losses).tolist()), 2)
         found = self.quality(sample)
         logger.info("bpm at teacher_temperature=%s: %s", self.teacher_temperature, found)
-        found.check()
+        found.check(self.config.bpm_segmentation)
 
     @torch.no_grad()
     def quality(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> Quality:
         """Measures the targets of responses, against the teacher's own predictions of the same text."""
-        totals = torch.zeros(6, dtype=torch.float64)
+        totals = torch.zeros(5, dtype=torch.float64)
         for student, teacher in sample:
             found, tokens = self.targets(student, teacher), student.packed(student.targets)
             sizes = self.tables["length"][tokens]
             text = sizes > 0 if student.silent is None else ~student.packed(student.silent)
-            surprise = -found.own.clamp(min=1e-30).log()
-            parts = (surprise * found.there, sizes * found.there, found.there & text, text, sizes * text)
-            totals += torch.stack([*(part.sum() for part in parts), self._surprise(teacher)[0]]).double().cpu()
-        target, told, there, text, size, teacher_own = totals.clamp(min=1e-9).tolist()
-        return Quality(target / told / math.log(2), teacher_own / size / math.log(2), there / text)
+            surprise, there = -found.own.clamp(min=1e-30).log(), found.there & text
+            theirs = self._surprise_of(student, teacher, sizes)
+            parts = (surprise * there, theirs * there, sizes * there, there, text)
+            totals += torch.stack([part.sum() for part in parts]).double().cpu()
+        target, own, size, there, text = totals.tolist()
+        bits = max(size, 1.0) * math.log(2)
+        return Quality(target / bits, own / bits, there / max(text, 1.0))
 
-    def _surprise(self, teacher: ResponseStates, factors: Sequence[float] = (1.0,)) -> Tensor:
+    def _surprise_of(self, student: ResponseStates, teacher: ResponseStates, sizes: Tensor) -> Tensor:
+        """Shares the teacher's cross entropy out to the student's tokens `[N]` of `sizes` bytes, evenly over bytes."""
+        assert student.plan is not None
+        places = packed_partners(student.plan[..., 0].long(), student.mask, teacher.mask).clamp(min=0)
+        lengths = self.tables["teacher_length"][teacher.packed(teacher.targets)]
+        ends = lengths.cumsum(0)
+        begin = (ends - lengths)[places] + student.packed(student.plan)[:, 1]
+        losses = self._cross_entropies(teacher, (1.0,))[0] * (lengths > 0)
+        before = losses.cumsum(0) - losses
+
+        def until(place: Tensor) -> Tensor:
+            at = torch.searchsorted(ends, place, right=True).clamp(max=len(ends) - 1)
+            share = ((place - ends[at] + lengths[at]) / lengths[at].clamp(min=1)).clamp(0, 1)
+            return before[at] + share * losses[at]
+
+        return until(begin + sizes) - until(begin)
+
+    def _surprise(self, teacher: ResponseStates, factors: Sequence[float]) -> Tensor:
         """Adds up the teacher's cross entropy over its tokens of the text, at each factor of its temperature."""
+        return self._cross_entropies(teacher, factors).sum(1)
+
+    def _cross_entropies(self, teacher: ResponseStates, factors: Sequence[float]) -> Tensor:
+        """Computes the teacher's cross entropy of its tokens, `[factors, M]`; 0 for those that aren't text."""
         tokens = teacher.packed(teacher.targets)
         text = torch.ones_like(tokens, dtype=torch.bool) if teacher.silent is None else ~teacher.packed(teacher.silent)
-        logits, found = self._logits(teacher.packed(teacher.hidden), teacher.head, 1.0), torch.zeros(len(factors))
-        found = found.to(tokens.device, torch.float64)
+        logits, found = self._logits(teacher.packed(teacher.hidden), teacher.head, 1.0), list[Tensor]()
         for at in self._parts(len(tokens)):
             rows = logits(at)
             losses = [F.cross_entropy(rows / factor, tokens[at], reduction="none") for factor in factors]
-            found += (torch.stack(losses) * text[at]).sum(1)
-        return found
+            found.append((torch.stack(losses) * text[at]).double())
+        return torch.cat(found, 1)
 
 
 def lowest(tried: Sequence[float], losses: Sequence[float]) -> float:

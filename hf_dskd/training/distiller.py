@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -260,8 +261,9 @@ def sample_rows(dataset: Any, tokens: int = 1024, most: int = 64) -> list[dict[s
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
     if hasattr(dataset, "__len__"):
-        count = min(most, len(dataset))
-        found = (dataset[index * len(dataset) // count] for index in range(count))
+        # Not in the order of the file, whose beginning may be of one kind.
+        order = random.Random(0).sample(range(len(dataset)), min(most, len(dataset)))
+        found = (dataset[index] for index in order)
     else:
         found = iter(dataset.take(most))
     rows, total = list[dict[str, Any]](), 0

@@ -203,7 +203,9 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             autocast=self._autocast,
             same_tokens=same_tokens,
         )
-        self.distiller.fit(dataset)
+        if self.distiller.objective.fits:
+            # Ranks may see other streams, and sums on other devices differ.
+            self.distiller.objective.take(self._on_main(lambda: self.distiller.fit(dataset)))
         self.projectors: Projectors | None = self.distiller.projectors
         matching = self.distiller.matching
         self.adversary = None if matching is None or matching.critic is None else Adversary(matching, args)
@@ -329,6 +331,9 @@ class DSKDTrainer(Publishing, Evaluations, Checkpoints):
             logs.update(self.running_log.drain(self.accelerator) | self._learning_rates)
         if self.skipped_steps and ("loss" in logs or "train_loss" in logs):
             self._note_skipped(logs)
+        if "train_loss" in logs:
+            # Once, when a resumed run has those that it began with.
+            logs.update(self.distiller.objective.fitted)
         super().log(logs, start_time)
 
     def _note_skipped(self, logs: dict[str, float]) -> None:

@@ -32,6 +32,7 @@ class Publishing(Trainer):
 
     args: DSKDConfig
     # Set by the trainer while it is made.
+    distiller: Any
     teacher: Any
     tokenization_reports: dict[str, Any]
     skipped_steps: int
@@ -196,6 +197,7 @@ class Publishing(Trainer):
             data=Data(dataset_name, fingerprint(self.train_dataset), splits),
             settings=without_secrets(settings),
             changed_settings=differences(config),
+            fitted=dict(self.distiller.objective.fitted),
             card=Card(**self._card),
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -304,20 +304,28 @@ class BytePrefix(Objective):
     # ---- Before training
 
     @torch.no_grad()
-    def fit(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> None:
+    def fit(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> dict[str, float]:
         """
         Finds the temperature at which the teacher expects the text most, unless one is set, and checks the target.
 
         Raises:
             UserError: For a target that needs over `TOLERANCE` times the teacher's bits for the text.
         """
+        fitted = {}
         if self.config.teacher_temperature is None:
             self.teacher_temperature = 1.0
             losses = sum(self._surprise(teacher, TRIED) for _, teacher in sample)
             self.teacher_temperature = round(lowest(TRIED, torch.as_tensor(losses).tolist()), 2)
+            fitted = {"teacher_temperature": self.teacher_temperature}
         found = self.quality(sample)
         logger.info("bpm at teacher_temperature=%s: %s", self.teacher_temperature, found)
         found.check(self.config.bpm_segmentation)
+        return fitted
+
+    def take(self, fitted: Mapping[str, float]) -> None:
+        """Takes the teacher's temperature, unless one is set."""
+        if self.config.teacher_temperature is None and "teacher_temperature" in fitted:
+            self.fitted, self.teacher_temperature = dict(fitted), fitted["teacher_temperature"]
 
     @torch.no_grad()
     def quality(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> Quality:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,12 +81,14 @@ class Objective:
         projectors ([`~hf_dskd.losses.projectors.Projectors`], *optional*): Trained beside the student.
         matching ([`~hf_dskd.losses.matching.Matching`], *optional*): Of queries to keys.
         fits (`bool`): Whether it reads a sample of the text before training (see [`~Objective.fit`]).
+        fitted (`Mapping[str, float]`): The constants that it took from there, by name.
     """
 
     terms: tuple[Term, ...] = (TERMS["ce"], TERMS["correct"])
     projectors: Projectors | None = None
     matching: Matching | None = None
     fits = False
+    fitted: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, config: DSKDConfig, pair: Any, device: torch.device):
         self.config, self.row = config, config.method_row
@@ -93,8 +96,12 @@ class Objective:
     def start(self, student_head: LMHead, teacher_head: LMHead) -> None:
         """Initializes what depends on the models' weights; called once, when they are there."""
 
-    def fit(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> None:
-        """Fits constants on responses of the text: the student's without hidden states, and the teacher's."""
+    def fit(self, sample: Sequence[tuple[ResponseStates, ResponseStates]]) -> dict[str, float]:
+        """Fits constants by name on responses of the text: the student's without hidden states, the teacher's."""
+        return {}
+
+    def take(self, fitted: Mapping[str, float]) -> None:
+        """Takes constants that were fitted here, on another process, or before the run was resumed."""
 
     def __call__(self, student: ResponseStates, teacher: ResponseStates, step: Step) -> Terms:
         """Computes the terms of a batch from both models' states of its responses."""

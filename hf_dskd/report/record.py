@@ -123,6 +123,7 @@ class RunRecord:
     data: Data = field(default_factory=Data)
     settings: dict[str, Any] = field(default_factory=dict)  # all of the distillation
     changed_settings: dict[str, list[Any]] | None = None  # default and value of all that isn't at its default
+    fitted: dict[str, float] = field(default_factory=dict)  # constants that the method fitted before training
     card: Card = field(default_factory=Card)
 
     @classmethod
@@ -149,6 +150,8 @@ class RunRecord:
         content = asdict(self)
         content["data"] |= content["data"].pop("splits")
         card = {name: value for name, value in content.pop("card").items() if value}
+        if not self.fitted:
+            del content["fitted"]
         write_text(path, json.dumps({**content, **({"card": card} if card else {})}, indent=2, default=str) + "\n")
 
     @property

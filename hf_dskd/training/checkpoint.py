@@ -235,6 +235,8 @@ class Checkpoints(Steps):
                 # PEFT saves none, and that of the base may stop at other tokens.
                 save_generation_config(self.model, str(folder))
             facts = {**self._facts, "run_id": self._run_id, "skipped_steps": self.skipped_steps}
+            if self.distiller.objective.fitted:
+                facts["fitted"] = dict(self.distiller.objective.fitted)
             if self._staging is not None:
                 facts["settings"] = self._trajectory()
             run_folder.save_auxiliary(str(folder), self.distiller.auxiliary(), facts)
@@ -248,6 +250,9 @@ class Checkpoints(Steps):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         run_folder.load_auxiliary(resume_from_checkpoint, self.distiller.auxiliary())
+        if self.distiller.objective.fits:
+            # Not what fits the data of today.
+            self.distiller.objective.take(run_folder.read_auxiliary(resume_from_checkpoint).get("fitted", {}))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer: Any = self.optimizer

@@ -134,14 +134,14 @@ class Distiller:
         assert self.collate is not None
         return send_to_device(self.collate([dict(row) for row in rows]), self.device)
 
-    def fit(self, dataset: Any) -> None:
-        """Lets the objective fit what it has to on a sample of tokenized text, if it does."""
+    def fit(self, dataset: Any) -> dict[str, float]:
+        """Lets the objective fit what it has to on a sample of tokenized text, if it does: constants, by name."""
         if not self.objective.fits or dataset is None:
-            return
+            return {}
         rows = sample_rows(dataset)
         with torch.no_grad(), self.autocast():
             batches = [self.batch([row]) for row in rows]
-            self.objective.fit(
+            return self.objective.fit(
                 [
                     (self.states("student", None, batch), self.states("teacher", self._teacher_hidden(batch), batch))
                     for batch in batches

@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import os
 import random
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+from warm import ranks_of
 
 from hf_dskd import UserError
 from hf_dskd.alignment.byte_prefix import byte_tables, text_bytes
@@ -21,6 +24,7 @@ from hf_dskd.losses.divergences import divergence_function
 from hf_dskd.losses.states import ResponseStates
 from hf_dskd.methods import DIVERGENCES
 from hf_dskd.models.causal_lm import LMHead
+from hf_dskd.report.record import RunRecord
 from hf_dskd.training.distiller import sample_rows
 
 
@@ -380,6 +384,52 @@ def test_temperature_is_that_of_the_text():
     with pytest.raises(UserError, match=r"makes no right target of this pair \(the target has .* over 0\.0% of the"):
         made.fit(sample)
     assert 1.6 < made.teacher_temperature < 1.8
+
+
+def fitted_by_rank(refused):
+    """The temperature, or the refusal, on this rank, where each would find another."""
+    rank = int(os.environ["RANK"])
+
+    def fit(made, sample):
+        if refused and not rank:
+            raise UserError("refused on the main process")
+        return {"teacher_temperature": 1.5 + rank}
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(BytePrefix, "fit", fit)
+        try:
+            return runs.trainer(folder, method="bpm", rows=4).distiller.objective.teacher_temperature
+        except UserError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("refused, expected", [(False, 1.5), (True, "refused on the main process")])
+def test_all_processes_have_what_the_main_one_fitted(refused, expected, tmp_path):
+    assert ranks_of("test_byte_prefix", f"fitted_by_rank({refused})", tmp_path) == [expected, expected]
+
+
+def test_a_resumed_run_keeps_its_temperature(tmp_path, monkeypatch):
+    settings = {"method": "bpm", "rows": 4, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run = runs.trainer(tmp_path, **settings)
+    run.train()
+    fitted = run.distiller.objective.fitted
+    assert fitted == {"teacher_temperature": run.distiller.objective.teacher_temperature}
+    assert [log["teacher_temperature"] for log in run.state.log_history if "teacher_temperature" in log] == [
+        *fitted.values()
+    ]
+    record = run.run_record({}, {}, None)
+    record.write(tmp_path / "result.json")
+    assert RunRecord.read(tmp_path / "result.json").fitted == fitted
+    (tmp_path / "result.json").unlink()
+    monkeypatch.setattr(BytePrefix, "fit", lambda made, sample: {"teacher_temperature": 3.25})
+    again = runs.trainer(tmp_path, **settings)
+    assert again.distiller.objective.teacher_temperature == 3.25
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.distiller.objective.fitted == fitted
+    assert again.distiller.objective.teacher_temperature == fitted["teacher_temperature"]
+    other = runs.trainer(tmp_path / "other", **settings, teacher_temperature=2.0)
+    other.distiller.objective.take(fitted)
+    assert other.distiller.objective.teacher_temperature == 2.0
 
 
 def test_a_target_that_is_worse_than_the_teacher_is_refused(caplog):

@@ -212,7 +212,13 @@ class ByteTables:
         for at in range(place, min(place + LINKS, len(rows))):
             end = teacher.ends[at]
             follows = at + 1 < len(rows) and rows[at + 1] == rows[at] + 1
-            if self.identical or end > stop or (longest and (end == stop or not follows)) or rows[at] in teacher.last:
+            # Cut alike, a token of the student's is longer only if it was added.
+            if (
+                (self.identical and end == stop)
+                or end > stop
+                or (longest and (end == stop or not follows))
+                or rows[at] in teacher.last
+            ):
                 break
             if longest:
                 rest = data[end : min(teacher.ends[at + 1], stop)]

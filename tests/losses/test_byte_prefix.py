@@ -167,6 +167,23 @@ def test_added_tokens_of_models_that_cut_alike_are_compared_by_their_bytes():
     assert [int(columns[offsets[token]]) for token in same] == same
 
 
+def test_an_added_token_has_the_probability_of_all_that_it_covers():
+    student = tiny.byte_level_tokenizer()
+    student.add_tokens(["cat sat"])
+    text = "The cat sat on the mat."
+    row = row_of(text, student, BYTES)
+    place = row["input_ids"][row["prompt_length"] :].index(student.get_vocab()["cat sat"])
+    ids = row["teacher_input_ids"][row["teacher_prompt_length"] :]
+    # The teacher is sure of every token but the one that ends with it.
+    logits = torch.full((len(ids), len(BYTES)), -30.0, dtype=torch.float64)
+    logits[torch.arange(len(ids)), ids] = 30
+    last = row["teacher_byte_ends"].index(len("The cat sat"))
+    logits[last, BYTES.get_vocab()["."]] = 30
+    _, found, *_ = targets(text, student, BYTES, logits)
+    assert byte_tables(student, BYTES, "student").identical and found.there[place]
+    assert found.own[place] == pytest.approx(0.5, abs=1e-6)
+
+
 def letters(*merges):
     """A tokenizer of a, b and c, and of what is merged of them."""
     made = [("".join(pair)) for pair in merges]
